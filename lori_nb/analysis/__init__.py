@@ -1,0 +1,13 @@
+"""Interference, measured: between adapters as they are, once merged, and over time.
+
+Adapters that work alone can hurt each other when they share weights (merging) or time (continual learning). Each
+module here takes plain tensors or numbers and returns numbers; none touches a model, and none writes a weight.
+
+- ``overlap``: do two updates ΔW (d_out × d_in) point the same way, read the same input subspace (rows of A,
+  r × d_in), write the same output subspace (columns of B, d_out × r)? From factors alone.
+- ``merging``: N adapters in, one out, Σ_i w_i s_i B_i A_i, exact by concatenation or approximate by adding factors.
+- ``continual``: R (stages × tasks), the score on task j after training stage i; forgetting and transfer read off it.
+- ``statistics``: what n seeds or n rows can say: t, paired and Wilson intervals.
+
+Symbols as on the first page of :mod:`lori_nb.method`. This room imports from ``method`` alone.
+"""

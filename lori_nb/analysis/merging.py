@@ -1,0 +1,134 @@
+"""Merging: N adapters in, one out, without training; every method a function of factors.
+
+The goal of a merge with weights w_i is Σ_i w_i ΔW_i = Σ_i w_i s_i B_i A_i.
+
+- **cat** stacks factors: exact, rank Σ r_i.
+- **linear** adds factors: rank stays r, but cross terms B_i A_j come in.
+
+A method is a function of one module's factors, registered by name::
+
+    @merge_method("first")
+    def first(factors, weights):
+        return Factors(factors[0].A, weights[0] * factors[0].B, factors[0].scale)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from lori_nb.method.adapters import Factors
+
+MergeMethod = Callable[[Sequence[Factors], Sequence[float]], Factors]
+
+MERGE_METHODS: dict[str, MergeMethod] = {}
+
+
+def merge_method(name: str) -> Callable[[MergeMethod], MergeMethod]:
+    """Decorator that registers ``(factors, weights) -> Factors``; a name registered again is replaced.
+
+    The function gets the factors of one module from the adapters that have it, with those adapters' weights.
+    """
+
+    def register(function: MergeMethod) -> MergeMethod:
+        MERGE_METHODS[name] = function
+        return function
+
+    return register
+
+
+def merge(
+    adapters: Sequence[Mapping[str, Factors]], weights: Sequence[float], method: str = "cat"
+) -> dict[str, Factors]:
+    """One adapter out of several; inputs are not altered.
+
+    Args:
+        adapters: for each adapter, module name → factors. Ranks and scales may differ; a module that an adapter lacks
+            counts as ΔW = 0 there.
+        weights: one finite w_i an adapter.
+        method: a key of :data:`MERGE_METHODS`.
+
+    Returns:
+        module name → merged factors, for every module of any adapter.
+
+    Raises:
+        ValueError: no adapter, unknown method, weights of another number or not finite, updates of a module in two
+            shapes, or what the method itself refuses.
+    """
+    if not adapters:
+        raise ValueError("adapters must hold at least one adapter; found none")
+    if method not in MERGE_METHODS:
+        raise ValueError(f"method must be one of {', '.join(sorted(MERGE_METHODS))}; found {method!r}")
+    if len(weights) != len(adapters) or not all(math.isfinite(weight) for weight in weights):
+        raise ValueError(f"weights must be {len(adapters)} finite numbers, one an adapter; found {list(weights)}")
+    merged = {}
+    for module in dict.fromkeys(name for adapter in adapters for name in adapter):
+        present = [(a[module], float(w)) for a, w in zip(adapters, weights, strict=True) if module in a]
+        factors, own_weights = zip(*present, strict=True)
+        _check_shapes(module, factors)
+        try:
+            merged[module] = MERGE_METHODS[method](factors, own_weights)
+        except ValueError as error:
+            raise ValueError(f"method {method!r} cannot merge module {module!r}: {error}") from error
+    return merged
+
+
+@merge_method("cat")
+def concatenate(factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
+    """ΔW = Σ_i w_i s_i B_i A_i exactly: A's stacked (Σ r_i × d_in), B's side by side (d_out × Σ r_i), scale 1.
+
+    Weights and scales go into B, so a frozen A stays bit for bit what its seed makes and zeros of a masked B stay
+    zeros.
+    """
+    A = torch.cat([f.A for f in factors], dim=0)
+    B = torch.cat([w * f.scale * f.B for f, w in zip(factors, weights, strict=True)], dim=1)
+    return Factors(A, B, 1.0)
+
+
+@merge_method("linear")
+def add_factors(factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
+    """ΔW = (Σ_i √(w_i s_i) B_i)(Σ_j √(w_j s_j) A_j), scale 1: PEFT's "linear".
+
+    An approximation: beside the wanted Σ w_i s_i B_i A_i it holds every cross term √(w_i s_i w_j s_j) B_i A_j, i ≠ j,
+    which for unrelated adapters are as large as the wanted ones. With one shared A and equal w s it gives T times the
+    wanted sum.
+
+    Raises ValueError when ranks differ or a w_i s_i is negative.
+    """
+    ranks = [len(f.A) for f in factors]
+    if len(set(ranks)) > 1:
+        raise ValueError(f"ranks must be equal to add factors; found {ranks}")
+    shares = [w * f.scale for f, w in zip(factors, weights, strict=True)]
+    if min(shares) < 0:
+        raise ValueError(f"weight times scale must be at least 0, its square root is taken; found {shares}")
+    A = sum(math.sqrt(share) * f.A for f, share in zip(factors, shares, strict=True))
+    B = sum(math.sqrt(share) * f.B for f, share in zip(factors, shares, strict=True))
+    return Factors(A, B, 1.0)
+
+
+def compress(f: Factors, rank: int) -> Factors:
+    """The nearest update of the given rank in Frobenius norm (truncated SVD), without forming ΔW; scale 1.
+
+    B = Q_b R_b and Aᵀ = Q_a R_a, then the SVD of the small core s·R_b R_aᵀ = U Σ Vᵀ: B' = Q_b U √Σ, A' = √Σ Vᵀ Q_aᵀ,
+    first ``rank`` columns and rows. Computed in float64, returned in the dtypes of A and B.
+
+    Raises ValueError unless 1 ≤ rank ≤ min(r, d_out, d_in).
+    """
+    most = min(*f.A.shape, *f.B.shape)
+    if not 1 <= rank <= most:
+        raise ValueError(f"rank must be between 1 and {most}, the smallest dimension of the factors; found {rank}")
+    Q_b, R_b = torch.linalg.qr(f.B.detach().to(torch.float64))
+    Q_a, R_a = torch.linalg.qr(f.A.detach().T.to(torch.float64))
+    U, S, Vh = torch.linalg.svd(f.scale * R_b @ R_a.T, full_matrices=False)
+    root = S[:rank].sqrt()
+    B = Q_b @ (U[:, :rank] * root)
+    A = (root[:, None] * Vh[:rank]) @ Q_a.T
+    return Factors(A.to(f.A.dtype), B.to(f.B.dtype), 1.0)
+
+
+def _check_shapes(module: str, factors: Sequence[Factors]) -> None:
+    shapes = [(f.B.shape[0], f.A.shape[1]) for f in factors]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"updates of module {module!r} must have one shape d_out × d_in; found {shapes}")

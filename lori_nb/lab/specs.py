@@ -1,0 +1,284 @@
+"""What a run is: a frozen description whose SHA-256 names the run's folder.
+
+A :class:`RunSpec` trains one adapter (or evaluates the bare base) and scores it; a :class:`MergeSpec` merges finished
+adapters and
+scores the result. Both carry the digests of everything that decides the result, so that equal hashes mean equal
+results.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import ClassVar
+
+from lori_nb.lab import evaluation, prefix, text
+from lori_nb.lab.models import base_digest, base_kind, resolve_dtype
+from lori_nb.lab.tasks import get_task, rows_digest
+
+RECIPE = 1  # of the training loop; raise when the same spec gives another adapter
+
+
+def recipes() -> dict[str, int]:
+    """The recipe number of every module that decides a result."""
+    return {"training": RECIPE, "prefix": prefix.RECIPE, "evaluation": evaluation.RECIPE, "text": text.RECIPE}
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One training run. Counts are in rows and steps; ``learning_rate`` is AdamW's peak.
+
+    ``tasks`` with several names means one adapter trained jointly; ``batch_size`` rows a step are shared among them.
+    ``start`` is the run whose
+    adapter training goes on from (continual learning); ``calibration`` is the run whose B a mask is taken from.
+    ``evaluate`` are the tasks
+    scored at the end (None: those trained on), on split ``score_on``. ``digests`` are filled by :func:`resolve`.
+    """
+
+    method: str
+    tasks: tuple[str, ...]
+    seed: int = 0
+    base: str = "smollm2-135m-instruct"
+    rank: int = 16
+    alpha: float = 32.0
+    modules: str = "all-linear"
+    last_layers: int | None = 8
+    subspace: str = "independent"
+    sparsity: float = 0.0
+    mask_scope: str = "model"
+    learning_rate: float = 1e-3
+    steps: int = 100
+    batch_size: int = 16
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    train_rows: int = 512
+    test_rows: int = 256
+    score_on: str = "test"
+    evaluate: tuple[str, ...] | None = None
+    shots: int = 0
+    dtype: str = "auto"
+    options: tuple[tuple[str, str], ...] = ()
+    start: RunSpec | None = None
+    calibration: RunSpec | None = None
+    digests: tuple[tuple[str, str], ...] = field(default=())
+
+    kind: ClassVar[str] = "run"
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """The tasks whose rows are scored."""
+        return self.evaluate or self.tasks
+
+    @property
+    def parents(self) -> tuple[RunSpec, ...]:
+        """Runs that must be finished first."""
+        return tuple(parent for parent in (self.start, self.calibration) if parent is not None)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the canonical JSON; ValueError before :func:`resolve`."""
+        return spec_hash(self)
+
+    @property
+    def label(self) -> str:
+        """A short line for progress displays."""
+        after = f" after {'+'.join(self.start.tasks)}" if self.start else ""
+        sparse = f" {self.sparsity:g}" if self.sparsity else ""
+        shots = f" {self.shots} shots" if self.method == "base" else f" lr {self.learning_rate:g}"
+        return f"{self.method}{sparse} · {'+'.join(self.tasks)}{after} ·{shots} · seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class MergeSpec:
+    """Finished adapters merged without training: Σ weight · ΔW_i by ``merge``, scored on the tasks of its parts."""
+
+    parts: tuple[RunSpec, ...]
+    weights: tuple[float, ...]
+    merge: str = "cat"
+    test_rows: int = 256
+    score_on: str = "test"
+    digests: tuple[tuple[str, str], ...] = field(default=())
+
+    kind: ClassVar[str] = "merge"
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(task for part in self.parts for task in part.tasks))
+
+    @property
+    def parents(self) -> tuple[RunSpec, ...]:
+        return self.parts
+
+    @property
+    def base(self) -> str:
+        return self.parts[0].base
+
+    @property
+    def seed(self) -> int:
+        return self.parts[0].seed
+
+    @property
+    def method(self) -> str:
+        return self.parts[0].method
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return self.scored
+
+    @property
+    def hash(self) -> str:
+        return spec_hash(self)
+
+    @property
+    def label(self) -> str:
+        return f"merge {self.merge} · {self.method} × {len(self.parts)} · weight {self.weights[0]:g} · seed {self.seed}"
+
+
+Spec = RunSpec | MergeSpec
+
+
+def resolve(spec: Spec) -> Spec:
+    """The spec with its parents resolved, dtype settled, and the digests of base, rows and recipes filled in."""
+    if spec.digests:
+        return spec
+    if isinstance(spec, MergeSpec):
+        parts = tuple(resolve(part) for part in spec.parts)
+        return replace(spec, parts=parts, digests=_rows_digests(spec, parts[0].scored and ()) + _recipe_digests())
+    start = resolve(spec.start) if spec.start else None
+    calibration = resolve(spec.calibration) if spec.calibration else None
+    digests = (
+        ("base", base_digest(spec.base)),
+        *_rows_digests(spec, spec.tasks),
+        *_recipe_digests(),
+        *_source_digest(spec),
+    )
+    return replace(spec, dtype=resolve_dtype(spec.dtype), start=start, calibration=calibration, digests=digests)
+
+
+def _rows_digests(spec: Spec, trained: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    trains = getattr(spec, "steps", 0) > 0 or getattr(spec, "shots", 0) > 0
+    train = [(f"train:{name}", _digest_of_rows(name, "train", spec.train_rows)) for name in trained if trains]
+    return (
+        *train,
+        *((f"{spec.score_on}:{name}", _digest_of_rows(name, spec.score_on, spec.test_rows)) for name in spec.scored),
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _rows_digest_of_source(name: str, split: str, limit: int, source_digest: str) -> str:
+    return rows_digest(get_task(name).rows(split, limit))
+
+
+def _digest_of_rows(name: str, split: str, limit: int) -> str:
+    return _rows_digest_of_source(name, split, limit, get_task(name).source_digest)
+
+
+def _recipe_digests() -> tuple[tuple[str, str], ...]:
+    return tuple((f"recipe:{name}", str(number)) for name, number in recipes().items())
+
+
+def _source_digest(spec: RunSpec) -> tuple[tuple[str, str], ...]:
+    from lori_nb.lab.methods import get_method  # methods build on specs
+
+    method = get_method(spec.method)
+    return () if method.built_in else (("method", method.source_digest),)
+
+
+def spec_json(spec: Spec) -> dict:
+    """The spec as plain JSON data, parents by their hashes."""
+    plain = {}
+    for f in fields(spec):
+        value = getattr(spec, f.name)
+        if isinstance(value, RunSpec):
+            value = value.hash
+        elif f.name == "parts":
+            value = [part.hash for part in value]
+        plain[f.name] = value
+    return {"kind": spec.kind, **plain}
+
+
+def canonical_json(spec: Spec) -> str:
+    """Sorted keys, no spaces: the text that is hashed."""
+    return json.dumps(spec_json(spec), sort_keys=True, separators=(",", ":"))
+
+
+def spec_hash(spec: Spec) -> str:
+    """First 32 hex digits of the SHA-256 of the canonical JSON (128 bits)."""
+    if not spec.digests:
+        raise ValueError(f"spec must be resolved before it is hashed; found an unresolved one: {spec.label}")
+    return hashlib.sha256(canonical_json(spec).encode()).hexdigest()[:32]
+
+
+def with_parents(specs: list[Spec]) -> list[Spec]:
+    """Every spec once, each after all the specs it depends on."""
+    ordered: dict[str, Spec] = {}
+    for spec in specs:
+        for each in _ancestry(spec):
+            ordered.setdefault(each.hash, each)
+    return list(ordered.values())
+
+
+def _ancestry(spec: Spec) -> Iterator[Spec]:
+    for parent in spec.parents:
+        yield from _ancestry(parent)
+    yield spec
+
+
+def to_payload(spec: Spec) -> dict:
+    """A spec as JSON data that :func:`from_payload` turns back; parents whole."""
+    return {"kind": spec.kind, **asdict(spec)}
+
+
+def from_payload(data: dict | None) -> Spec | None:
+    """The spec of :func:`to_payload`."""
+    if data is None:
+        return None
+    data = dict(data)
+    kind = data.pop("kind", "run")
+    pairs = tuple(tuple(pair) for pair in data["digests"])
+    if kind == "merge":
+        parts = tuple(from_payload(part) for part in data["parts"])
+        return MergeSpec(**{**data, "parts": parts, "weights": tuple(data["weights"]), "digests": pairs})
+    changed = {
+        "tasks": tuple(data["tasks"]),
+        "evaluate": tuple(data["evaluate"]) if data["evaluate"] else None,
+        "options": tuple(tuple(pair) for pair in data["options"]),
+        "start": from_payload(data["start"]),
+        "calibration": from_payload(data["calibration"]),
+        "digests": pairs,
+    }
+    return RunSpec(**{**data, **changed})
+
+
+def check(spec: RunSpec) -> None:
+    """ValueError for a setting outside its range, before any work; the message names it, what was required and what was
+    found.
+    """
+    whole = {
+        "rank": spec.rank,
+        "batch_size": spec.batch_size,
+        "train_rows": spec.train_rows,
+        "test_rows": spec.test_rows,
+    }
+    for name, value in whole.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1; found {value}")
+    for name, value in {"steps": spec.steps, "shots": spec.shots, "seed": spec.seed}.items():
+        if value < 0:
+            raise ValueError(f"{name} must be at least 0; found {value}")
+    if not 0 <= spec.sparsity < 1:
+        raise ValueError(f"sparsity must be in [0, 1); found {spec.sparsity}")
+    if spec.method != "base" and not spec.learning_rate > 0:
+        raise ValueError(f"learning_rate must be above 0; found {spec.learning_rate}")
+    if spec.batch_size < len(spec.tasks):
+        raise ValueError(f"batch_size must be at least one row a task, {len(spec.tasks)}; found {spec.batch_size}")
+    kind = base_kind(spec.base)
+    for name in dict.fromkeys((*spec.tasks, *spec.scored)):
+        if kind == "encoder" and get_task(name).reads != "encoder":
+            raise ValueError(
+                f"task {name!r} must have labels or scores for the encoder {spec.base}; it has free answers"
+            )

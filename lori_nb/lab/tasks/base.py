@@ -1,0 +1,145 @@
+"""What a task is: rows with a prompt and an answer, a metric, and where the rows come from.
+
+A task is the same object whether its rows are generated, read from a folder or loaded from the hub. It is
+registered by a decorated function that yields the rows of one split, in a fixed order::
+
+    @task("parity", domain="symbolic", metric="exact_match", licence="own")
+    def parity(split):
+        for number in numbers_of(split):
+            yield Example(prompt=f"Is {number} even or odd?", answer="odd" if number % 2 else "even")
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+
+SPLITS = ("train", "tune", "test")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of a task.
+
+    ``prompt`` is what the model reads; ``second`` is the second text of a sentence pair (encoders read the pair
+    as two segments). ``answer`` is what a decoder is trained to write. ``opening`` is the part of the answer, at its
+    start,
+    that decides the score; None means the whole answer and the end of text after it. ``target`` is the class index or
+    the
+    regression value; text answers with no classes leave it None.
+    """
+
+    prompt: str
+    answer: str
+    second: str | None = None
+    target: float | int | None = None
+    opening: str | None = None
+
+    @property
+    def key(self) -> str:
+        """What must not stand in two splits."""
+        return self.prompt if self.second is None else f"{self.prompt}\x1f{self.second}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A named source of rows with a metric.
+
+    ``metric`` names an entry of ``lori_nb.lab.evaluation.METRICS``. ``labels`` are the class words in the order of
+    ``Example.target``, empty for free answers and for regression. ``reads`` says which kind of base model the rows are
+    written for: "decoder" or "encoder".
+    """
+
+    name: str
+    domain: str
+    metric: str
+    load: Callable[[str], Iterable[Example]]
+    licence: str
+    source: str = "generated"
+    labels: tuple[str, ...] = ()
+    reads: str = "decoder"
+    group: str = ""
+    extra: dict = field(default_factory=dict)
+
+    def rows(self, split: str, limit: int) -> list[Example]:
+        """The first ``limit`` rows of a split, fewer where the source ends earlier; repeated prompts are dropped.
+
+        Raises ValueError when the split is unknown, ``limit`` is below 1, or the source has no row at all.
+        """
+        if split not in SPLITS:
+            raise ValueError(f"split must be one of {', '.join(SPLITS)}; found {split!r}")
+        if limit < 1:
+            raise ValueError(f"limit must be at least 1 row; found {limit}")
+        rows = list(itertools.islice(_without_repeats(self.load(split)), limit))
+        if not rows:
+            raise ValueError(f"task {self.name!r} has no row in split {split!r}")
+        return rows
+
+    @property
+    def source_digest(self) -> str:
+        """SHA-256 of the loader's source; a task registered outside the package counts by it."""
+        return hashlib.sha256(inspect.getsource(self.load).encode()).hexdigest()
+
+
+def rows_digest(rows: Iterable[Example]) -> str:
+    """SHA-256 over the rows as canonical JSON; it changes when any text, target or the order does."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(asdict(row), sort_keys=True, ensure_ascii=True).encode())
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
+def _without_repeats(rows: Iterable[Example]) -> Iterator[Example]:
+    seen: set[str] = set()
+    for row in rows:
+        if row.key not in seen:
+            seen.add(row.key)
+            yield row
+
+
+_TASKS: dict[str, Task] = {}
+
+
+def register(new: Task) -> Task:
+    """Add a task to the registry; registering a name again replaces it, so that a notebook cell can be run twice."""
+    _TASKS[new.name] = new
+    return new
+
+
+def task(name: str, **about) -> Callable[[Callable[[str], Iterable[Example]]], Task]:
+    """Decorator that registers a function ``split -> rows`` as a task; ``about`` are fields of :class:`Task`."""
+
+    def wrap(load: Callable[[str], Iterable[Example]]) -> Task:
+        return register(Task(name=name, load=load, **about))
+
+    return wrap
+
+
+def get_task(name: str) -> Task:
+    """The registered task of that name; ValueError names the known ones."""
+    if name not in _TASKS:
+        raise ValueError(f"task must be one of {', '.join(sorted(_TASKS))}; found {name!r}")
+    return _TASKS[name]
+
+
+def expand_tasks(names: str | Iterable[str]) -> tuple[str, ...]:
+    """Task names from names and group names ("glue"), without repeats, in the order given."""
+    if isinstance(names, str):
+        names = [part.strip() for part in names.split(",") if part.strip()]
+    found: list[str] = []
+    for name in names:
+        members = [t.name for t in _TASKS.values() if t.group == name] or [get_task(name).name]
+        found += [member for member in members if member not in found]
+    if not found:
+        raise ValueError("tasks must name at least one task; found none")
+    return tuple(found)
+
+
+def task_names() -> list[str]:
+    """All registered names, sorted."""
+    return sorted(_TASKS)

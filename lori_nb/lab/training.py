@@ -1,0 +1,279 @@
+"""One training loop for every method: single-task, joint, projected, dense or under a mask.
+
+Everything random is a function of (seed, task, step): a resumed run needs no generator state and ends in the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lori_nb.lab.evaluation import logits_at, task_loss
+from lori_nb.lab.methods import Live, Method, get_method
+from lori_nb.lab.models import Base
+from lori_nb.lab.prefix import RowStates
+from lori_nb.lab.specs import RunSpec
+from lori_nb.lab.text import Batch, Encoded, collate
+from lori_nb.method.adapters import attach
+from lori_nb.method.projection import combine
+
+LOOK_EVERY = 10  # steps between two looks at the losses, so that no step waits for the device
+CHECKPOINT_SECONDS = 20.0
+Report = Callable[[str, int, int], None]
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss of a task became infinite or NaN; the last good checkpoint is kept."""
+
+
+@dataclass
+class TaskData:
+    """A task's encoded training rows and, where the frozen prefix is reused, their hidden states."""
+
+    name: str
+    rows: list[Encoded]
+    states: RowStates | None
+    head: nn.Module | None = None
+
+    def batch(self, base: Base, indices: Sequence[int]) -> Batch:
+        hidden = None if self.states is None else [self.states[i] for i in indices]
+        return collate([self.rows[i] for i in indices], base.tokenizer.pad_token_id, hidden=hidden).to(base.device)
+
+
+@dataclass
+class Trained:
+    """What training leaves: the loss history and, for several tasks, how their gradients conflicted."""
+
+    history: list[dict]
+    conflicts: list[dict]
+    seconds: float
+
+
+def batch_indices(rows: int, size: int, step: int, seed: int, stream: str) -> list[int]:
+    """The rows of one step's batch: consecutive pieces of seeded permutations, one an epoch, each row once an epoch."""
+    orders: dict[int, np.ndarray] = {}
+    chosen = []
+    for place in range(step * size, (step + 1) * size):
+        epoch, offset = divmod(place, rows)
+        if epoch not in orders:
+            orders[epoch] = np.argsort(_bits(f"{seed}/{stream}/{epoch}", rows), kind="stable")
+        chosen.append(int(orders[epoch][offset]))
+    return chosen
+
+
+def _bits(text: str, count: int) -> np.ndarray:
+    key = np.frombuffer(hashlib.sha256(f"lori-nb/rows/{text}".encode()).digest()[:16], dtype="<u8").astype(np.uint64)
+    return np.random.Philox(key=key).random_raw(count)
+
+
+def learning_rate_at(step: int, spec: RunSpec) -> float:
+    """Linear warm-up over the first ``warmup`` share of steps, then linear decay to zero."""
+    warm = max(1, round(spec.warmup * spec.steps))
+    if step < warm:
+        return spec.learning_rate * (step + 1) / warm
+    return spec.learning_rate * (spec.steps - step) / max(1, spec.steps - warm)
+
+
+def train(
+    spec: RunSpec, base: Base, body: nn.Module, live: Live, tasks: Sequence[TaskData], checkpoint: Path, report: Report
+) -> Trained:
+    """Train ``live`` in place, from its checkpoint if there is one.
+
+    Raises:
+        NonFiniteLossError: names task and step; nothing after the last finite look is kept.
+    """
+    started = time.perf_counter()
+    named = named_parameters(live, tasks)
+    optimiser = torch.optim.AdamW(named.values(), lr=spec.learning_rate, weight_decay=spec.weight_decay)
+    state = (
+        _restore(checkpoint, named, optimiser)
+        if checkpoint.exists()
+        else {"step": 0, "history": [], "conflicts": [], "seconds": 0.0}
+    )
+    history, conflicts, first = state["history"], state["conflicts"], state["step"]
+    chosen, pending, saved = get_method(spec.method), [], started
+    handle = attach(base.body, live)
+    try:
+        for step in range(first, spec.steps):
+            losses, norm = _step(spec, chosen, base, body, live, tasks, named, optimiser, step)
+            pending.append({"step": step, "lr": learning_rate_at(step, spec), "losses": losses, "norm": norm})
+            if len(tasks) > 1 and step % max(1, spec.steps // 20) == 0:
+                conflicts += observe_conflicts(spec, base, body, live, tasks, step)
+            if (step + 1) % LOOK_EVERY == 0 or step + 1 == spec.steps:
+                history += _look(pending, tasks)
+                pending = []
+                report("training", step + 1, spec.steps)
+                if time.perf_counter() - saved > CHECKPOINT_SECONDS and step + 1 < spec.steps:
+                    spent = state["seconds"] + time.perf_counter() - started
+                    about = {"step": step + 1, "history": history, "conflicts": conflicts, "seconds": spent}
+                    _save(checkpoint, named, optimiser, about)
+                    saved = time.perf_counter()
+    finally:
+        handle.detach()
+    return Trained(history, conflicts, state["seconds"] + time.perf_counter() - started)
+
+
+def named_parameters(live: Live, tasks: Sequence[TaskData]) -> dict[str, nn.Parameter]:
+    """The trained parameters by name: "<module>.A", "<module>.B" (packed under a mask), "head.<task>.weight"."""
+    named = {}
+    for module, low in live.items():
+        if low.A.requires_grad:
+            named[f"{module}.A"] = low.A
+        named[f"{module}.B"] = low.values
+    for task in tasks:
+        if task.head is not None:
+            named |= {f"head.{task.name}.{part}": p for part, p in task.head.named_parameters()}
+    return named
+
+
+def _step(spec, chosen: Method, base, body, live, tasks, named, optimiser, step: int) -> tuple[Tensor, Tensor]:
+    """One optimiser step; returns the task losses (T) and the gradient norm before clipping, still on the device."""
+    losses, gradients = [], []
+    for task in tasks:
+        indices = batch_indices(len(task.rows), spec.batch_size // len(tasks), step, spec.seed, task.name)
+        loss, found = task_gradient(base, body, task, indices, named)
+        losses.append(loss)
+        gradients.append(found)
+    combined = _combined(spec, chosen, gradients, step)
+    if chosen.penalty is not None:
+        extra = torch.autograd.grad(chosen.penalty(live, step), list(named.values()), allow_unused=True)
+        combined = {name: g if e is None else g + e for (name, g), e in zip(combined.items(), extra, strict=True)}
+    for name, parameter in named.items():
+        parameter.grad = combined[name]
+    norm = torch.nn.utils.clip_grad_norm_(named.values(), spec.clip)
+    for group in optimiser.param_groups:
+        group["lr"] = learning_rate_at(step, spec)
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    if chosen.after_step is not None:
+        with torch.no_grad():
+            chosen.after_step(live, step)
+    return torch.stack(losses), norm
+
+
+def task_gradient(
+    base, body, task: TaskData, indices: Sequence[int], named: Mapping[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A task's loss on some of its rows and its gradient by parameter name; zeros where a parameter takes no part."""
+    batch = task.batch(base, indices)
+    loss = task_loss(base, logits_at(base, body, batch, task.head), batch)
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return loss.detach(), {
+        name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(named.items(), found, strict=True)
+    }
+
+
+def _combined(spec: RunSpec, chosen: Method, gradients: list[dict[str, Tensor]], step: int) -> dict[str, Tensor]:
+    """The gradient that the optimiser sees: the mean over tasks, after projection or the method's own transform."""
+    if len(gradients) == 1 and chosen.transform is None:
+        return gradients[0]
+    adapters = [{name: g for name, g in each.items() if not name.startswith("head.")} for each in gradients]
+    if chosen.transform is not None:
+        shared = dict(chosen.transform(adapters, step))
+    elif chosen.projects:
+        shared = project(spec, adapters, step)
+    else:
+        shared = {name: sum(each[name] for each in adapters) / len(adapters) for name in adapters[0]}
+    # A head has a gradient from its own task alone, so it is neither projected nor averaged.
+    heads = {name: sum(each[name] for each in gradients) for name in gradients[0] if name.startswith("head.")}
+    return {name: (shared | heads)[name] for name in gradients[0]}
+
+
+def project(spec: RunSpec, gradients: list[dict[str, Tensor]], step: int) -> dict[str, Tensor]:
+    """Ortho-LoRA's combination of task gradients, with the switches in the spec's options."""
+    options = dict(spec.options)
+    generator = torch.Generator().manual_seed(spec.seed * 1_000_003 + step)
+    combined, _ = combine(
+        gradients,
+        options.get("grouping", "tensor"),
+        reduction=options.get("reduction", "mean"),
+        order=options.get("order", "random"),
+        reference=options.get("reference", "original"),
+        generator=generator,
+    )
+    return combined
+
+
+def observe_conflicts(spec, base, body, live, tasks: Sequence[TaskData], step: int) -> list[dict]:
+    """Conflict rates per tensor between tasks, and, as the null, between two halves of the same task's batch.
+
+    Both compare gradients of half a batch, so that they carry the same noise. One row a tensor: ``between`` and
+    ``within`` are shares of pairs with a negative inner product.
+    """
+    named, halves = named_parameters(live, ()), []
+    for task in tasks:
+        indices = batch_indices(len(task.rows), spec.batch_size // len(tasks), step, spec.seed, task.name)
+        middle = len(indices) // 2
+        if middle == 0:
+            return []
+        halves += [task_gradient(base, body, task, piece, named)[1] for piece in (indices[:middle], indices[middle:])]
+    _, found = combine(halves, "tensor", order="fixed")
+    owner = torch.arange(len(tasks)).repeat_interleave(2)
+    same = owner[:, None] == owner[None, :]
+    upper = torch.ones_like(same).triu(1)
+    known = ~found.cosines.isnan().cpu()
+    conflict = found.conflict.cpu()
+    rows = []
+    for place, name in enumerate(found.groups):
+        shares = {}
+        for kind, pairs in {"between": ~same & upper, "within": same & upper}.items():
+            counted = pairs & known[place]
+            shares[kind] = float((conflict[place] & counted).sum() / counted.sum()) if counted.any() else float("nan")
+        rows.append({"step": step, "tensor": name, **shares})
+    return rows
+
+
+def _look(pending: list[dict], tasks: Sequence[TaskData]) -> list[dict]:
+    losses = torch.stack([entry["losses"] for entry in pending]).cpu()  # (steps × T), the one wait for the device
+    bad = (~torch.isfinite(losses)).nonzero()
+    if len(bad):
+        step, task = pending[int(bad[0, 0])]["step"], tasks[int(bad[0, 1])].name
+        raise NonFiniteLossError(
+            f"loss of task {task!r} must be finite; found {losses[tuple(bad[0])].item()} at step {step}"
+        )
+    return [
+        {
+            "step": entry["step"],
+            "task": task.name,
+            "loss": float(losses[i, t]),
+            "lr": entry["lr"],
+            "gradient_norm": float(entry["norm"]),
+        }
+        for i, entry in enumerate(pending)
+        for t, task in enumerate(tasks)
+    ]
+
+
+def _save(path: Path, named: Mapping[str, nn.Parameter], optimiser: torch.optim.Optimizer, about: dict) -> None:
+    tensors = {}
+    for name, parameter in named.items():
+        tensors[f"{name}|value"] = parameter.detach().cpu()
+        for key, value in optimiser.state[parameter].items():
+            tensors[f"{name}|{key}"] = value.detach().cpu()
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial, metadata={"about": json.dumps(about)})
+    os.replace(partial, path)
+
+
+def _restore(path: Path, named: Mapping[str, nn.Parameter], optimiser: torch.optim.Optimizer) -> dict:
+    with safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+        about = json.loads(file.metadata()["about"])
+    with torch.no_grad():
+        for name, parameter in named.items():
+            parameter.copy_(tensors[f"{name}|value"])
+            kept = {key.partition("|")[2]: t for key, t in tensors.items() if key.startswith(f"{name}|")}
+            kept.pop("value")
+            optimiser.state[parameter] = {k: t if k == "step" else t.to(parameter.device) for k, t in kept.items()}
+    return about

@@ -1,0 +1,262 @@
+"""Low-rank adapters as plain data, and how they are attached to a model.
+
+An adapter is a set of named factors: for a frozen base weight W (d_out × d_in) of a linear module,
+
+    y = W x + s · B (A x),    A (r × d_in),  B (d_out × r),  s = α / r,  ΔW = s · B A.
+
+LoRA trains A and B; LoRI (arXiv 2504.07448) freezes A at its random start and trains B, all of it (LoRI-D) or the
+entries
+under a task mask (LoRI-S). Attaching is a forward hook, so that detaching restores the model bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+POLICIES = ("independent", "shared")
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One module's update ΔW = scale · B A, as plain tensors: A (r × d_in), B (d_out × r)."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+
+    def delta(self) -> Tensor:
+        """The dense update ΔW = scale · B A (d_out × d_in)."""
+        return self.scale * (self.B @ self.A)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Named factors with what is needed to write them down and to read them again.
+
+    ``factors`` maps base-relative module names to :class:`Factors`. ``masks`` (name → bool, shape of B) is present for
+    an
+    adapter trained under a mask. ``extras`` are other trained tensors, such as task heads. ``seed`` and ``subspace``
+    say how A was
+    drawn; ``frozen_A`` is true when A still is that draw, so that it need not be stored.
+    """
+
+    factors: dict[str, Factors]
+    base: str
+    base_digest: str
+    rank: int
+    alpha: float
+    seed: int
+    subspace: str
+    frozen_A: bool
+    masks: dict[str, Tensor] | None = None
+    extras: dict[str, Tensor] = field(default_factory=dict)
+
+
+def random_down_projection(seed: int, subspace: str, module: str, rank: int, d_in: int) -> Tensor:
+    """A (rank × d_in) with entries uniform on ±1/√d_in, the same bits on every platform and release.
+
+    The distribution is PEFT's default (Kaiming-uniform with a = √5). The bits are the raw stream of a Philox counter
+    keyed by SHA-256 of (seed, subspace, module, shape); 24 of every 64 bits make a float32 exactly, so no library's own
+    conversion is involved.
+
+    Args:
+        subspace: names the stream; two tasks with different names get independent draws, with the same name the same
+            draw.
+        module: base-relative name, so that a head around the base changes nothing.
+    """
+    text = f"lori-nb/A/{seed}/{subspace}/{module}/{rank}x{d_in}"
+    key = np.frombuffer(hashlib.sha256(text.encode()).digest()[:16], dtype="<u8").astype(np.uint64)
+    raw = np.random.Philox(key=key).random_raw(rank * d_in)
+    unit = (raw >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-23) - np.float32(1.0)  # exact in float32
+    bound = np.float32(1.0 / np.sqrt(np.float64(d_in)))
+    return torch.from_numpy((unit * bound).reshape(rank, d_in))
+
+
+def subspace_id(policy: str, tasks: tuple[str, ...]) -> str:
+    """Name of the stream that A is drawn from under a policy: one a task set, or one for all."""
+    if policy not in POLICIES:
+        raise ValueError(f"subspace must be one of {', '.join(POLICIES)}; found {policy!r}")
+    return "shared" if policy == "shared" else "+".join(tasks)
+
+
+def layer_number(module: str) -> int | None:
+    """The layer that a module name speaks of ("layers.22.mlp.up_proj" → 22), None where it names none."""
+    found = re.search(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.", module)
+    return int(found.group(1)) if found else None
+
+
+def target_linears(
+    body: nn.Module, pattern: str = "all-linear", last_layers: int | None = None
+) -> dict[str, nn.Linear]:
+    """The linear modules that an adapter sits on, by name, in the model's order.
+
+    Args:
+        pattern: "all-linear" for every linear module inside a layer, else a comma-separated list of last name
+            components ("q_proj,v_proj")
+            or a regular expression that must match the whole name.
+        last_layers: only the last so many layers; None for all.
+
+    Raises:
+        ValueError: the pattern matches nothing, or there are fewer layers than asked for.
+    """
+    linears = {
+        name: m for name, m in body.named_modules() if isinstance(m, nn.Linear) and layer_number(name) is not None
+    }
+    layers = sorted({layer_number(name) for name in linears})
+    if last_layers is not None:
+        if not 1 <= last_layers <= len(layers):
+            raise ValueError(
+                f"last_layers must be between 1 and {len(layers)}, the model's layers; found {last_layers}"
+            )
+        linears = {name: m for name, m in linears.items() if layer_number(name) in layers[-last_layers:]}
+    kept = {name: m for name, m in linears.items() if _matches(name, pattern)}
+    if not kept:
+        ends = sorted({name.rpartition(".")[2] for name in linears})
+        raise ValueError(f"modules must match a linear module ({', '.join(ends)} or all-linear); found {pattern!r}")
+    return kept
+
+
+def _matches(name: str, pattern: str) -> bool:
+    if pattern == "all-linear":
+        return True
+    if re.fullmatch(r"[\w,\s]+", pattern):
+        return name.rpartition(".")[2] in {part.strip() for part in pattern.split(",")}
+    return re.fullmatch(pattern, name) is not None
+
+
+def check_rank(rank: int, linears: Mapping[str, nn.Linear]) -> None:
+    """ValueError unless 1 ≤ rank ≤ the smallest dimension of the matrices that the adapter sits on."""
+    name, size = min(((n, min(m.weight.shape)) for n, m in linears.items()), key=lambda pair: pair[1])
+    if not 1 <= rank <= size:
+        raise ValueError(f"rank must be between 1 and {size}, the smallest dimension of {name}; found {rank}")
+
+
+class LowRank(nn.Module):
+    """The trainable form of one module's factors.
+
+    With a mask, the trainable parameter is the vector of the k values under it (in the order of the flattened mask), so
+    the optimiser and gradient clipping see k numbers. Entries of B off the mask stay what they were: zero for a fresh
+    adapter.
+    """
+
+    def __init__(self, factors: Factors, *, train_A: bool, mask: Tensor | None = None):
+        super().__init__()
+        self.scale = factors.scale
+        self.A = nn.Parameter(factors.A.detach().clone().float(), requires_grad=train_A)
+        dense = factors.B.detach().clone().float()
+        if mask is None:
+            self.register_buffer("positions", None)
+            self.register_buffer("rest", None)
+            self.values = nn.Parameter(dense)
+        else:
+            if mask.shape != dense.shape:
+                raise ValueError(f"mask must have the shape of B, {tuple(dense.shape)}; found {tuple(mask.shape)}")
+            self.register_buffer("positions", mask.flatten().nonzero().squeeze(1))
+            self.register_buffer("rest", dense.masked_fill(mask, 0.0))
+            self.values = nn.Parameter(dense.flatten()[self.positions])
+
+    @property
+    def B(self) -> Tensor:
+        """B (d_out × r), dense; differentiable with respect to the packed values."""
+        if self.positions is None:
+            return self.values
+        return self.rest.flatten().index_put((self.positions,), self.values).view(self.rest.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """s · B (A x) for x (… × d_in) → (… × d_out), computed in x's dtype; the factors themselves stay float32."""
+        h = F.linear(x, self.A.to(x.dtype))  # (… × r)
+        return F.linear(h, (self.B * self.scale).to(x.dtype))
+
+    def factors(self) -> Factors:
+        """A detached copy of the present factors."""
+        return Factors(self.A.detach().clone().cpu(), self.B.detach().clone().cpu(), self.scale)
+
+    def support(self) -> Tensor | None:
+        """Where B may differ from zero (bool, shape of B): the mask and what stood before; None where B is dense."""
+        if self.positions is None:
+            return None
+        where = self.rest.flatten() != 0
+        where[self.positions] = True
+        return where.view(self.rest.shape).cpu()
+
+
+class Attached:
+    """Adapters hooked onto a model's linear modules; ``detach()`` restores the model's own forward exactly."""
+
+    def __init__(self, handles: list):
+        self._handles = handles
+
+    def detach(self) -> None:
+        """Remove the hooks; calling it again does nothing."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def __enter__(self) -> Attached:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.detach()
+
+
+def attach(body: nn.Module, live: Mapping[str, LowRank], weight: float = 1.0) -> Attached:
+    """Add weight · s · B (A x) to the output of every named module; several adapters may be attached at once.
+
+    Raises ValueError for a name that the model lacks or factors whose shapes do not fit the module.
+    """
+    modules = dict(body.named_modules())
+    for name, low in live.items():
+        _check_fits(name, modules.get(name), low.A.shape, low.B.shape)
+
+    def hook_for(low: LowRank):
+        def add_update(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+            update = low(inputs[0])
+            return output + (update if weight == 1.0 else weight * update)
+
+        return add_update
+
+    return Attached([modules[name].register_forward_hook(hook_for(low)) for name, low in live.items()])
+
+
+def attach_factors(body: nn.Module, factors: Mapping[str, Factors], weight: float = 1.0) -> Attached:
+    """:func:`attach` for factors that are not trained."""
+    live = {name: LowRank(f, train_A=False).requires_grad_(False) for name, f in factors.items()}
+    return attach(body, live, weight)
+
+
+@contextmanager
+def folded_in(body: nn.Module, factors: Mapping[str, Factors], weight: float = 1.0) -> Iterator[None]:
+    """Within the block the base weights are W + weight · ΔW; on leaving, W is put back bit for bit from a kept copy."""
+    modules = dict(body.named_modules())
+    for name, f in factors.items():
+        _check_fits(name, modules.get(name), f.A.shape, f.B.shape)
+    kept = {name: modules[name].weight.detach().clone() for name in factors}
+    try:
+        with torch.no_grad():
+            for name, f in factors.items():
+                own = modules[name].weight
+                own.copy_((own.double() + weight * f.scale * (f.B.double() @ f.A.double())).to(own.dtype))
+        yield
+    finally:
+        with torch.no_grad():
+            for name, weight_before in kept.items():
+                modules[name].weight.copy_(weight_before)
+
+
+def _check_fits(name: str, module: nn.Module | None, a_shape, b_shape) -> None:
+    if not isinstance(module, nn.Linear):
+        raise ValueError(f"adapter module {name!r} must be a linear module of the model; found {type(module).__name__}")
+    d_out, d_in = module.weight.shape
+    if a_shape[1] != d_in or b_shape[0] != d_out or a_shape[0] != b_shape[1]:
+        raise ValueError(
+            f"factors of {name} must have shapes A (r × {d_in}) and B ({d_out} × r); "
+            f"found A {tuple(a_shape)} and B {tuple(b_shape)}"
+        )

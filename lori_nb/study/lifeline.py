@@ -1,0 +1,6 @@
+def environment():
+    return {}
+
+
+def start_lifeline():
+    pass

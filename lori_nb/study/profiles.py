@@ -1,0 +1,193 @@
+"""Settings of a study: a profile's YAML file, changed by what a notebook's parameter cell or the command line says.
+
+Every name is checked before any work; an unknown one is an error that names the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lori_nb.lab.methods import get_method
+from lori_nb.lab.paths import PROJECT
+from lori_nb.lab.tasks import expand_tasks, get_task
+from lori_nb.method.adapters import POLICIES
+from lori_nb.method.masks import SCOPES
+
+NOTEBOOKS = ("01_lori", "02_masks", "03_ortho_lora", "04_interference", "05_merging", "06_forgetting", "07_report")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a study needs to expand into runs. Counts are in rows and steps.
+
+    ``seed``, ``method`` and ``tasks`` take one value or a list. ``learning_rate`` maps a method, or "joint" and
+    "ortho-lora" for the
+    runs with several tasks, to AdamW's peak rate. ``first`` is the task that the forgetting study trains first; "auto"
+    is the safety task, or else
+    the first task.
+    """
+
+    profile: str
+    base: str
+    tasks: tuple[str, ...]
+    seed: tuple[int, ...]
+    method: tuple[str, ...]
+    learning_rate: Mapping[str, float]
+    rank: int
+    alpha: float
+    modules: str
+    last_layers: int | None
+    subspace: str
+    sparsity: float
+    mask_scope: str
+    sparsities: tuple[float, ...]
+    mask_tasks: tuple[str, ...]
+    steps: int
+    joint_steps: int
+    batch_size: int
+    train_rows: int
+    test_rows: int
+    shots: int
+    weights: tuple[float, ...]
+    merges: tuple[str, ...]
+    first: str
+    dtype: str
+
+
+_LISTS = {
+    "tasks": str,
+    "seed": int,
+    "method": str,
+    "sparsities": float,
+    "mask_tasks": str,
+    "weights": float,
+    "merges": str,
+}
+_NUMBERS = {
+    "rank": int,
+    "alpha": float,
+    "sparsity": float,
+    "steps": int,
+    "joint_steps": int,
+    "batch_size": int,
+    "train_rows": int,
+}
+_NUMBERS |= {"test_rows": int, "shots": int}
+
+
+def profile_folder() -> Path:
+    """Where the profiles' YAML files are."""
+    return PROJECT / "notebooks" / "profiles"
+
+
+def profile_names() -> list[str]:
+    """Profiles that have a YAML file."""
+    return sorted(path.stem for path in profile_folder().glob("*.yaml"))
+
+
+def read_profile(name: str) -> dict[str, Any]:
+    """The raw values of a profile; ValueError lists the known profiles."""
+    path = profile_folder() / f"{name}.yaml"
+    if not path.is_file():
+        raise ValueError(f"profile must be one of {', '.join(profile_names())}; found {name!r}")
+    return yaml.safe_load(path.read_text())
+
+
+def load_settings(profile: str = "quick", **changes: Any) -> Settings:
+    """The settings of a profile with some values changed.
+
+    Tasks written for encoders bring the profile's ``encoder`` section (base, layers, rates) with them.
+
+    Raises:
+        ValueError: an unknown name, or a value of the wrong type or outside its range.
+    """
+    values = {"profile": profile, **read_profile(profile)}
+    encoder = values.pop("encoder", {})
+    known = [f.name for f in fields(Settings)]
+    _check_names(list(values), known, f"profile {profile}")
+    _check_names(list(changes), known, "settings")
+    tasks = expand_tasks(_as_list(changes.get("tasks", values["tasks"])))
+    if all(get_task(task).reads == "encoder" for task in tasks) and "base" not in changes:
+        values |= encoder
+    if "tasks" in changes and "mask_tasks" not in changes:
+        values["mask_tasks"] = [task for task in values["mask_tasks"] if task in tasks] or [tasks[0]]
+    values |= changes
+    return _checked({**values, "tasks": tasks})
+
+
+def _checked(values: dict[str, Any]) -> Settings:
+    for name, kind in _LISTS.items():
+        values[name] = tuple(
+            _number(name, item, kind) if kind is not str else str(item) for item in _as_list(values[name])
+        )
+        if not values[name]:
+            raise ValueError(f"{name} must hold at least one value; found none")
+    for name, kind in _NUMBERS.items():
+        values[name] = _number(name, values[name], kind)
+    values["learning_rate"] = {
+        key: _number(f"learning_rate of {key}", v, float) for key, v in dict(values["learning_rate"]).items()
+    }
+    values["mask_tasks"] = expand_tasks(values["mask_tasks"])
+    for name in values["method"]:
+        get_method(name)
+    _among("subspace", values["subspace"], POLICIES)
+    _among("mask_scope", values["mask_scope"], tuple(SCOPES))
+    for sparsity in (values["sparsity"], *values["sparsities"]):
+        if not 0 <= sparsity < 1:
+            raise ValueError(f"sparsity must be in [0, 1); found {sparsity}")
+    if values["last_layers"] is not None:
+        values["last_layers"] = _number("last_layers", values["last_layers"], int)
+    if values["first"] == "auto":
+        safety = [task for task in values["tasks"] if get_task(task).domain == "safety"]
+        values["first"] = (safety or list(values["tasks"]))[0]
+    _among("first", values["first"], values["tasks"])
+    return Settings(**values)
+
+
+def as_parameters(settings: Settings, names: list[str]) -> dict[str, Any]:
+    """The values of some settings as a notebook's parameter cell writes them: a list of one as the one value for seed
+    and method.
+    """
+    plain = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(settings).items()}
+    for key in ("seed", "method"):
+        if len(plain[key]) == 1:
+            plain[key] = plain[key][0]
+    return {name: plain[name] for name in names}
+
+
+def _check_names(given: list[str], known: list[str], where: str) -> None:
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{where}: unknown parameter {name!r}; known are {', '.join(known)}{hint}")
+
+
+def _as_list(value: Any) -> list:
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return list(value) if isinstance(value, (list, tuple, range)) else [value]
+
+
+def _number(name: str, value: Any, kind: type) -> Any:
+    # "1e-4" arrives as text from YAML and from the command line
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be a number; found {value!r}") from None
+    if kind is int:
+        if number != int(number):
+            raise ValueError(f"{name} must be a whole number; found {value!r}")
+        return int(number)
+    return number
+
+
+def _among(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}; found {value!r}")
