@@ -75,7 +75,7 @@ def score_rows(
     head: nn.Module | None = None,
     batch_size: int = 32,
 ) -> Scored:
-    """Score every row once, none dropped, in batches of rows of similar length (the result is in the rows' own order)."""
+    """Score every row once, none dropped, in batches of similar length; the result is in the rows' own order."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
     found: dict[int, tuple[float, float, float]] = {}
     shared = common_prompt(base, rows) if states is None else 0

@@ -27,6 +27,7 @@ import pandas as pd
 import torch
 from filelock import FileLock
 
+from lori_nb.lab import ledger
 from lori_nb.lab.laboratory import Outcome, carry_out
 from lori_nb.lab.paths import PROJECT, runs_folder, write_atomically
 from lori_nb.lab.specs import RunSpec, Spec, from_payload, resolve, spec_json, to_payload, with_parents
@@ -227,18 +228,18 @@ class Store:
         return removed
 
     def table(self, specs: Iterable[Spec] | None = None) -> pd.DataFrame:
-        """One measurement a row for the finished runs among ``specs`` (None: all there are).
+        """One measurement a row for the runs among ``specs`` (None: all here) that are finished or in the ledger.
 
         ``attrs["finished"]`` and ``attrs["planned"]`` count runs, so that a figure can say "7 of 25 runs".
         """
-        wanted = self.hashes() if specs is None else [spec.hash for spec in map(resolve, specs)]
-        done = [h for h in dict.fromkeys(wanted) if (self.root / h / MANIFEST).exists()]
-        frames = [run_rows(Run(h, self.root / h)) for h in done]
-        table = (
-            pd.concat(frames, ignore_index=True)
-            if frames
-            else pd.DataFrame(columns=["run", "task", "metric", "value", "n"])
-        )
+        wanted = list(dict.fromkeys(self.hashes() if specs is None else [spec.hash for spec in map(resolve, specs)]))
+        here = [h for h in wanted if (self.root / h / MANIFEST).exists()]
+        frames = [run_rows(Run(h, self.root / h)) for h in here]
+        kept = ledger.rows_of(set(wanted) - set(here))  # measured before, here or elsewhere, and committed
+        if len(kept):
+            frames.append(kept)
+        table = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*ledger.KEY, "value", "n"])
+        done = table["run"].unique()
         table.attrs.update(finished=len(done), planned=len(set(wanted)))
         return table
 

@@ -1,0 +1,22 @@
+"""A study: a profile expands into runs, the runs are trained once, and notebooks turn them into tables and figures.
+
+What notebooks call: ``begin`` and ``collect``, then ``questions``, ``geometry`` and ``claims`` for tables and ``figures`` for plots.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+_HOMES = {"begin": "notebook", "collect": "notebook"}
+_MODULES = ("claims", "figures", "geometry", "questions")
+
+__all__ = [*_HOMES, *_MODULES]
+
+
+def __getattr__(name: str):
+    # Matplotlib and pandas come in when a notebook asks for them, so that the command line starts without them.
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 
+from lori_nb.lab import ledger
+from lori_nb.lab.paths import write_atomically
 from lori_nb.lab.runs import Store
-from lori_nb.lab.specs import RunSpec
+from lori_nb.lab.specs import RunSpec, resolve
 from lori_nb.study.plans import joint, single
 from lori_nb.study.pool import train_all
 from lori_nb.study.profiles import Settings
@@ -23,36 +26,42 @@ from lori_nb.study.profiles import Settings
 FACTOR = 2.0
 TUNE_ROWS = 128
 ROUNDS = 4  # how often a grid may be widened
-ORDER = ("lora", "lori-d", "lori-s", "joint", "ortho-lora")  # LoRI-S is calibrated by LoRI-D at its chosen rate
+RATES = 5  # learning rates a method begins with
+# Centres of the grids: frozen A and sparse B want larger steps. LoRI-S comes after LoRI-D, which calibrates it at its
+# chosen rate.
+CENTRES = {"lora": 4e-3, "lori-d": 1.6e-2, "lori-s": 3.2e-2, "joint": 4e-3, "ortho-lora": 4e-3}
 
 
-def tune(
-    settings: Settings, starts: dict[str, Sequence[float]], jobs: int = 2, store: Store | None = None
-) -> pd.DataFrame:
-    """Run the grids and return one measurement a row: method, learning_rate, task, seed, value, n, run, chosen.
+def first_grids(arms: Sequence[str] = tuple(CENTRES)) -> dict[str, list[float]]:
+    """Arm → the rates that its grid begins with; ValueError for an arm that has no centre."""
+    unknown = [arm for arm in arms if arm not in CENTRES]
+    if unknown:
+        raise ValueError(f"methods must be among {', '.join(CENTRES)}; found {unknown[0]!r}")
+    steps = range(-(RATES // 2), RATES // 2 + 1)
+    return {arm: [CENTRES[arm] * FACTOR**step for step in steps] for arm in CENTRES if arm in arms}
+
+
+def tune(settings: Settings, grids: dict[str, list[float]], jobs: int = 2, store: Store | None = None) -> pd.DataFrame:
+    """Run the grids and return one measurement a row: arm, learning_rate, task, seed, value, n, run, chosen.
 
     Args:
-        starts: method (or "joint") → the rates to begin with.
+        grids: method, or "joint" for LoRA on all tasks at once → the rates to begin with, ascending.
     """
     store = store or Store()
-    rates = {name: sorted(starts[name]) for name in ORDER if name in starts}
-    rates |= {name: sorted(values) for name, values in starts.items() if name not in rates}
     chosen = dict(settings.learning_rate)
     tables = []
-    for name in rates:
-        table, chosen[name] = _tune_one(replace(settings, learning_rate=chosen), name, rates[name], jobs, store)
+    for name, rates in grids.items():
+        table, chosen[name] = _tune_one(replace(settings, learning_rate=chosen), name, rates, jobs, store)
         tables.append(table.assign(chosen=table["learning_rate"] == chosen[name]))
-        print(
-            f"{name}: {chosen[name]:g} among {', '.join(f'{r:g}' for r in sorted(table['learning_rate'].unique()))}",
-            flush=True,
-        )
+        tried = ", ".join(f"{rate:g}" for rate in sorted(table["learning_rate"].unique()))
+        print(f"{name}: {chosen[name]:g} among {tried}", flush=True)
     return pd.concat(tables, ignore_index=True)
 
 
 def _tune_one(settings: Settings, name: str, rates: list[float], jobs: int, store: Store) -> tuple[pd.DataFrame, float]:
     for _ in range(ROUNDS):
         specs = [spec for rate in rates for spec in tuning_specs(settings, name, rate)]
-        train_all(specs, store, jobs)
+        train_all(_not_in_ledger(specs), store, jobs)
         table = store.table(specs).assign(arm=name)
         means = table.groupby("learning_rate")["value"].mean()
         best = float(means.idxmax())
@@ -79,3 +88,20 @@ def tuning_specs(settings: Settings, name: str, rate: float) -> list[RunSpec]:
 def _held_out(calibration: RunSpec | None, held_out: dict) -> RunSpec | None:
     # scored on the same split, so that the tuning of LoRI-D has done this very run already
     return None if calibration is None else replace(calibration, **held_out)
+
+
+def _not_in_ledger(specs: list[RunSpec]) -> list[RunSpec]:
+    resolved = [resolve(spec) for spec in specs]
+    known = set(ledger.read()["run"])
+    return [spec for spec in resolved if spec.hash not in known]
+
+
+def publish(table: pd.DataFrame, profile: str) -> list[Path]:
+    """Append the grids to the ledger and write the table that people read; returns the files."""
+    folder = ledger.ledger_folder().parent
+    command = f"lori-nb tune --profile {profile}"
+    added = ledger.append(table, f"tuning-{profile}", command)
+    columns = ["arm", "learning_rate", "task", "seed", "metric", "value", "n", "chosen", "run"]
+    csv = folder / f"tuning-{profile}.csv"
+    write_atomically(csv, table[columns].sort_values(columns[:4]).to_csv(index=False))
+    return [path for path in (added, csv) if path is not None]

@@ -1,0 +1,11 @@
+"""The kernel of an executed notebook: IPython's own, on a lifeline from its first moment on."""
+
+from __future__ import annotations
+
+from ipykernel.kernelapp import launch_new_instance
+
+from lori_nb.study.lifeline import start_lifeline
+
+if __name__ == "__main__":
+    start_lifeline()
+    launch_new_instance()

@@ -1,0 +1,103 @@
+"""How figures look: one style, colours that colour-blind readers tell apart, and files that come out the same every time."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from lori_nb.lab.methods import METHODS
+from lori_nb.lab.paths import write_atomically
+
+# Okabe & Ito's palette, without its yellow, which is too pale for lines on white paper
+BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, BLACK = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#56B4E9",
+    "#000000",
+)
+GREY = "#666666"
+WIDTH = 7.0  # inches: the text width of a one-column page
+FORMATS = ("pdf", "svg", "png")
+
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 6,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "figure.dpi": 110,
+    "savefig.dpi": 200,
+    "pdf.fonttype": 42,  # text stays text in the PDF
+    "svg.hashsalt": "lori-nb",  # else every saving draws new random ids
+}
+
+_LOOKS = {
+    "lora": (BLUE, "o", "-"),
+    "lori-d": (ORANGE, "s", "--"),
+    "lori-s": (GREEN, "^", "-."),
+    "ortho-lora": (VERMILLION, "D", ":"),
+    "ortho-lori-d": (PURPLE, "P", (0, (4, 1, 1, 1))),
+    "joint": (SKY, "v", "--"),
+    "null": (GREY, "x", ":"),
+}
+_SPARE = [(PURPLE, "X", "-"), (SKY, "v", "--"), (BLACK, "*", "-."), (VERMILLION, "<", (0, (5, 1))), (ORANGE, ">", ":")]
+
+
+def look_of(name: str) -> dict:
+    """Colour, marker and line style of a method or of a row of numbers; the same name always looks the same."""
+    if name in _LOOKS:
+        look = _LOOKS[name]
+    else:
+        others = [known for known in METHODS if known not in _LOOKS]
+        look = _SPARE[(others.index(name) if name in others else len(others)) % len(_SPARE)]
+    return dict(zip(("color", "marker", "linestyle"), look, strict=True))
+
+
+def title_of(name: str) -> str:
+    """A method's title for legends ("LoRI-S"); other names stay as they are."""
+    return METHODS[name].title if name in METHODS else name
+
+
+def use() -> None:
+    """Set the style for all figures of this process."""
+    mpl.rcParams.update(STYLE)
+
+
+def save(figure: Figure, folder: Path, stem: str, about: Mapping[str, str]) -> list[Path]:
+    """Write a figure as PDF, SVG and PNG, the same bytes for the same figure.
+
+    Args:
+        about: "title" and "provenance", kept in the metadata of each file.
+    """
+    title, provenance = about["title"], about["provenance"]
+    metadata = {
+        "pdf": {"Title": title, "Subject": provenance, "CreationDate": None},
+        "svg": {"Title": title, "Description": provenance, "Date": None},
+        "png": {"Title": title, "Description": provenance},
+    }
+    paths = []
+    for kind in FORMATS:
+        with io.BytesIO() as buffer, mpl.rc_context(STYLE):
+            figure.savefig(buffer, format=kind, metadata=metadata[kind])
+            path = folder / f"{stem}.{kind}"
+            write_atomically(path, buffer.getvalue())
+        paths.append(path)
+    return paths

@@ -1,0 +1,149 @@
+"""Scores and differences with their intervals: over seeds where there are several, else over the rows of the one evaluation.
+
+Rows that belong together count as one: the refusal set asks every topic in several wordings, so its n is the number of topics.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from lori_nb.analysis.statistics import Interval, proportion_interval, t_interval
+from lori_nb.lab.runs import Run
+from lori_nb.lab.tasks import Example, get_task
+from lori_nb.lab.tasks.refusal import refusal_splits
+
+SHARES = frozenset({"exact_match", "accuracy", "balanced_accuracy"})  # metrics that are shares of rows
+DEMONSTRATION = "one seed: a demonstration"
+Pair = tuple[Run, Run]
+
+
+def _topics(rows: Sequence[Example]) -> list[str]:
+    pairs = [pair for part in refusal_splits().values() for pair in part.pairs]
+    # The longest first: a topic may be the beginning of another.
+    topics = sorted((text for pair in pairs for text in (pair.harmful, pair.harmless)), key=len, reverse=True)
+    return [next((topic for topic in topics if topic in row.prompt), row.prompt) for row in rows]
+
+
+_GROUPINGS: dict[str, tuple[str, Callable[[Sequence[Example]], list[str]]]] = {"refusal": ("topics", _topics)}
+
+
+@cache
+def row_groups(task: str, rows: int, split: str = "test") -> np.ndarray:
+    """Which of the first ``rows`` rows of a task belong together (rows,): one whole number a group."""
+    if task not in _GROUPINGS:
+        return np.arange(rows)
+    return pd.factorize(np.array(_GROUPINGS[task][1](get_task(task).rows(split, rows))))[0]
+
+
+def group_word(tasks: Iterable[str]) -> str:
+    """What n counts where it does not count seeds: "rows", or "topics" when all tasks come in topics."""
+    words = {_GROUPINGS[task][0] if task in _GROUPINGS else "rows" for task in tasks}
+    return words.pop() if len(words) == 1 else "rows or topics"
+
+
+def score_interval(values: Sequence[float], metrics: set[str], groups: Sequence[int]) -> Interval:
+    """The interval of a score, or of the mean of several tasks' scores.
+
+    Args:
+        values: one (mean) score a seed. Several give a t interval over seeds.
+        metrics: of the tasks. One seed gives a Wilson interval if all are shares of rows, else no interval (NaN bounds).
+        groups: number of independent rows of every task. A mean over T tasks takes n = T · min(groups), which never makes the interval
+            too short: the variance of the mean, Σ p(1 − p)/n_t / T², is at most that of the mean share over so many rows.
+    """
+    mean = float(np.mean(values))
+    if len(values) > 1:
+        return t_interval(values)
+    n = len(groups) * min(groups)
+    if not metrics <= SHARES:
+        return Interval(mean, math.nan, math.nan, n)
+    return proportion_interval(min(mean * n, n), n)
+
+
+def summarise(table: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """One row for each combination of ``by``: value, low, high, n, what n counts (``of``), seeds, metric.
+
+    Where several tasks fall into one combination their scores are averaged first, seed by seed; seeds that lack a task are left out.
+    """
+    rows = []
+    for key, part in table.groupby(list(by), sort=False, dropna=False):
+        per_seed = part.groupby("seed")["value"].agg(["mean", "count"])
+        values = per_seed.loc[per_seed["count"] == per_seed["count"].max(), "mean"].tolist()
+        sizes = part.drop_duplicates("task")
+        groups = [len(np.unique(row_groups(t, n, s))) for t, n, s in zip(sizes.task, sizes.n, sizes.split, strict=True)]
+        interval = score_interval(values, set(part.metric), groups)
+        of = "seeds" if len(values) > 1 else group_word(sizes.task)
+        metric = part.metric.iloc[0] if part.metric.nunique() == 1 else "mean of metrics"
+        about = {"value": interval.mean, "low": interval.low, "high": interval.high, "n": interval.n, "of": of}
+        rows.append(dict(zip(by, key, strict=True)) | about | {"seeds": len(values), "metric": metric})
+    return pd.DataFrame(rows, columns=[*by, "value", "low", "high", "n", "of", "seeds", "metric"])
+
+
+def difference(pairs: dict[int, list[Pair]], tasks: Sequence[str]) -> Interval:
+    """Mean over tasks of score a − score b, paired.
+
+    Args:
+        pairs: seed → one pair of runs (a, b) a task, in the order of ``tasks``.
+        tasks: the task on which each pair is compared.
+
+    Returns:
+        Several seeds: a t interval over seeds. One seed: the difference of the metrics ± t · standard error of the paired differences of
+        rows (group by group, tasks as strata); NaN bounds where a metric is no share of rows.
+    """
+    values = [
+        float(np.mean([a.value(t) - b.value(t) for (a, b), t in zip(ps, tasks, strict=True)])) for ps in pairs.values()
+    ]
+    if len(values) != 1:
+        return t_interval(values)
+    (only,) = pairs.values()
+    strata = [_group_differences(a, b, task) for (a, b), task in zip(only, tasks, strict=True)]
+    n = sum(len(d) for d in strata)
+    if not {get_task(task).metric for task in tasks} <= SHARES or min(len(d) for d in strata) < 2:
+        return Interval(values[0], math.nan, math.nan, n)
+    error = math.sqrt(sum(float(np.var(d, ddof=1)) / len(d) for d in strata)) / len(strata)
+    reach = float(stats.t.ppf(0.975, n - len(strata))) * error
+    return Interval(values[0], values[0] - reach, values[0] + reach, n)
+
+
+def _group_differences(a: Run, b: Run, task: str) -> np.ndarray:
+    """Mean difference of correctness in every group of rows (groups,)."""
+    rows = [run.predictions.loc[run.predictions.task == task].sort_values("row") for run in (a, b)]
+    gap = rows[0]["correct"].to_numpy(float) - rows[1]["correct"].to_numpy(float)
+    groups = row_groups(task, len(gap), str(rows[0]["split"].iloc[0]))
+    return np.bincount(groups, gap) / np.bincount(groups)
+
+
+def text_of(row: pd.Series, digits: int = 2) -> str:
+    """ "0.66 [0.59, 0.72]"; the bare value where there is no interval, "–" where there is no value."""
+    if pd.isna(row["value"]):
+        return "–"
+    value = f"{row['value']:.{digits}f}"
+    return value if pd.isna(row["low"]) else f"{value} [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
+
+
+def readable(summary: pd.DataFrame, rows: str, columns: str, digits: int = 2) -> pd.DataFrame:
+    """A summary as a table of text: value [interval], one row for each ``rows``, one column for each ``columns`` with its n."""
+    order = list(dict.fromkeys(summary[columns]))
+    cells = summary.assign(text=summary.apply(text_of, axis=1, digits=digits))
+    wide = cells.pivot_table(index=rows, columns=columns, values="text", aggfunc="first", sort=False, fill_value="–")
+    titles = {name: f"{name} ({n_text(summary[summary[columns] == name])})" for name in order}
+    return wide[order].rename(columns=titles).rename_axis(columns=None)
+
+
+def n_text(summary: pd.DataFrame) -> str:
+    """ "n = 192 rows, one seed" or "n = 5 seeds", for titles."""
+    if summary.empty:
+        return "n = 0"
+    counts = sorted(set(zip(summary["n"].astype(int), summary["of"], strict=True)))
+    seeds = ", one seed" if (summary["seeds"] == 1).all() else ""
+    return "n = " + " or ".join(f"{n} {of}" for n, of in counts) + seeds
+
+
+def seeds_text(seeds: Sequence[int]) -> str:
+    """What a reader must know about the number of seeds."""
+    return DEMONSTRATION if len(set(seeds)) == 1 else f"{len(set(seeds))} seeds, t intervals over seeds"
