@@ -157,6 +157,8 @@ METRICS: dict[str, Callable[[Scored], float]] = {
     "spearman": lambda s: _correlation(stats.spearmanr, s),
 }
 
+OF_PREDICTIONS = ("f1", "matthews", "pearson", "spearman")  # these read ``predicted``, which only an encoder's head gives
+
 
 def _correlation(measure: Callable, s: Scored) -> float:
     if np.ptp(s.predicted) == 0:  # a constant prediction has no correlation; it explains nothing
@@ -174,11 +176,16 @@ def register_metric(name: str) -> Callable:
     return wrap
 
 
-def metric(name: str, scored: Scored) -> float:
+def get_metric(name: str) -> Callable[[Scored], float]:
     """The named metric; ValueError lists the known ones."""
     if name not in METRICS:
         raise ValueError(f"metric must be one of {', '.join(METRICS)}; found {name!r}")
-    return METRICS[name](scored)
+    return METRICS[name]
+
+
+def metric(name: str, scored: Scored) -> float:
+    """The value of the named metric."""
+    return get_metric(name)(scored)
 
 
 def majority_score(name: str, answers: Sequence[str], targets: Sequence[float | int | None]) -> float:

@@ -19,7 +19,7 @@ from lori_nb.lab.methods import get_method, initial_live
 from lori_nb.lab.models import Base, load_base
 from lori_nb.lab.prefix import RowStates, cached_states, split_at, suffix_body
 from lori_nb.lab.specs import MergeSpec, RunSpec, Spec, check
-from lori_nb.lab.tasks import get_task
+from lori_nb.lab.tasks import Example, get_task
 from lori_nb.lab.text import Encoded, encode_decoder_rows, encode_encoder_rows
 from lori_nb.lab.training import Report, TaskData, Trained, train
 from lori_nb.method.adapters import (
@@ -31,8 +31,6 @@ from lori_nb.method.adapters import (
     subspace_id,
     target_linears,
 )
-
-SHOTS_SEED_ROWS = 64  # the few-shot examples are the first rows of the training split
 
 
 @dataclass
@@ -55,11 +53,11 @@ def carry_out(spec: Spec, folder: Path, adapter_of: Callable[[RunSpec], Adapter]
         adapter_of: gives the adapter of a finished run.
         report: called with (stage, done, total).
     """
+    check(spec)
     return {"run": _run, "merge": _merge}[spec.kind](spec, folder, adapter_of, report)
 
 
 def _run(spec: RunSpec, folder: Path, adapter_of, report: Report) -> Outcome:
-    check(spec)
     base = load_base(spec.base, spec.dtype)
     if not get_method(spec.method).trains:
         return _score_base(spec, base, report)
@@ -112,7 +110,7 @@ def _adapter(spec: RunSpec, base: Base, live, extras: dict[str, Tensor], inherit
 
 
 def _task_data(spec: RunSpec, base: Base, name: str, first: int, report: Report) -> TaskData:
-    rows = _encoded(base.name, spec.dtype, name, "train", spec.train_rows, 0)
+    rows = _encoded(base, name, "train", spec.train_rows)
     return TaskData(name, rows, _states(base, rows, first, name, report), new_head(spec, base, name))
 
 
@@ -128,13 +126,16 @@ def new_head(spec: RunSpec, base: Base, task: str, width: int | None = None) -> 
     return head.to(base.device)
 
 
-@functools.lru_cache(maxsize=32)
-def _encoded(base_name: str, dtype: str, task: str, split: str, limit: int, shots: int) -> list[Encoded]:
-    base, rows = load_base(base_name, dtype), get_task(task).rows(split, limit)
-    if base.kind == "encoder":
-        return encode_encoder_rows(base.tokenizer, rows)
-    shown = tuple(get_task(task).rows("train", SHOTS_SEED_ROWS)[:shots]) if shots else ()
-    return encode_decoder_rows(base.tokenizer, rows, shown, max_length=512 if not shots else 2048)
+def _encoded(base: Base, task: str, split: str, limit: int, shots: int = 0) -> list[Encoded]:
+    shown = get_task(task).rows("train", shots) if shots else ()
+    return _encode(base.tokenizer, base.kind, tuple(get_task(task).rows(split, limit)), tuple(shown))
+
+
+@functools.lru_cache(maxsize=32)  # by the rows themselves: a task registered again may give others
+def _encode(tokenizer, kind: str, rows: tuple[Example, ...], shots: tuple[Example, ...]) -> list[Encoded]:
+    if kind == "encoder":
+        return encode_encoder_rows(tokenizer, rows)
+    return encode_decoder_rows(tokenizer, rows, shots, max_length=2048 if shots else 512)
 
 
 def _states(base: Base, rows: list[Encoded], first: int, task: str, report: Report) -> RowStates | None:
@@ -171,7 +172,6 @@ def _score(
     extras: Mapping[str, Tensor],
     report: Report,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    dtype = str(base.dtype).removeprefix("torch.")
     metrics, predictions = [], []
     with ExitStack() as stack:
         for factors, weight in adapters:
@@ -179,7 +179,7 @@ def _score(
             stack.enter_context(attach_factors(base.body, on_device, weight))
         for place, name in enumerate(spec.scored):
             report("scoring", place, len(spec.scored))
-            rows = _encoded(base.name, dtype, name, spec.score_on, spec.test_rows, getattr(spec, "shots", 0))
+            rows = _encoded(base, name, spec.score_on, spec.test_rows, getattr(spec, "shots", 0))
             scored = score_rows(
                 base, body, rows, _states(base, rows, first, name, report), _stored_head(base, name, extras)
             )

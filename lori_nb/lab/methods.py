@@ -12,14 +12,13 @@ which takes everything from LoRA and adds a penalty to the loss.
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from lori_nb.lab.extensions import source_digest
 from lori_nb.lab.specs import RunSpec
 from lori_nb.method.adapters import Adapter, Factors, LowRank, random_down_projection, subspace_id
 from lori_nb.method.masks import magnitude_masks
@@ -57,11 +56,8 @@ class Method:
     @property
     def source_digest(self) -> str:
         """SHA-256 of the hooks' source, so that a registered extension counts by what it does."""
-        hooks = [hook for hook in (self.penalty, self.transform, self.after_step) if hook is not None]
-        text = "\x1f".join(
-            [repr(replace(self, penalty=None, transform=None, after_step=None)), *map(inspect.getsource, hooks)]
-        )
-        return hashlib.sha256(text.encode()).hexdigest()
+        hooks = tuple(hook for hook in (self.penalty, self.transform, self.after_step) if hook is not None)
+        return source_digest(hooks, repr(replace(self, penalty=None, transform=None, after_step=None)))
 
 
 METHODS: dict[str, Method] = {
@@ -137,8 +133,6 @@ def calibrated_masks(spec: RunSpec, adapter_of: Callable[[RunSpec], Adapter]) ->
     """The mask on every B: the entries that the calibration run moved most from where it began (|B| when it began at
     zero).
     """
-    if spec.calibration is None:
-        raise ValueError(f"calibration must be a run for method {spec.method!r}; found none")
     moved = {name: f.B for name, f in adapter_of(spec.calibration).factors.items()}
     if spec.calibration.start is not None:
         before = adapter_of(spec.calibration.start).factors

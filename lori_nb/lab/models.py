@@ -178,6 +178,7 @@ def base_config(name: str) -> PretrainedConfig:
         raise _unreachable(name, error) from error
 
 
+@functools.lru_cache(maxsize=8)
 def empty_body(name: str) -> nn.Module:
     """The base's body on the meta device: shapes and names without memory."""
     with torch.device("meta"):

@@ -168,17 +168,19 @@ def _fill(base: Base, rows: Sequence[Encoded], first: int, folder: Path, progres
     offsets = np.concatenate([[0], np.cumsum([len(row.ids) for row in rows])])
     plain = np.uint16 if base.dtype == torch.bfloat16 else np.float32  # numpy has no bfloat16
     partial = folder / "states.partial.npy"
-    flat = np.lib.format.open_memmap(partial, mode="w+", dtype=plain, shape=(int(offsets[-1]), base.width))
+    header = {"descr": np.dtype(plain).str, "fortran_order": False, "shape": (int(offsets[-1]), base.width)}
     length = max(len(row.ids) for row in rows)
-    for start in range(0, len(rows), CHUNK):
-        chunk = list(rows[start : start + CHUNK])
-        padded = chunk + [chunk[-1]] * (CHUNK - len(chunk))  # a last chunk of the same shape as the others
-        states = hidden_at(base, collate(padded, base.tokenizer.pad_token_id, length).to(base.device), first).cpu()
-        as_plain = states.view(torch.uint16) if plain is np.uint16 else states
-        for i, row in enumerate(chunk):
-            flat[offsets[start + i] : offsets[start + i + 1]] = as_plain[i, : len(row.ids)].numpy()
-        progress(start + len(chunk), len(rows))
-    flat.flush()
+    # Written in order and not through a memory map: on a full disk a write to a map kills the process.
+    with partial.open("wb") as file:
+        np.lib.format.write_array_header_2_0(file, header)
+        for start in range(0, len(rows), CHUNK):
+            chunk = list(rows[start : start + CHUNK])
+            padded = chunk + [chunk[-1]] * (CHUNK - len(chunk))  # a last chunk of the same shape as the others
+            states = hidden_at(base, collate(padded, base.tokenizer.pad_token_id, length).to(base.device), first).cpu()
+            as_plain = states.view(torch.uint16) if plain is np.uint16 else states
+            for i, row in enumerate(chunk):
+                file.write(as_plain[i, : len(row.ids)].contiguous().numpy().tobytes())
+            progress(start + len(chunk), len(rows))
     os.replace(partial, folder / "states.npy")
     np.save(folder / "offsets.partial.npy", offsets)
     os.replace(folder / "offsets.partial.npy", folder / "offsets.npy")

@@ -26,6 +26,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 
 from lori_nb.lab import ledger
 from lori_nb.lab.laboratory import Outcome, carry_out
@@ -123,7 +124,7 @@ class Store:
             raise FileNotFoundError(f"run {spec_hash} is not finished in {self.root}")
         try:
             sums = json.loads((folder / MANIFEST).read_text())["files"]
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             return [f"{MANIFEST} cannot be read"]
         missing = [f"{name} is missing" for name in sums if not (folder / name).exists()]
         return missing + [
@@ -165,8 +166,8 @@ class Store:
         try:
             outcome = carry_out(spec, folder, self.adapter_of, report)
             self._keep(spec, outcome, folder, started)
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
+        except (OSError, SafetensorError) as error:
+            if not _is_disk_full(error):
                 raise
             raise DiskFullError(
                 errno.ENOSPC,
@@ -190,7 +191,9 @@ class Store:
         kept = [p for p in folder.iterdir() if p.is_file() and not p.name.startswith((MANIFEST, "checkpoint", "."))]
         sums = {path.name: _checksum(path) for path in sorted(kept)}
         write_atomically(folder / MANIFEST, json.dumps({"hash": spec.hash, "files": sums}, indent=1))
-        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+        for path in folder.iterdir():  # the checkpoint, and what a killed process left half written
+            if path.name not in {*sums, MANIFEST}:
+                path.unlink()
 
     def _set_aside(self, spec_hash: str) -> Path:
         target = self.root / "damaged" / f"{spec_hash}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -212,7 +215,7 @@ class Store:
         )
 
     def clean(self) -> list[Path]:
-        """Remove unfinished and set-aside runs that nobody is working on, and stale locks; returns what was removed."""
+        """Remove set-aside runs, and unfinished ones that nobody is working on; returns what was removed."""
         removed = []
         for name in self.unfinished():
             lock = FileLock(self.root / f"{name}.lock", timeout=0)
@@ -306,6 +309,11 @@ def source_digest() -> str:
     for path in sorted((PROJECT / "lori_nb").rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def _is_disk_full(error: Exception) -> bool:
+    # safetensors, which writes a dequantized base, reports the system's error as text
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
 
 
 def _version(package: str) -> str | None:

@@ -11,15 +11,22 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import ClassVar
 
+from lori_nb.analysis.merging import MERGE_METHODS
 from lori_nb.lab import evaluation, prefix, text
+from lori_nb.lab.extensions import is_own, source_digest
 from lori_nb.lab.models import base_digest, base_kind, resolve_dtype
-from lori_nb.lab.tasks import get_task, rows_digest
+from lori_nb.lab.tasks import SPLITS, get_task, rows_digest
+from lori_nb.lab.tasks.reading import DATA_VARIABLE
+from lori_nb.method.adapters import POLICIES
+from lori_nb.method.masks import SCOPES
 
 RECIPE = 1  # of the training loop; raise when the same spec gives another adapter
+OPTIONS = ("grouping", "reduction", "order", "reference")  # switches of Ortho-LoRA
 
 
 def recipes() -> dict[str, int]:
@@ -145,47 +152,57 @@ def resolve(spec: Spec) -> Spec:
     """The spec with its parents resolved, dtype settled, and the digests of base, rows and recipes filled in."""
     if spec.digests:
         return spec
+    check(spec)
     if isinstance(spec, MergeSpec):
         parts = tuple(resolve(part) for part in spec.parts)
-        return replace(spec, parts=parts, digests=_rows_digests(spec, parts[0].scored and ()) + _recipe_digests())
+        digests = (*_rows_digests(spec, ()), *_recipe_digests(), *_extension_digests(spec))
+        return replace(spec, parts=parts, digests=digests)
     start = resolve(spec.start) if spec.start else None
     calibration = resolve(spec.calibration) if spec.calibration else None
     digests = (
         ("base", base_digest(spec.base)),
         *_rows_digests(spec, spec.tasks),
         *_recipe_digests(),
-        *_source_digest(spec),
+        *_extension_digests(spec),
     )
     return replace(spec, dtype=resolve_dtype(spec.dtype), start=start, calibration=calibration, digests=digests)
 
 
 def _rows_digests(spec: Spec, trained: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     trains = getattr(spec, "steps", 0) > 0 or getattr(spec, "shots", 0) > 0
-    train = [(f"train:{name}", _digest_of_rows(name, "train", spec.train_rows)) for name in trained if trains]
+    needed = max(getattr(spec, "train_rows", 0), getattr(spec, "shots", 0))  # few-shot examples are training rows
+    train = [(f"train:{name}", _digest_of_rows(name, "train", needed)) for name in trained if trains]
     return (
         *train,
         *((f"{spec.score_on}:{name}", _digest_of_rows(name, spec.score_on, spec.test_rows)) for name in spec.scored),
     )
 
 
-@functools.lru_cache(maxsize=256)
-def _rows_digest_of_source(name: str, split: str, limit: int, source_digest: str) -> str:
-    return rows_digest(get_task(name).rows(split, limit))
-
-
 def _digest_of_rows(name: str, split: str, limit: int) -> str:
-    return _rows_digest_of_source(name, split, limit, get_task(name).source_digest)
+    return _rows_digest_from(name, split, limit, get_task(name).load, os.environ.get(DATA_VARIABLE))
+
+
+@functools.lru_cache(maxsize=1024)  # keyed by the loader too: a task may be registered again
+def _rows_digest_from(name: str, split: str, limit: int, load: Callable, folder: str | None) -> str:
+    return rows_digest(get_task(name).rows(split, limit))
 
 
 def _recipe_digests() -> tuple[tuple[str, str], ...]:
     return tuple((f"recipe:{name}", str(number)) for name, number in recipes().items())
 
 
-def _source_digest(spec: RunSpec) -> tuple[tuple[str, str], ...]:
+def _extension_digests(spec: Spec) -> tuple[tuple[str, str], ...]:
+    """Digests of the source of what was registered from outside the package; the kit's own parts count by recipe."""
     from lori_nb.lab.methods import get_method  # methods build on specs
 
-    method = get_method(spec.method)
-    return () if method.built_in else (("method", method.source_digest),)
+    tasks = [get_task(name) for name in dict.fromkeys((*spec.tasks, *spec.scored))]
+    functions = {f"metric:{task.metric}": evaluation.get_metric(task.metric) for task in tasks}
+    found = [(f"task:{task.name}", task.source_digest) for task in tasks if not is_own(task.load)]
+    if isinstance(spec, MergeSpec):
+        functions[f"merge:{spec.merge}"] = MERGE_METHODS[spec.merge]
+    elif not get_method(spec.method).built_in:
+        found.append(("method", get_method(spec.method).source_digest))
+    return (*found, *((label, source_digest((f,))) for label, f in functions.items() if not is_own(f)))
 
 
 def spec_json(spec: Spec) -> dict:
@@ -254,31 +271,69 @@ def from_payload(data: dict | None) -> Spec | None:
     return RunSpec(**{**data, **changed})
 
 
-def check(spec: RunSpec) -> None:
-    """ValueError for a setting outside its range, before any work; the message names it, what was required and what was
-    found.
-    """
-    whole = {
-        "rank": spec.rank,
-        "batch_size": spec.batch_size,
-        "train_rows": spec.train_rows,
-        "test_rows": spec.test_rows,
-    }
-    for name, value in whole.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1; found {value}")
-    for name, value in {"steps": spec.steps, "shots": spec.shots, "seed": spec.seed}.items():
-        if value < 0:
-            raise ValueError(f"{name} must be at least 0; found {value}")
-    if not 0 <= spec.sparsity < 1:
-        raise ValueError(f"sparsity must be in [0, 1); found {spec.sparsity}")
-    if spec.method != "base" and not spec.learning_rate > 0:
-        raise ValueError(f"learning_rate must be above 0; found {spec.learning_rate}")
-    if spec.batch_size < len(spec.tasks):
-        raise ValueError(f"batch_size must be at least one row a task, {len(spec.tasks)}; found {spec.batch_size}")
+def check(spec: Spec) -> None:
+    """ValueError for a setting outside its range, before any work; the message names it, what was required and what was found."""
+    {"run": _check_run, "merge": _check_merge}[spec.kind](spec)
+    _require("test_rows", spec.test_rows, spec.test_rows >= 1, "at least 1")
+    _require("score_on", spec.score_on, spec.score_on in SPLITS, f"one of {', '.join(SPLITS)}")
+    _check_tasks(spec)
+
+
+def _require(name: str, found: object, good: bool, wanted: str) -> None:
+    if not good:
+        raise ValueError(f"{name} must be {wanted}; found {found!r}")
+
+
+def _check_run(spec: RunSpec) -> None:
+    for name in ("rank", "batch_size", "train_rows"):
+        _require(name, getattr(spec, name), getattr(spec, name) >= 1, "at least 1")
+    for name in ("steps", "shots", "seed", "weight_decay"):
+        _require(name, getattr(spec, name), getattr(spec, name) >= 0, "at least 0")
+    for name in ("alpha", "clip") if spec.method == "base" else ("learning_rate", "alpha", "clip"):
+        _require(name, getattr(spec, name), getattr(spec, name) > 0, "above 0")
+    _require("warmup", spec.warmup, 0 <= spec.warmup <= 1, "in [0, 1], a share of the steps")
+    _require("sparsity", spec.sparsity, 0 <= spec.sparsity < 1, "in [0, 1)")
+    for name, known in (("subspace", POLICIES), ("mask_scope", tuple(SCOPES))):
+        _require(name, getattr(spec, name), getattr(spec, name) in known, f"one of {', '.join(known)}")
+    for name, _ in spec.options:
+        _require("options", name, name in OPTIONS, f"among {', '.join(OPTIONS)}")
+    _require("tasks", spec.tasks, len(spec.tasks) >= 1, "at least one")
+    least = len(spec.tasks)
+    _require("batch_size", spec.batch_size, spec.batch_size >= least, f"at least one row a task, {least}")
+    _check_parents(spec)
+
+
+def _check_parents(spec: RunSpec) -> None:
+    from lori_nb.lab.methods import get_method  # methods build on specs
+
+    if get_method(spec.method).masked and spec.calibration is None:
+        raise ValueError(f"calibration must be a run for method {spec.method!r}; found none")
+    same = ("base", "rank", "modules", "last_layers")
+    for place, parent, names in (("start", spec.start, (*same, "alpha")), ("calibration", spec.calibration, same)):
+        for name in names if parent is not None else ():
+            own, theirs = getattr(spec, name), getattr(parent, name)
+            _require(f"{name} of the {place} run", theirs, own == theirs, f"that of the run itself, {own!r}")
+
+
+def _check_merge(spec: MergeSpec) -> None:
+    _require("parts", spec.parts, len(spec.parts) >= 1, "at least one run")
+    _require("weights", spec.weights, len(spec.weights) == len(spec.parts), f"{len(spec.parts)} numbers, one a part")
+    _require("merge", spec.merge, spec.merge in MERGE_METHODS, f"one of {', '.join(sorted(MERGE_METHODS))}")
+    bases = {(part.base, part.last_layers) for part in spec.parts}
+    _require("parts", sorted(map(str, bases)), len(bases) == 1, "runs with one base and the same last_layers")
+
+
+def _check_tasks(spec: Spec) -> None:
     kind = base_kind(spec.base)
     for name in dict.fromkeys((*spec.tasks, *spec.scored)):
-        if kind == "encoder" and get_task(name).reads != "encoder":
+        task = get_task(name)
+        evaluation.get_metric(task.metric)
+        if kind == "encoder" and task.reads != "encoder":
             raise ValueError(
-                f"task {name!r} must have labels or scores for the encoder {spec.base}; it has free answers"
+                f"task {name!r} must be a classification or regression task for the encoder {spec.base}; it has free answers"
+            )
+        if kind == "decoder" and task.metric in evaluation.OF_PREDICTIONS:
+            raise ValueError(
+                f"task {name!r} must have a metric of right and wrong answers for the decoder {spec.base}; "
+                f"{task.metric} needs an encoder's predictions"
             )

@@ -7,21 +7,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from lori_nb.lab.evaluation import logits_at, task_loss
 from lori_nb.lab.methods import Live, Method, get_method
 from lori_nb.lab.models import Base
+from lori_nb.lab.paths import write_atomically
 from lori_nb.lab.prefix import RowStates
 from lori_nb.lab.specs import RunSpec
 from lori_nb.lab.text import Batch, Encoded, collate
@@ -34,7 +35,7 @@ Report = Callable[[str, int, int], None]
 
 
 class NonFiniteLossError(ArithmeticError):
-    """The loss of a task became infinite or NaN; the last good checkpoint is kept."""
+    """A task's loss or the gradient became infinite or NaN; the last good checkpoint is kept."""
 
 
 @dataclass
@@ -88,7 +89,7 @@ def learning_rate_at(step: int, spec: RunSpec) -> float:
 def train(
     spec: RunSpec, base: Base, body: nn.Module, live: Live, tasks: Sequence[TaskData], checkpoint: Path, report: Report
 ) -> Trained:
-    """Train ``live`` in place, from its checkpoint if there is one.
+    """Train ``live`` in place, from its checkpoint if there is one that can be read (else with a warning).
 
     Raises:
         NonFiniteLossError: names task and step; nothing after the last finite look is kept.
@@ -96,11 +97,7 @@ def train(
     started = time.perf_counter()
     named = named_parameters(live, tasks)
     optimiser = torch.optim.AdamW(named.values(), lr=spec.learning_rate, weight_decay=spec.weight_decay)
-    state = (
-        _restore(checkpoint, named, optimiser)
-        if checkpoint.exists()
-        else {"step": 0, "history": [], "conflicts": [], "seconds": 0.0}
-    )
+    state = _restore(checkpoint, named, optimiser) or {"step": 0, "history": [], "conflicts": [], "seconds": 0.0}
     history, conflicts, first = state["history"], state["conflicts"], state["step"]
     chosen, pending, saved = get_method(spec.method), [], started
     handle = attach(base.body, live)
@@ -236,12 +233,8 @@ def observe_conflicts(spec, base, body, live, tasks: Sequence[TaskData], step: i
 
 def _look(pending: list[dict], tasks: Sequence[TaskData]) -> list[dict]:
     losses = torch.stack([entry["losses"] for entry in pending]).cpu()  # (steps × T), the one wait for the device
-    bad = (~torch.isfinite(losses)).nonzero()
-    if len(bad):
-        step, task = pending[int(bad[0, 0])]["step"], tasks[int(bad[0, 1])].name
-        raise NonFiniteLossError(
-            f"loss of task {task!r} must be finite; found {losses[tuple(bad[0])].item()} at step {step}"
-        )
+    norms = torch.stack([entry["norm"] for entry in pending]).cpu()
+    _check_finite(losses, norms, [entry["step"] for entry in pending], [task.name for task in tasks])
     return [
         {
             "step": entry["step"],
@@ -255,21 +248,42 @@ def _look(pending: list[dict], tasks: Sequence[TaskData]) -> list[dict]:
     ]
 
 
+def _check_finite(losses: Tensor, norms: Tensor, steps: list[int], names: list[str]) -> None:
+    """NonFiniteLossError for the first step whose losses (steps × T) or gradient norm (steps) are not finite.
+
+    A finite loss can have an infinite gradient, after which no parameter is good.
+    """
+    good = torch.isfinite(losses)
+    for i, step in enumerate(steps):
+        for name, loss, fine in zip(names, losses[i].tolist(), good[i].tolist(), strict=True):
+            if not fine:
+                raise NonFiniteLossError(f"loss of task {name!r} must be finite; found {loss} at step {step}")
+        if not torch.isfinite(norms[i]):
+            raise NonFiniteLossError(
+                f"gradient norm of task {'+'.join(names)!r} must be finite; found {norms[i].item()} at step {step}"
+            )
+
+
 def _save(path: Path, named: Mapping[str, nn.Parameter], optimiser: torch.optim.Optimizer, about: dict) -> None:
     tensors = {}
     for name, parameter in named.items():
         tensors[f"{name}|value"] = parameter.detach().cpu()
         for key, value in optimiser.state[parameter].items():
             tensors[f"{name}|{key}"] = value.detach().cpu()
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"about": json.dumps(about)})
-    os.replace(partial, path)
+    write_atomically(path, save(tensors, metadata={"about": json.dumps(about)}))
 
 
-def _restore(path: Path, named: Mapping[str, nn.Parameter], optimiser: torch.optim.Optimizer) -> dict:
-    with safe_open(path, framework="pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-        about = json.loads(file.metadata()["about"])
+def _restore(path: Path, named: Mapping[str, nn.Parameter], optimiser: torch.optim.Optimizer) -> dict | None:
+    """Put a checkpoint's values back and return what it says of itself; None where there is none that can be read."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+            about = json.loads(file.metadata()["about"])
+    except SafetensorError as error:
+        warnings.warn(f"{path} is damaged ({error}); training starts anew", stacklevel=3)
+        return None
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(tensors[f"{name}|value"])

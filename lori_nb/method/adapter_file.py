@@ -13,8 +13,8 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from lori_nb.method.adapters import Adapter, Factors, random_down_projection
@@ -52,18 +52,13 @@ def save_adapter(adapter: Adapter, path: Path) -> None:
     if adapter.frozen_A:
         header["fingerprint"] = fingerprint(adapter.factors)
     partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"lori_nb": json.dumps(header, sort_keys=True)})
+    partial.write_bytes(save(tensors, metadata={"lori_nb": json.dumps(header, sort_keys=True)}))
     os.replace(partial, path)
 
 
 def load_adapter(path: Path) -> Adapter:
-    """Read an adapter; ValueError when the file is no adapter or a redrawn A does not match the stored fingerprint."""
-    with safe_open(path, framework="pt") as file:
-        about = (file.metadata() or {}).get("lori_nb")
-        if about is None:
-            raise ValueError(f"{path} must be an adapter written by this kit; found no lori_nb header")
-        header = json.loads(about)
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    """Read an adapter; ValueError when it is no adapter, is cut short, or its redrawn A does not match the fingerprint."""
+    header, tensors = _read(path)
     factors, masks = {}, {}
     for name, shape in header["modules"].items():
         A = (
@@ -87,8 +82,23 @@ def load_adapter(path: Path) -> Adapter:
     )
 
 
+def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = (file.metadata() or {}).get("lori_nb")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    except SafetensorError as error:
+        raise ValueError(f"{path} must be a whole safetensors file; found: {error}") from error
+    if about is None:
+        raise ValueError(f"{path} must be an adapter written by this kit; found no lori_nb header")
+    header = json.loads(about)
+    if header["format"] != FORMAT:
+        raise ValueError(f"{path} must have format {FORMAT}; found {header['format']}")
+    return header, tensors
+
+
 def adapter_hash(adapter: Adapter) -> str:
-    """SHA-256 over the names and bits of all factors and extras; equal adapters, and only those, share it."""
+    """SHA-256 over the names and bits of all factors A and B and all extras."""
     digest = hashlib.sha256()
     named = {f"{n}.{part}": getattr(f, part) for n, f in adapter.factors.items() for part in "AB"} | adapter.extras
     for name in sorted(named):

@@ -106,12 +106,16 @@ def target_linears(
         last_layers: only the last so many layers; None for all.
 
     Raises:
-        ValueError: the pattern matches nothing, or there are fewer layers than asked for.
+        ValueError: no linear module stands in a layer, the pattern matches none, or there are fewer layers than asked for.
     """
     linears = {
         name: m for name, m in body.named_modules() if isinstance(m, nn.Linear) and layer_number(name) is not None
     }
     layers = sorted({layer_number(name) for name in linears})
+    if not layers:
+        raise ValueError(
+            f"the model must have linear modules inside numbered layers; found none in {type(body).__name__}"
+        )
     if last_layers is not None:
         if not 1 <= last_layers <= len(layers):
             raise ValueError(

@@ -1,7 +1,7 @@
 """A lifeline from every process of a study to the one that started it: when the owner is gone, the process ends.
 
-A process killed with SIGKILL cannot clean up after itself, and notebook kernels live in a process group of their own. So each process
-that a study starts watches its owner instead, twice a second, and ends with all that it has started itself.
+A process killed with SIGKILL cannot clean up after itself, and notebook kernels live in a process group of their own.
+So each process that a study starts watches its owner instead, twice a second, and ends with all that it has started.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def hold_on_to(owner_pid: int, created: float | None = None) -> None:
 
 
 def hold_on_to_maker() -> None:
-    """Hang on the process that ``LORI_NB_OWNER_PID`` names, if any; the children of this process do not inherit that."""
+    """Hang on the process that ``LORI_NB_OWNER_PID`` names, if any; children do not inherit that."""
     maker = os.environ.pop(OWNER_PID, "")
     if maker and not maker.isdecimal():
         raise ValueError(f"{OWNER_PID} must be a process id; found {maker!r}")

@@ -1,7 +1,7 @@
 """Strict reading of a notebook's parameter cell: what may be set, what it is by default, and why.
 
-papermill itself only warns about an unknown parameter and runs with the defaults, and its inspection skips some lines. Here the cell is
-parsed, and anything that does not fit is an error before anything runs.
+papermill itself only warns about an unknown parameter and runs with the defaults, and its inspection skips some lines.
+Here the cell is parsed, and anything that does not fit is an error before anything runs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def read_parameters(path: Path) -> dict[str, Parameter]:
     """The parameters of a notebook, in order.
 
     Raises:
-        ValueError: not exactly one cell is tagged ``parameters``, or it holds more than literals; the message names the line.
+        ValueError: not exactly one cell is tagged ``parameters``, or it holds more than literals (names the line).
     """
     cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
     tagged = [c for c in cells if c["cell_type"] == "code" and TAG in c["metadata"].get("tags", [])]
@@ -66,7 +66,7 @@ def check_parameters(path: Path, given: Mapping[str, Any]) -> None:
 
 
 def parse_value(text: str) -> Any:
-    """A value as the command line writes it: a Python literal, a bracketed list with or without quotes, else the text itself."""
+    """A value as the command line writes it: a Python literal, a bracketed list of bare words, else the text itself."""
     text = text.strip()
     try:
         return ast.literal_eval(text)

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from lori_nb.analysis.merging import MERGE_METHODS
 from lori_nb.lab.methods import get_method
 from lori_nb.lab.paths import PROJECT
 from lori_nb.lab.tasks import expand_tasks, get_task
@@ -136,6 +137,8 @@ def _checked(values: dict[str, Any]) -> Settings:
     values["mask_tasks"] = expand_tasks(values["mask_tasks"])
     for name in values["method"]:
         get_method(name)
+    for name in values["merges"]:
+        _among("merge", name, tuple(MERGE_METHODS))
     _among("subspace", values["subspace"], POLICIES)
     _among("mask_scope", values["mask_scope"], tuple(SCOPES))
     for sparsity in (values["sparsity"], *values["sparsities"]):

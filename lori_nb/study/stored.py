@@ -1,4 +1,4 @@
-"""What is kept of an executed notebook: outputs without noise or traces of the machine, provenance, and a footer that shows it."""
+"""What is kept of an executed notebook: outputs without noise or traces of the machine, provenance, and a footer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import nbformat
 from nbformat import NotebookNode
 
 from lori_nb.lab.paths import PROJECT, data_folder, write_atomically
-from lori_nb.study.parameters import TAG
 
 RECORD = "application/vnd.lori-nb+json"  # an output that carries facts from the kernel to the notebook's metadata
 KEY = "lori_nb"
@@ -86,7 +85,7 @@ def _without_bars(text: str) -> str:
 
 
 def without_paths(value: Any) -> Any:
-    """Text, or lists and mappings of text, with the project's root as ".", other known folders by name, and the home as "~"."""
+    """Text, or lists and mappings of text, with the project's root as ".", the home as "~", other folders by name."""
     if isinstance(value, str):
         value = _CELL_FILE.sub("<cell>", value)
         for path, name in _known_folders():
@@ -99,8 +98,9 @@ def without_paths(value: Any) -> Any:
 
 def _known_folders() -> list[tuple[str, str]]:
     named = [(data_folder(), "data"), (PROJECT, "."), (Path(sys.prefix), "<environment>"), (Path.home(), "~")]
-    inside = [(folder, name) for folder, name in named if name in {".", "~"} or not folder.is_relative_to(PROJECT)]
-    folders = {str(f): name for folder, name in inside for f in (folder.absolute(), folder.resolve()) if f != Path("/")}
+    # what lies inside the project reads best relative to it
+    kept = [(f.absolute(), name) for f, name in named if name in {".", "~"} or not f.resolve().is_relative_to(PROJECT)]
+    folders = {str(f): name for folder, name in kept for f in (folder, folder.resolve()) if f != Path("/")}
     return sorted(folders.items(), key=lambda pair: -len(pair[0]))
 
 
@@ -154,7 +154,9 @@ def publish(executed: Path, notebook: Path) -> None:
     """
     done, target = clean(read_notebook(executed)), read_notebook(notebook)
     if notebook_digest(done) != notebook_digest(target):
-        raise ValueError(f"notebook {notebook.name} must be unchanged since it was executed; found other cells in {executed.name}")
+        raise ValueError(
+            f"notebook {notebook.name} must be unchanged since it was executed; found other cells in {executed.name}"
+        )
     ran = [c for c in done.cells if not {INJECTED, FOOTER} & set(c.metadata.get("tags", []))]
     target.cells = [c for c in target.cells if FOOTER not in c.metadata.get("tags", [])]
     count = 0

@@ -12,11 +12,12 @@ registered by a decorated function that yields the rows of one split, in a fixed
 from __future__ import annotations
 
 import hashlib
-import inspect
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+
+from lori_nb.lab.extensions import source_digest
 
 SPLITS = ("train", "tune", "test")
 
@@ -81,8 +82,8 @@ class Task:
 
     @property
     def source_digest(self) -> str:
-        """SHA-256 of the loader's source; a task registered outside the package counts by it."""
-        return hashlib.sha256(inspect.getsource(self.load).encode()).hexdigest()
+        """SHA-256 of the loader's source, the metric and the labels; a task registered outside the package counts by it."""
+        return source_digest((self.load,), f"{self.metric}|{self.labels}|{self.reads}")
 
 
 def rows_digest(rows: Iterable[Example]) -> str:

@@ -1,0 +1,194 @@
+"""The papers' claims beside what was measured here, with verdicts by fixed rules.
+
+Every claim is a difference with an interval and a requirement. *Above*: the difference must exceed 0. *Not below*: it must not fall short by more than
+``TOLERANCE``. The verdict is "held" when the whole interval meets the requirement, "not held" when the whole interval misses it, and
+"cannot tell" otherwise. Claims are given in words; the papers' own numbers belong to other models and tasks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pandas as pd
+
+from lori_nb.analysis.statistics import Interval, t_interval
+from lori_nb.lab.specs import MergeSpec
+from lori_nb.study import geometry, questions
+from lori_nb.study.notebook import Results
+from lori_nb.study.plans import single
+from lori_nb.study.summary import DEMONSTRATION, difference
+
+TOLERANCE = 0.05  # five points: what "matches" may cost here, a choice of this kit and not of the papers
+LORI, ORTHO_LORA = "arXiv 2504.07448", "arXiv 2601.09684"
+Measured = tuple[Interval, str, int]  # interval, what its n counts, number of seeds
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim in words, the measured difference that tests it, and how that difference is computed (None: runs are missing)."""
+
+    paper: str
+    words: str
+    measured_as: str
+    least: float
+    measure: Callable[[Results], Measured | None]
+
+
+def verdict(interval: Interval, least: float) -> str:
+    """ "held", "not held", or "cannot tell" with the reason."""
+    if math.isnan(interval.low):
+        return "cannot tell (no interval)"
+    if interval.low > least:
+        return "held"
+    if interval.high < least:
+        return "not held"
+    return f"cannot tell (the interval includes {least:+g})"
+
+
+def _methods(a: str, b: str) -> Callable[[Results], Measured | None]:
+    def measure(results: Results) -> Measured | None:
+        settings = results.settings
+        pairs = questions.run_pairs(
+            results,
+            lambda seed: [single(settings, a, task, seed) for task in settings.tasks],
+            lambda seed: [single(settings, b, task, seed) for task in settings.tasks],
+        )
+        return _difference(pairs, list(settings.tasks))
+
+    return _needs(measure, a, b)
+
+
+def _merges(a: str, b: str) -> Callable[[Results], Measured | None]:
+    def measure(results: Results) -> Measured | None:
+        settings = results.settings
+        best = {
+            row.method: (row.merge, row.weight)
+            for row in questions.best_weights(results).sort_values("value").itertuples()
+        }
+        if not {a, b} <= set(best):
+            return None
+
+        def merged(method: str, seed: int) -> list[MergeSpec]:
+            merge, weight = best[method]
+            parts = tuple(single(settings, method, task, seed) for task in settings.tasks)
+            return [MergeSpec(parts, (weight,) * len(parts), merge, settings.test_rows)] * len(parts)
+
+        pairs = questions.run_pairs(results, lambda seed: merged(a, seed), lambda seed: merged(b, seed))
+        return _difference(pairs, list(settings.tasks))
+
+    return _needs(measure, a, b)
+
+
+def _kept_first(a: str, b: str) -> Callable[[Results], Measured | None]:
+    def measure(results: Results) -> Measured | None:
+        settings = results.settings
+        later = questions.later_tasks(settings)
+        pairs = questions.run_pairs(
+            results,
+            lambda seed: [questions.continued(settings, a, task, seed)[1] for task in later],
+            lambda seed: [questions.continued(settings, b, task, seed)[1] for task in later],
+        )
+        return _difference(pairs, [settings.first] * len(later)) if later else None
+
+    return _needs(measure, a, b)
+
+
+def _arrangements(a: str, b: str) -> Callable[[Results], Measured | None]:
+    def measure(results: Results) -> Measured | None:
+        pairs = questions.run_pairs(
+            results,
+            lambda seed: questions.arrangement_specs(results.settings, seed)[a],
+            lambda seed: questions.arrangement_specs(results.settings, seed)[b],
+        )
+        return _difference(pairs, list(results.settings.tasks))
+
+    return measure
+
+
+def _excess_overlap(a: str, b: str, measure_name: str) -> Callable[[Results], Measured | None]:
+    def measure(results: Results) -> Measured | None:
+        table = geometry.overlaps(results)
+        chosen = table[(table["measure"] == measure_name) & table["method"].isin([a, b])].dropna(subset="value")
+        if chosen["method"].nunique() < 2:
+            return None
+        seeds = chosen["seed"].nunique()
+        unit = ["seed"] if seeds > 1 else ["adapter_a", "adapter_b"]
+        magnitude = chosen.assign(value=chosen["value"].abs())
+        wide = magnitude.pivot_table(index=unit, columns="method", values="value").dropna()
+        return t_interval(wide[b] - wide[a]), "seeds" if seeds > 1 else "pairs of tasks", seeds
+
+    return _needs(measure, a, b)
+
+
+def _excess_conflict(results: Results) -> Measured | None:
+    rates = questions.conflict_rates(results)
+    if rates["pairs"].nunique() < 2:
+        return None
+    return *questions.excess_conflict(rates), rates["seed"].nunique()
+
+
+def _needs(measure: Callable, *methods: str) -> Callable[[Results], Measured | None]:
+    return lambda results: measure(results) if set(methods) <= set(results.settings.method) else None
+
+
+def _difference(pairs: dict, tasks: list[str]) -> Measured | None:
+    return (difference(pairs, tasks), questions.unit_of(pairs, tasks), len(pairs)) if pairs else None
+
+
+CLAIMS = (
+    Claim(LORI, "With A frozen at random, training B alone matches LoRA.", "LoRI-D − LoRA, mean score", -TOLERANCE, _methods("lori-d", "lora")),
+    Claim(LORI, "A sparse B under a task mask still matches LoRA.", "LoRI-S − LoRA, mean score", -TOLERANCE, _methods("lori-s", "lora")),
+    Claim(LORI, "Adapters of different tasks are closer to orthogonal than LoRA's.", "LoRA − LoRI-S, |cosine of ΔW|", 0.0, _excess_overlap("lori-s", "lora", "cosine")),
+    Claim(LORI, "Merged sparse adapters keep more than merged LoRA adapters.", "LoRI-S − LoRA, merged, best merge and weight of each", 0.0, _merges("lori-s", "lora")),
+    Claim(LORI, "Sparse masks keep the first task (safety) better through later tasks.", "LoRI-S − LoRA, first task's score after a later task", 0.0, _kept_first("lori-s", "lora")),
+    Claim(ORTHO_LORA, "Gradients of different tasks conflict in a shared adapter.", "conflict rate between tasks − within a task", 0.0, _excess_conflict),
+    Claim(ORTHO_LORA, "Joint training loses against single-task training.", "single − joint, mean score", 0.0, _arrangements("single", "joint")),
+    Claim(ORTHO_LORA, "Projecting conflicting gradients wins back what joint training loses.", "Ortho-LoRA − joint, mean score", 0.0, _arrangements("ortho-lora", "joint")),
+)  # fmt: skip
+
+
+def judged(results: Results) -> pd.DataFrame:
+    """One row a claim: paper, claim, measured as, value, low, high, n, of, seeds, least, verdict.
+
+    Claims whose runs or methods are not in the study stand with value NaN and the verdict "not measured".
+    """
+    return pd.DataFrame([_judge(claim, results) for claim in CLAIMS])
+
+
+def _judge(claim: Claim, results: Results) -> dict:
+    row = {"paper": claim.paper, "claim": claim.words, "measured as": claim.measured_as, "least": claim.least}
+    measured = claim.measure(results)
+    if measured is None:
+        empty = Interval(math.nan, math.nan, math.nan, 0)
+        return row | questions.as_columns(empty, "–") | {"seeds": 0, "verdict": "not measured"}
+    interval, of, seeds = measured
+    return row | questions.as_columns(interval, of) | {"seeds": seeds, "verdict": verdict(interval, claim.least)}
+
+
+def readable(judged: pd.DataFrame) -> pd.DataFrame:
+    """The judged claims as text, ready to show: each number with interval and n, and the sentence on one seed where it is due."""
+    return pd.DataFrame(
+        {
+            "paper": judged["paper"],
+            "claim": judged["claim"],
+            "measured as": judged["measured as"],
+            "measured [95 %]": judged.apply(_number, axis=1),
+            "n": judged.apply(lambda row: f"{row['n']} {row['of']}" if row["seeds"] else "–", axis=1),
+            "verdict": judged["verdict"],
+            "note": judged["seeds"].map(lambda seeds: DEMONSTRATION if seeds == 1 else ""),
+        }
+    )
+
+
+def _number(row: pd.Series) -> str:
+    if math.isnan(row["value"]):
+        return "–"
+    return f"{row['value']:+.3f}" + ("" if math.isnan(row["low"]) else f" [{row['low']:+.3f}, {row['high']:+.3f}]")
+
+
+def counted(judged: pd.DataFrame) -> str:
+    """How many claims held, did not hold, could not be told, in one sentence."""
+    kinds = judged["verdict"].str.partition(" (")[0].value_counts(sort=False)
+    return "; ".join(f"{kind}: {count} of {len(judged)}" for kind, count in kinds.items())

@@ -1,0 +1,160 @@
+"""Where adapters are: which entries a mask keeps, and how far the subspaces of two tasks' adapters overlap.
+
+Overlap is read against a null drawn under the same policy: A as the seed made it, before any training, beside a random dense B. A shared draw of A
+alone moves the overlap of rows from near r / d_in to 1.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+
+import numpy as np
+import pandas as pd
+import torch
+
+from lori_nb.analysis.overlap import MEASURES, overlap_table, principal_angles
+from lori_nb.method.adapters import Adapter, Factors, layer_number, random_down_projection
+from lori_nb.method.masks import kept, kept_of
+from lori_nb.study.notebook import Results
+from lori_nb.study.plans import plan_masks, single
+
+NULL = "null"
+SIDES = {"A": "rows of A (what is read)", "B": "columns of B (what is written)"}
+
+
+def module_kinds(names: Iterable[str]) -> dict[str, str]:
+    """Module name → its kind, the same in every layer: "q_proj"; the whole path below the layer where the last part alone is ambiguous."""
+    below = {name: name.split(f".{layer_number(name)}.", 1)[-1] for name in names}
+    paths = set(below.values())
+    last = [path.rpartition(".")[2] for path in paths]
+    return {name: (end if last.count(end := path.rpartition(".")[2]) == 1 else path) for name, path in below.items()}
+
+
+def mask_shares(results: Results) -> pd.DataFrame:
+    """Share of B's entries that the mask keeps, layers × kinds of module: mean over tasks and seeds of the sweep.
+
+    At the sweep's sparsity nearest to the setting ``sparsity``.
+    """
+    settings = results.settings
+    sparsity = shown_sparsity(results)
+    chosen = [s for s in plan_masks(settings) if s.sparsity == sparsity]
+    runs = [run for run in map(results.run, chosen) if run is not None]
+    shares: dict[str, list[float]] = {}
+    for run in runs:
+        for name, mask in run.adapter.masks.items():
+            shares.setdefault(name, []).append(float(mask.float().mean()))
+    kinds = module_kinds(shares)
+    rows = [{"layer": layer_number(name), "module": kinds[name], "share": np.mean(v)} for name, v in shares.items()]
+    table = pd.DataFrame(rows, columns=["layer", "module", "share"])
+    return table.pivot(index="layer", columns="module", values="share")[list(dict.fromkeys(table["module"]))]
+
+
+def shown_sparsity(results: Results) -> float:
+    """The sweep's sparsity above 0 that is nearest to the setting ``sparsity``; ValueError where the sweep has none."""
+    swept = [s for s in results.settings.sparsities if s > 0]
+    if not swept:
+        raise ValueError(f"sparsities must hold a value above 0 for a mask; found {list(results.settings.sparsities)}")
+    return min(swept, key=lambda s: abs(s - results.settings.sparsity))
+
+
+def masks_are_exact(results: Results) -> bool:
+    """Whether every mask keeps exactly k entries over the whole adapter, and B is zero off its mask."""
+    masked = [run.adapter for run in results.runs.values() if run.spec.kind == "run" and run.spec.sparsity > 0]
+    sparsities = [
+        run.spec.sparsity for run in results.runs.values() if run.spec.kind == "run" and run.spec.sparsity > 0
+    ]
+    return all(
+        _is_exact(adapter, s, results.settings.mask_scope) for adapter, s in zip(masked, sparsities, strict=True)
+    )
+
+
+def _is_exact(adapter: Adapter, sparsity: float, scope: str) -> bool:
+    off = all(not f.B[~adapter.masks[name]].any() for name, f in adapter.factors.items())
+    entries = sum(mask.numel() for mask in adapter.masks.values())
+    # A narrower scope rounds k in every group of its own, so only the whole model has one exact k.
+    return off and (scope != "model" or kept(adapter.masks) == kept_of(entries, sparsity))
+
+
+def null_adapter(adapter: Adapter, task: str) -> dict[str, Factors]:
+    """What the adapter was before it learned anything: its A as drawn under its policy, and a random dense B (d_out × r)."""
+    null = {}
+    for name, f in adapter.factors.items():
+        rank, d_in = f.A.shape
+        A = random_down_projection(adapter.seed, adapter.subspace, name, rank, d_in)
+        B = random_down_projection(adapter.seed, f"null/{task}", name, len(f.B), rank)
+        null[name] = Factors(A, B, f.scale)
+    return null
+
+
+def adapter_sets(results: Results, seed: int) -> dict[str, dict[str, dict[str, Factors]]]:
+    """Method → task → factors of one seed's single-task adapters, and the null."""
+    settings = results.settings
+    sets: dict[str, dict[str, dict[str, Factors]]] = {}
+    for method, task in itertools.product(settings.method, settings.tasks):
+        run = results.run(single(settings, method, task, seed))
+        if run is not None:
+            sets.setdefault(method, {})[task] = run.adapter.factors
+            sets.setdefault(NULL, {}).setdefault(task, null_adapter(run.adapter, task))
+    return {name: sets[name] for name in (*settings.method, NULL) if len(sets.get(name, ())) > 1}
+
+
+def overlaps(results: Results) -> pd.DataFrame:
+    """Overlap of every pair of tasks' adapters, module by module.
+
+    Columns method (or "null"), seed, adapter_a and adapter_b (tasks), module, measure (a name of ``MEASURES``), value.
+    """
+    frames = [
+        overlap_table(adapters).assign(method=method, seed=seed)
+        for seed in results.settings.seed
+        for method, adapters in adapter_sets(results, seed).items()
+    ]
+    columns = ["method", "seed", "adapter_a", "adapter_b", "module", "measure", "value"]
+    return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
+
+
+def overlap_matrix(overlaps: pd.DataFrame, method: str, measure: str) -> pd.DataFrame:
+    """Task × task: mean over modules and seeds, 1 on the diagonal."""
+    chosen = overlaps[(overlaps["method"] == method) & (overlaps["measure"] == measure)]
+    means = chosen.groupby(["adapter_a", "adapter_b"], sort=False)["value"].mean()
+    tasks = list(dict.fromkeys([*chosen["adapter_a"], *chosen["adapter_b"]]))
+    matrix = pd.DataFrame(np.eye(len(tasks)), index=tasks, columns=tasks)
+    for (a, b), value in means.items():
+        matrix.loc[a, b] = matrix.loc[b, a] = value
+    return matrix
+
+
+def overlap_summary(overlaps: pd.DataFrame) -> pd.DataFrame:
+    """Mean over pairs of tasks and modules, method × measure, with the smallest and largest mean of one pair."""
+    pairs = overlaps.groupby(["method", "measure", "adapter_a", "adapter_b"], sort=False)["value"].mean()
+    table = pairs.groupby(["method", "measure"], sort=False).agg(["mean", "min", "max", "count"]).reset_index()
+    return table.rename(columns={"min": "least pair", "max": "most pair", "count": "pairs"})
+
+
+def frozen_A_is_its_draw(results: Results) -> bool:
+    """Whether every LoRI adapter's A still is, bit for bit, what its seed makes."""
+    adapters = [run.adapter for run in results.runs.values() if run.spec.kind == "run" and run.adapter.frozen_A]
+    return all(
+        torch.equal(f.A, random_down_projection(a.seed, a.subspace, name, *f.A.shape))
+        for a in adapters
+        for name, f in a.factors.items()
+    )
+
+
+def angle_spectra(results: Results) -> pd.DataFrame:
+    """Principal angles between tasks, sorted: columns method, side ("A" or "B"), index (1 the smallest), degrees, low, high.
+
+    ``degrees`` is the median over pairs of tasks, modules and seeds, ``low`` and ``high`` are its quartiles.
+    """
+    rows = []
+    for seed in results.settings.seed:
+        for method, adapters in adapter_sets(results, seed).items():
+            for f, g in itertools.combinations(adapters.values(), 2):
+                for module in f:
+                    for side, X, Y in (("A", f[module].A.T, g[module].A.T), ("B", f[module].B, g[module].B)):
+                        angles = np.degrees(principal_angles(X, Y).numpy())
+                        rows += [(method, side, place, angle) for place, angle in enumerate(angles, 1)]
+    table = pd.DataFrame(rows, columns=["method", "side", "index", "angle"])
+    grouped = table.groupby(["method", "side", "index"], sort=False)["angle"]
+    quartiles = grouped.quantile([0.25, 0.5, 0.75]).unstack()
+    return quartiles.set_axis(["low", "degrees", "high"], axis=1).reset_index()

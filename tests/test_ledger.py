@@ -1,0 +1,43 @@
+"""The ledger: append-only, one row a measurement."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from lori_nb.lab import ledger
+
+
+def measurements(*runs: str, value: float = 0.5) -> pd.DataFrame:
+    return pd.DataFrame(
+        [{"run": r, "task": "t", "metric": "accuracy", "split": "test", "value": value, "n": 10} for r in runs]
+    )
+
+
+def test_rows_are_added_once_and_earlier_files_stay_as_they_are(tmp_path):
+    first = ledger.append(measurements("a", "b"), "one", "command", tmp_path)
+    before = first.read_bytes()
+    second = ledger.append(measurements("b", "c"), "one", "command", tmp_path)
+    assert first != second and first.read_bytes() == before
+    assert sorted(ledger.read(tmp_path)["run"]) == ["a", "b", "c"]
+    assert len(pd.read_parquet(second)) == 1
+    assert ledger.append(measurements("a"), "one", "command", tmp_path) is None
+
+
+def test_a_measurement_is_never_rewritten(tmp_path):
+    ledger.append(measurements("a", value=0.5), "one", "command", tmp_path)
+    ledger.append(measurements("a", value=0.9), "two", "command", tmp_path)
+    assert ledger.read(tmp_path)["value"].tolist() == [0.5]
+
+
+def test_rows_of_some_runs_and_of_an_empty_ledger(tmp_path):
+    assert ledger.rows_of(["a"], tmp_path).empty
+    ledger.append(measurements("a", "b"), "one", "the command", tmp_path)
+    found = ledger.rows_of(["b", "z"], tmp_path)
+    assert found["run"].tolist() == ["b"] and found["command"].tolist() == ["the command"]
+
+
+def test_a_table_without_its_key_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="table must have the columns .*missing: split"):
+        ledger.append(measurements("a").drop(columns="split"), "one", "command", tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,149 @@
+"""Profiles, plans and costs: what a study will train, known before it trains anything."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from lori_nb.lab.models import KNOWN_CONFIGS
+from lori_nb.lab.specs import RunSpec
+from lori_nb.study.cost import cost_of, trainable_parameters
+from lori_nb.study.plans import PLANS, joint, single
+from lori_nb.study.profiles import NOTEBOOKS, as_parameters, load_settings, profile_names
+from lori_nb.study.tuning import CENTRES, RATES, first_grids, tuning_specs
+
+LLAMA = "meta-llama/Meta-Llama-3-8B"
+
+
+@pytest.mark.parametrize("name", ["smoke", "quick", "standard", "paper"])
+def test_every_profile_loads_and_every_notebook_has_a_plan(name):
+    settings = load_settings(name)
+    assert set(PLANS) == set(NOTEBOOKS)
+    for notebook in NOTEBOOKS:
+        assert PLANS[notebook](settings), notebook
+    assert set(profile_names()) == {"smoke", "quick", "standard", "paper"}
+
+
+def test_lori_s_is_calibrated_by_the_very_lori_d_runs_that_the_study_trains_anyway():
+    settings = load_settings("quick")
+    planned = set(PLANS["01_lori"](settings)) | set(PLANS["06_forgetting"](settings))
+    sparse = [spec for spec in planned if spec.method == "lori-s"]
+    assert len(sparse) == 7  # four tasks, and three after the first one
+    for spec in sparse:
+        assert spec.calibration in planned
+        assert spec.calibration.method == "lori-d" and spec.calibration.tasks == spec.tasks
+        assert (spec.start is None) == (spec.calibration.start is None)
+
+
+def test_forgetting_starts_with_safety_and_scores_both_tasks():
+    settings = load_settings("quick")
+    later = [spec for spec in PLANS["06_forgetting"](settings) if spec.start is not None]
+    assert settings.first == "refusal"
+    assert {spec.start.tasks for spec in later} == {("refusal",)}
+    assert {spec.scored for spec in later} == {("refusal", task) for task in settings.tasks if task != "refusal"}
+
+
+def test_the_report_asks_for_nothing_new():
+    settings = load_settings("quick")
+    others = {spec for name in NOTEBOOKS[:-1] for spec in PLANS[name](settings)}
+    assert set(PLANS["07_report"](settings)) == others
+
+
+def test_a_seed_list_multiplies_the_runs_and_one_seed_does_not():
+    one, two = (PLANS["04_interference"](load_settings("quick", seed=seeds)) for seeds in (0, [0, 1]))
+    assert len(two) == 2 * len(one)
+    assert {spec.seed for spec in two} == {0, 1}
+
+
+def test_encoder_tasks_bring_their_base_and_need_no_few_shot_runs():
+    settings = load_settings("smoke", tasks="glue")
+    assert settings.tasks == ("rte", "mrpc", "cola", "sst2", "stsb")
+    assert settings.base == "all-minilm-l6-v2"
+    assert settings.first == "rte" and settings.mask_tasks == ("rte",)
+    assert not [spec for spec in PLANS["01_lori"](settings) if spec.method == "base"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"stepss": 3}, "unknown parameter 'stepss'.*did you mean 'steps'"),
+        ({"tasks": "chain_sums"}, "task must be one of .*chain_sum.*found 'chain_sums'"),
+        ({"method": "lorax"}, "method must be one of base, lora, .*found 'lorax'"),
+        ({"sparsity": 1.0}, r"sparsity must be in \[0, 1\); found 1.0"),
+        ({"steps": "many"}, "steps must be a number; found 'many'"),
+        ({"rank": 2.5}, "rank must be a whole number; found 2.5"),
+        ({"subspace": "own"}, "subspace must be one of independent, shared; found 'own'"),
+        ({"mask_scope": "block"}, "mask_scope must be one of model, layer, .*found 'block'"),
+        ({"first": "gsm8k"}, "first must be one of .*refusal; found 'gsm8k'"),
+        ({"seed": []}, "seed must hold at least one value"),
+        ({"merges": "tiess"}, "merge must be one of cat, linear; found 'tiess'"),
+    ],
+)
+def test_bad_settings_are_named_before_any_work(changes, words):
+    with pytest.raises(ValueError, match=words):
+        load_settings("quick", **changes)
+
+
+def test_an_unknown_profile_lists_the_known_ones():
+    with pytest.raises(ValueError, match="profile must be one of paper, quick, smoke, standard; found 'quik'"):
+        load_settings("quik")
+
+
+def test_numbers_may_arrive_as_text():
+    settings = load_settings("quick", sparsity="5e-1", seed="0", steps="10")
+    assert (settings.sparsity, settings.seed, settings.steps) == (0.5, (0,), 10)
+
+
+def test_parameters_of_a_notebook_are_plain_values():
+    found = as_parameters(load_settings("quick", seed=3), ["profile", "seed", "method", "tasks"])
+    assert found["seed"] == 3 and found["profile"] == "quick"
+    assert found["method"] == ["lora", "lori-d", "lori-s"]
+
+
+def test_a_method_without_a_rate_is_an_error():
+    settings = replace(load_settings("quick"), learning_rate={"lora": 1e-3})
+    with pytest.raises(ValueError, match="learning_rate must hold a rate for lori-d"):
+        single(settings, "lori-d", "chain_sum", 0)
+
+
+@pytest.mark.parametrize(
+    ("method", "sparsity", "count"),
+    [("lora", 0.0, 83_886_080), ("lori-d", 0.0, 44_040_192), ("lori-s", 0.9, 4_404_019)],
+)
+def test_trainable_parameters_of_llama_3_8b_are_the_papers(method, sparsity, count):
+    assert LLAMA in KNOWN_CONFIGS
+    assert trainable_parameters(LLAMA, method, 32, "all-linear", None, sparsity) == count
+
+
+def test_the_cost_of_a_run_grows_with_its_steps_and_layers():
+    base = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    short = RunSpec("lora", ("chain_sum",), base=base, steps=10)
+    assert cost_of(replace(short, steps=20)).seconds > cost_of(short).seconds
+    assert cost_of(replace(short, last_layers=None)).seconds > 3 * cost_of(short).seconds
+    assert cost_of(short).parameters == 8 * 16 * (4 * 576 + 2 * 192 + 576 * 2 + 2 * 1536 + 2 * 576 + 576 + 1536)
+
+
+def test_every_arm_is_tuned_with_as_many_rates_around_its_centre():
+    grids = first_grids()
+    assert {len(rates) for rates in grids.values()} == {RATES}
+    assert all(rates == sorted(rates) and CENTRES[arm] in rates for arm, rates in grids.items())
+    with pytest.raises(ValueError, match="methods must be among lora, .*found 'dora'"):
+        first_grids(["dora"])
+
+
+def test_tuning_scores_on_rows_held_out_of_training_and_of_the_test():
+    settings = load_settings("quick")
+    for arm in CENTRES:
+        specs = tuning_specs(settings, arm, 1e-3)
+        assert {spec.score_on for spec in specs} == {"tune"}
+        assert {spec.learning_rate for spec in specs} == {1e-3}
+    dense = tuning_specs(settings, "lori-d", settings.learning_rate["lori-d"])
+    sparse = tuning_specs(settings, "lori-s", 1e-3)
+    assert [spec.calibration for spec in sparse] == dense  # one run serves both
+
+
+def test_joint_training_is_one_run_over_all_tasks():
+    settings = load_settings("quick")
+    spec = joint(settings, "ortho-lora", 0)
+    assert spec.tasks == settings.tasks and spec.steps == settings.joint_steps
