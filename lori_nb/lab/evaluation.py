@@ -157,7 +157,8 @@ METRICS: dict[str, Callable[[Scored], float]] = {
     "spearman": lambda s: _correlation(stats.spearmanr, s),
 }
 
-OF_PREDICTIONS = ("f1", "matthews", "pearson", "spearman")  # these read ``predicted``, which only an encoder's head gives
+# These read ``predicted``, which only an encoder's head gives.
+OF_PREDICTIONS = ("f1", "matthews", "pearson", "spearman")
 
 
 def _correlation(measure: Callable, s: Scored) -> float:

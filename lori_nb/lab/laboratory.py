@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lori_nb.analysis.merging import merge
 from lori_nb.lab.evaluation import Scored, majority_score, metric, score_rows
 from lori_nb.lab.methods import get_method, initial_live
-from lori_nb.lab.models import Base, load_base
+from lori_nb.lab.models import Base, empty_body, load_base
 from lori_nb.lab.prefix import RowStates, cached_states, split_at, suffix_body
 from lori_nb.lab.specs import MergeSpec, RunSpec, Spec, check
 from lori_nb.lab.tasks import Example, get_task
@@ -57,12 +57,20 @@ def carry_out(spec: Spec, folder: Path, adapter_of: Callable[[RunSpec], Adapter]
     return {"run": _run, "merge": _merge}[spec.kind](spec, folder, adapter_of, report)
 
 
+def check_modules(spec: Spec) -> None:
+    """ValueError unless the spec's rank, modules and last_layers fit its base; asks for shapes, not for weights."""
+    if isinstance(spec, RunSpec) and get_method(spec.method).trains:
+        check_rank(spec.rank, target_linears(_shapes_of(spec.base), spec.modules, spec.last_layers))
+
+
+_shapes_of = functools.lru_cache(maxsize=4)(empty_body)
+
+
 def _run(spec: RunSpec, folder: Path, adapter_of, report: Report) -> Outcome:
     base = load_base(spec.base, spec.dtype)
     if not get_method(spec.method).trains:
         return _score_base(spec, base, report)
     linears = target_linears(base.body, spec.modules, spec.last_layers)
-    check_rank(spec.rank, linears)
     first = split_at(base, spec.last_layers)
     body = suffix_body(base, first)
     live = initial_live(spec, {name: tuple(m.weight.shape) for name, m in linears.items()}, adapter_of)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -36,7 +37,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # On a CPU in bfloat16 the fused kernel's backward pass takes several times as long as plain matrix products at these
 # lengths.
 _ATTENTION = {"cpu": "eager", "cuda": "sdpa", "mps": "sdpa"}
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+BESIDE_WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.model")  # configuration and tokenizer decide results too
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def packaged_file(name: str) -> Path | None:
 
 
 def locate(name: str) -> tuple[str, list[Path]]:
-    """Where a base lives: ("package" | "folder" | "hub", its weight files; none for the hub).
+    """Where a base lives: ("package" | "folder" | "hub", the files that it is made of; none for the hub).
 
     Raises BaseModelError for a package that is not installed, and for a folder that has no configuration or no weights.
     """
@@ -148,7 +150,7 @@ def locate(name: str) -> tuple[str, list[Path]]:
         if not files or not (folder / "config.json").is_file():
             lacks = "config.json" if files else f"weights ({', '.join(WEIGHTS)})"
             raise BaseModelError(f"base folder must hold config.json and weights; {folder} has no {lacks}")
-        return "folder", files
+        return "folder", files + sorted(file for pattern in BESIDE_WEIGHTS for file in folder.glob(pattern))
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         known = ", ".join(PACKAGED)
         raise BaseModelError(
@@ -169,13 +171,13 @@ def base_config(name: str) -> PretrainedConfig:
     """The configuration of a base, without its weights; known architectures need neither network nor files."""
     if name in KNOWN_CONFIGS:
         return KNOWN_CONFIGS[name]()
-    where, files = locate(name)
+    where, _ = locate(name)
     if where == "package":
         return AutoConfig.from_pretrained(_ready_folder(name))
     try:
         return AutoConfig.from_pretrained(name)
-    except OSError as error:
-        raise _unreachable(name, error) from error
+    except (OSError, ValueError) as error:
+        raise _cannot_load(name, where, error) from error
 
 
 @functools.lru_cache(maxsize=8)
@@ -186,7 +188,7 @@ def empty_body(name: str) -> nn.Module:
 
 
 def base_digest(name: str) -> str:
-    """SHA-256 of the weight files; of the commit for a hub model. Kept by path, size and time of change."""
+    """SHA-256 of the base's files; the commit for a hub model. File digests are kept by path, size and change time."""
     where, files = locate(name)
     if where == "hub":
         from huggingface_hub import HfApi  # only a hub model needs it
@@ -269,15 +271,21 @@ def load_base(name: str, dtype: str = "auto", device: str | None = None) -> Base
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = loader.from_pretrained(
-            folder, dtype=wanted, attn_implementation=_ATTENTION[device.partition(":")[0]]
+            folder, dtype=wanted, attn_implementation=_ATTENTION.get(device.partition(":")[0], "sdpa")
         ).to(device)
-    except OSError as error:
-        raise _unreachable(name, error) from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _cannot_load(name, where, error) from error
     model.eval().requires_grad_(False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     body, head = (model.base_model, model.get_output_embeddings()) if kind == "decoder" else (model, None)
     return Base(name, base_digest(name), kind, body, head, tokenizer, wanted)
+
+
+def _cannot_load(name: str, where: str, error: Exception) -> BaseModelError:
+    if where == "hub" and isinstance(error, OSError):
+        return _unreachable(name, error)
+    return BaseModelError(f"base {name!r} must be a model and tokenizer that transformers can load; found: {error}")
 
 
 def _unreachable(name: str, error: Exception) -> BaseModelError:

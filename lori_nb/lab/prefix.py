@@ -86,7 +86,7 @@ def split_at(base: Base, last_layers: int | None) -> int:
 
 def suffix_body(base: Base, first: int) -> nn.Module:
     """The base's layers from ``first`` on (with the final norm), sharing the base's modules; the base itself for 0."""
-    return base.body if first == 0 else SPLITTABLE[base.body.config.model_type].suffix(base.body, first)
+    return base.body if first == 0 else SPLITTABLE[base.body.config.model_type].suffix(base.body, first).eval()
 
 
 def hidden_at(base: Base, batch: Batch, first: int) -> Tensor:

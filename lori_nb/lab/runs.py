@@ -29,7 +29,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 
 from lori_nb.lab import ledger
-from lori_nb.lab.laboratory import Outcome, carry_out
+from lori_nb.lab.laboratory import Outcome, carry_out, check_modules
 from lori_nb.lab.paths import PROJECT, runs_folder, write_atomically
 from lori_nb.lab.specs import RunSpec, Spec, from_payload, resolve, spec_json, to_payload, with_parents
 from lori_nb.lab.training import Report
@@ -136,6 +136,8 @@ class Store:
     def get(self, spec: Spec, report: Report = quiet) -> Run:
         """The finished run of a spec: loaded if it is there, else carried out, its parents first."""
         spec = resolve(spec)
+        if not self.finished(spec):
+            check_modules(spec)  # before its parents are trained
         for parent in spec.parents:
             if not self.finished(parent):
                 self.get(parent, report)

@@ -272,7 +272,7 @@ def from_payload(data: dict | None) -> Spec | None:
 
 
 def check(spec: Spec) -> None:
-    """ValueError for a setting outside its range, before any work; the message names it, what was required and what was found."""
+    """ValueError for a setting outside its range, before any work: names the setting, what was required and found."""
     {"run": _check_run, "merge": _check_merge}[spec.kind](spec)
     _require("test_rows", spec.test_rows, spec.test_rows >= 1, "at least 1")
     _require("score_on", spec.score_on, spec.score_on in SPLITS, f"one of {', '.join(SPLITS)}")
@@ -330,7 +330,8 @@ def _check_tasks(spec: Spec) -> None:
         evaluation.get_metric(task.metric)
         if kind == "encoder" and task.reads != "encoder":
             raise ValueError(
-                f"task {name!r} must be a classification or regression task for the encoder {spec.base}; it has free answers"
+                f"task {name!r} must be a classification or regression task for the encoder {spec.base}; "
+                "it has free answers"
             )
         if kind == "decoder" and task.metric in evaluation.OF_PREDICTIONS:
             raise ValueError(

@@ -57,7 +57,7 @@ def save_adapter(adapter: Adapter, path: Path) -> None:
 
 
 def load_adapter(path: Path) -> Adapter:
-    """Read an adapter; ValueError when it is no adapter, is cut short, or its redrawn A does not match the fingerprint."""
+    """Read an adapter; ValueError when it is none, is cut short, or its redrawn A does not match the fingerprint."""
     header, tensors = _read(path)
     factors, masks = {}, {}
     for name, shape in header["modules"].items():

@@ -106,7 +106,7 @@ def target_linears(
         last_layers: only the last so many layers; None for all.
 
     Raises:
-        ValueError: no linear module stands in a layer, the pattern matches none, or there are fewer layers than asked for.
+        ValueError: no linear module stands in a layer, the pattern matches none, or there are too few layers.
     """
     linears = {
         name: m for name, m in body.named_modules() if isinstance(m, nn.Linear) and layer_number(name) is not None

@@ -1,7 +1,7 @@
 """The papers' claims beside what was measured here, with verdicts by fixed rules.
 
-Every claim is a difference with an interval and a requirement. *Above*: the difference must exceed 0. *Not below*: it must not fall short by more than
-``TOLERANCE``. The verdict is "held" when the whole interval meets the requirement, "not held" when the whole interval misses it, and
+Every claim is a difference with an interval, and a bound that it must exceed: 0 for "better", minus ``TOLERANCE`` for
+"matches". The verdict is "held" when the whole interval lies above the bound, "not held" when it lies below, and
 "cannot tell" otherwise. Claims are given in words; the papers' own numbers belong to other models and tasks.
 """
 
@@ -15,10 +15,10 @@ import pandas as pd
 
 from lori_nb.analysis.statistics import Interval, t_interval
 from lori_nb.lab.specs import MergeSpec
-from lori_nb.study import geometry, questions
+from lori_nb.study import forgetting, geometry, questions
 from lori_nb.study.notebook import Results
 from lori_nb.study.plans import single
-from lori_nb.study.summary import DEMONSTRATION, difference
+from lori_nb.study.summary import DEMONSTRATION, as_columns, difference
 
 TOLERANCE = 0.05  # five points: what "matches" may cost here, a choice of this kit and not of the papers
 LORI, ORTHO_LORA = "arXiv 2504.07448", "arXiv 2601.09684"
@@ -27,7 +27,7 @@ Measured = tuple[Interval, str, int]  # interval, what its n counts, number of s
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim in words, the measured difference that tests it, and how that difference is computed (None: runs are missing)."""
+    """A claim in words, and the difference that tests it; ``measure`` gives None where runs are missing."""
 
     paper: str
     words: str
@@ -84,11 +84,11 @@ def _merges(a: str, b: str) -> Callable[[Results], Measured | None]:
 def _kept_first(a: str, b: str) -> Callable[[Results], Measured | None]:
     def measure(results: Results) -> Measured | None:
         settings = results.settings
-        later = questions.later_tasks(settings)
+        later = forgetting.later_tasks(settings)
         pairs = questions.run_pairs(
             results,
-            lambda seed: [questions.continued(settings, a, task, seed)[1] for task in later],
-            lambda seed: [questions.continued(settings, b, task, seed)[1] for task in later],
+            lambda seed: [forgetting.continued(settings, a, task, seed)[1] for task in later],
+            lambda seed: [forgetting.continued(settings, b, task, seed)[1] for task in later],
         )
         return _difference(pairs, [settings.first] * len(later)) if later else None
 
@@ -124,9 +124,8 @@ def _excess_overlap(a: str, b: str, measure_name: str) -> Callable[[Results], Me
 
 def _excess_conflict(results: Results) -> Measured | None:
     rates = questions.conflict_rates(results)
-    if rates["pairs"].nunique() < 2:
-        return None
-    return *questions.excess_conflict(rates), rates["seed"].nunique()
+    found = questions.excess_conflict(rates)
+    return (*found, rates["seed"].nunique()) if found else None
 
 
 def _needs(measure: Callable, *methods: str) -> Callable[[Results], Measured | None]:
@@ -138,15 +137,63 @@ def _difference(pairs: dict, tasks: list[str]) -> Measured | None:
 
 
 CLAIMS = (
-    Claim(LORI, "With A frozen at random, training B alone matches LoRA.", "LoRI-D − LoRA, mean score", -TOLERANCE, _methods("lori-d", "lora")),
-    Claim(LORI, "A sparse B under a task mask still matches LoRA.", "LoRI-S − LoRA, mean score", -TOLERANCE, _methods("lori-s", "lora")),
-    Claim(LORI, "Adapters of different tasks are closer to orthogonal than LoRA's.", "LoRA − LoRI-S, |cosine of ΔW|", 0.0, _excess_overlap("lori-s", "lora", "cosine")),
-    Claim(LORI, "Merged sparse adapters keep more than merged LoRA adapters.", "LoRI-S − LoRA, merged, best merge and weight of each", 0.0, _merges("lori-s", "lora")),
-    Claim(LORI, "Sparse masks keep the first task (safety) better through later tasks.", "LoRI-S − LoRA, first task's score after a later task", 0.0, _kept_first("lori-s", "lora")),
-    Claim(ORTHO_LORA, "Gradients of different tasks conflict in a shared adapter.", "conflict rate between tasks − within a task", 0.0, _excess_conflict),
-    Claim(ORTHO_LORA, "Joint training loses against single-task training.", "single − joint, mean score", 0.0, _arrangements("single", "joint")),
-    Claim(ORTHO_LORA, "Projecting conflicting gradients wins back what joint training loses.", "Ortho-LoRA − joint, mean score", 0.0, _arrangements("ortho-lora", "joint")),
-)  # fmt: skip
+    Claim(
+        LORI,
+        "With A frozen at random, training B alone matches LoRA.",
+        "LoRI-D − LoRA, mean score",
+        -TOLERANCE,
+        _methods("lori-d", "lora"),
+    ),
+    Claim(
+        LORI,
+        "A sparse B under a task mask still matches LoRA.",
+        "LoRI-S − LoRA, mean score",
+        -TOLERANCE,
+        _methods("lori-s", "lora"),
+    ),
+    Claim(
+        LORI,
+        "Adapters of different tasks are closer to orthogonal than LoRA's.",
+        "LoRA − LoRI-S, |cosine of ΔW|",
+        0.0,
+        _excess_overlap("lori-s", "lora", "cosine"),
+    ),
+    Claim(
+        LORI,
+        "Merged sparse adapters keep more than merged LoRA adapters.",
+        "LoRI-S − LoRA, merged, best merge and weight of each",
+        0.0,
+        _merges("lori-s", "lora"),
+    ),
+    Claim(
+        LORI,
+        "Sparse masks keep the first task (safety) better through later tasks.",
+        "LoRI-S − LoRA, first task's score after a later task",
+        0.0,
+        _kept_first("lori-s", "lora"),
+    ),
+    Claim(
+        ORTHO_LORA,
+        "Gradients of different tasks conflict in a shared adapter.",
+        "conflict rate between tasks − within a task",
+        0.0,
+        _excess_conflict,
+    ),
+    Claim(
+        ORTHO_LORA,
+        "Joint training loses against single-task training.",
+        "single − joint, mean score",
+        0.0,
+        _arrangements("single", "joint"),
+    ),
+    Claim(
+        ORTHO_LORA,
+        "Projecting conflicting gradients wins back what joint training loses.",
+        "Ortho-LoRA − joint, mean score",
+        0.0,
+        _arrangements("ortho-lora", "joint"),
+    ),
+)
 
 
 def judged(results: Results) -> pd.DataFrame:
@@ -162,13 +209,15 @@ def _judge(claim: Claim, results: Results) -> dict:
     measured = claim.measure(results)
     if measured is None:
         empty = Interval(math.nan, math.nan, math.nan, 0)
-        return row | questions.as_columns(empty, "–") | {"seeds": 0, "verdict": "not measured"}
+        return row | as_columns(empty, "–") | {"seeds": 0, "verdict": "not measured"}
     interval, of, seeds = measured
-    return row | questions.as_columns(interval, of) | {"seeds": seeds, "verdict": verdict(interval, claim.least)}
+    hollow = claim.least < 0 and not questions.has_learned(results, "lora")
+    words = "cannot tell (LoRA itself learned too little)" if hollow else verdict(interval, claim.least)
+    return row | as_columns(interval, of) | {"seeds": seeds, "verdict": words}
 
 
 def readable(judged: pd.DataFrame) -> pd.DataFrame:
-    """The judged claims as text, ready to show: each number with interval and n, and the sentence on one seed where it is due."""
+    """The judged claims as text: each number with interval and n, and the sentence on one seed where it is due."""
     return pd.DataFrame(
         {
             "paper": judged["paper"],

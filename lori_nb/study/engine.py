@@ -26,7 +26,7 @@ from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
 from lori_nb.study import lifeline
-from lori_nb.study.stored import INJECTED, clean, recorded, with_footer, write_notebook
+from lori_nb.study.stored import ERROR_MARK, INJECTED, clean, read_notebook, recorded, with_footer, write_notebook
 
 START_TIMEOUT_S = 180  # a kernel needs two seconds; on a machine with all cores busy, many more
 NAME = "lori_nb"
@@ -110,8 +110,9 @@ def run(job: dict, report: Callable[[int, int], None]) -> dict:
             raise NotebookFailedError(_what_failed(job, at[0], error)) from error
     facts = job["facts"] | recorded(nb)
     facts |= {"date": time.strftime("%Y-%m-%d", time.gmtime(started)), "seconds": round(time.time() - started, 1)}
+    report(len(nb.cells), len(nb.cells))
     write_notebook(with_footer(clean(nb), facts), output)
-    partial.unlink()
+    _failed_name(output).unlink(missing_ok=True)  # of an earlier try
     return facts
 
 
@@ -120,10 +121,8 @@ class NotebookFailedError(RuntimeError):
 
 
 def _what_failed(job: dict, index: int, error: Exception) -> str:
-    nb, partial, output = papermill.iorw.load_notebook_node(job["partial"]), Path(job["partial"]), Path(job["output"])
-    kept = output.with_name(f"{output.stem}.failed.ipynb")
+    nb, kept = read_notebook(Path(job["partial"])), _failed_name(Path(job["output"]))
     write_notebook(clean(nb), kept)
-    partial.unlink()
     if isinstance(error, PapermillExecutionError):
         index, said = error.cell_index, f"{error.ename}: {_last_line(error.evalue)}"
     else:
@@ -132,9 +131,13 @@ def _what_failed(job: dict, index: int, error: Exception) -> str:
     return f"notebook {Path(job['notebook']).name} failed {place}: {said}; kept as {kept.name}"
 
 
+def _failed_name(output: Path) -> Path:
+    return output.with_name(f"{output.stem}.failed.ipynb")
+
+
 def _number(nb: NotebookNode, index: int) -> int:
     """The cell's number from 1 in the notebook as its author sees it."""
-    cells = [cell for cell in nb.cells if "papermill-error-cell-tag" not in cell.metadata.get("tags", [])]
+    cells = [cell for cell in nb.cells if ERROR_MARK not in cell.metadata.get("tags", [])]
     return 1 + sum(INJECTED not in cell.metadata.get("tags", []) for cell in cells[:index])
 
 

@@ -22,10 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lori_nb.lab.paths import data_folder
 from lori_nb.study import lifeline
 from lori_nb.study.parameters import check_parameters
-from lori_nb.study.stored import KEY, notebook_digest, read_notebook, without_paths
+from lori_nb.study.stored import BATCH, KEY, notebook_digest, read_notebook, without_paths
 
 Progress = Callable[[int, int], None]
 T = TypeVar("T")
@@ -128,12 +127,14 @@ def _run(job: dict, progress: Progress, environment: dict[str, str]) -> dict:
 def _kernel_environment() -> dict[str, str]:
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(THREADS))
     # progress bars leave dozens of stored outputs
-    quiet = {"LORI_NB_BATCH": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    # the kernel works in the notebook's folder, where a relative path would mean another one
-    folders = {"LORI_NB_HOME": str(data_folder().resolve())}
-    if os.environ.get("LORI_NB_DATA"):
-        folders["LORI_NB_DATA"] = str(Path(os.environ["LORI_NB_DATA"]).expanduser().resolve())
-    return {**os.environ, **lifeline.environment(), **threads, **quiet, **folders}
+    quiet = {BATCH: "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return {**os.environ, **lifeline.environment(), **threads, **quiet, **folder_variables()}
+
+
+def folder_variables() -> dict[str, str]:
+    """The folders that the user has named, as absolute paths: a kernel works in its notebook's folder."""
+    named = [name for name in ("LORI_NB_HOME", "LORI_NB_DATA") if os.environ.get(name)]
+    return {name: str(Path(os.environ[name]).expanduser().resolve()) for name in named}
 
 
 def facts_of(notebook: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Tables come from :mod:`lori_nb.study.questions` and :mod:`lori_nb.study.geometry
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,30 +15,32 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 
-from lori_nb.study.geometry import NULL
 from lori_nb.study.style import GREY, WIDTH, look_of, title_of
 from lori_nb.study.summary import SHARES, n_text
 
 METRIC_LABELS = {
-    "exact_match": "exact match (share of rows)",
-    "accuracy": "accuracy (share of rows)",
+    "exact_match": "exact match (share)",
+    "accuracy": "accuracy (share)",
     "balanced_accuracy": "balanced accuracy (share)",
-    "f1": "F1 (0 to 1)",
-    "matthews": "Matthews correlation (−1 to 1)",
-    "pearson": "Pearson correlation (−1 to 1)",
-    "spearman": "Spearman correlation (−1 to 1)",
+    "f1": "F1",
+    "matthews": "Matthews correlation",
+    "pearson": "Pearson correlation",
+    "spearman": "Spearman correlation",
     "mean of metrics": "mean score over tasks",
 }
 MEASURE_LABELS = {
-    "cosine": "cosine of ΔW",
-    "row_overlap": "overlap of A's row spaces (0 to 1)",
-    "column_overlap": "overlap of B's column spaces (0 to 1)",
+    "cosine": "|cosine| of ΔW",
+    "row_overlap": "overlap of A's row spaces",
+    "column_overlap": "overlap of B's column spaces",
 }
 
 
-def panels(count: int, columns: int = 2, height: float = 2.5) -> tuple[Figure, list[Axes]]:
-    """A figure as wide as a page with ``count`` axes, ``columns`` in a row, each row ``height`` inches high."""
-    columns = min(columns, count)
+def panels(count: int, columns: int | None = None, height: float = 2.5) -> tuple[Figure, list[Axes]]:
+    """A figure as wide as a page with ``count`` axes, each row ``height`` inches high.
+
+    Two columns, or three where they fill the rows, unless ``columns`` says otherwise.
+    """
+    columns = min(columns or (2 if count % 3 else 3), count)
     rows = math.ceil(count / columns)
     figure, grid = plt.subplots(
         rows, columns, figsize=(WIDTH, height * rows + 0.4), squeeze=False, layout="constrained"
@@ -88,7 +90,7 @@ def points(
 def score_limits(ax: Axes, metrics: Iterable[str]) -> Axes:
     """Shares from 0 to 1 with room for markers; correlations keep their own range below 0."""
     metrics = set(metrics)
-    low = min(-0.03, ax.get_ylim()[0]) if not metrics <= SHARES else -0.03
+    low = -0.03 if metrics <= SHARES else max(-1.03, min(-0.03, ax.get_ylim()[0]))
     ax.set_ylim(low, 1.03)
     return ax
 
@@ -111,7 +113,7 @@ def score_against_parameters(
     ax.set_xscale("log")
     sizes = scores["trainable_parameters"]
     ax.set_xlim(sizes.min() / 2, sizes.max() * 2)
-    ax.set(xlabel="trainable parameters (count, log scale)", ylabel=metric_label(scores["metric"]))
+    ax.set(xlabel="trainable parameters (log)", ylabel=metric_label(scores["metric"]))
     ax.set_title(f"{scores['task'].iloc[0]} ({n_text(scores)})")
     return score_limits(ax, scores["metric"])
 
@@ -126,7 +128,7 @@ def score_against_sparsity(ax: Axes, scores: pd.DataFrame) -> Axes:
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xticks(kept.tolist(), [f"{100 * share:g} %" for share in kept.round(6)])
     ax.set(
-        xlabel="share of B that is trained (log scale; sparsity grows to the right)",
+        xlabel="share of B trained (log)",
         ylabel=metric_label(scores["metric"]),
     )
     ax.set_title(f"{scores['task'].iloc[0]} ({n_text(scores)})")
@@ -134,33 +136,29 @@ def score_against_sparsity(ax: Axes, scores: pd.DataFrame) -> Axes:
 
 
 def score_against_weight(ax: Axes, merged: pd.DataFrame, alone: pd.DataFrame) -> Axes:
-    """Mean score of one way to merge against the weight, a line a method; level lines are the adapters alone."""
-    for method, part in merged.groupby("method", sort=False):
-        part = part.sort_values("weight")
-        points(ax, part["weight"], part, method)
-        level = alone.loc[alone["method"] == method, "value"]
-        ax.axhline(
-            level.iloc[0],
-            color=look_of(method)["color"],
-            linestyle=look_of(method)["linestyle"],
-            linewidth=0.8,
-            alpha=0.7,
-        )
+    """Mean score of one way to merge against the weight, a line a method; thin level lines are the adapters alone."""
+    methods = list(dict.fromkeys(merged["method"]))
+    step = 0.012 * (np.ptp(merged["weight"]) or 1.0)  # side by side, so that intervals do not hide each other
+    for number, method in enumerate(methods):
+        part = merged[merged["method"] == method].sort_values("weight")
+        points(ax, part["weight"] + step * (number - (len(methods) - 1) / 2), part, method)
+        look = {key: look_of(method)[key] for key in ("color", "linestyle")}
+        for level in alone.loc[alone["method"] == method, "value"]:
+            ax.axhline(level, linewidth=0.8, alpha=0.8, **look)
+    ax.plot([], [], color=GREY, linewidth=0.8, label="thin: adapters alone")
     ax.set(xlabel="weight of each adapter", ylabel=metric_label(merged["metric"]))
     ax.set_title(f"merge: {merged['merge'].iloc[0]} ({n_text(merged)})")
     return score_limits(ax, merged["metric"])
 
 
-def grouped_points(
-    ax: Axes, table: pd.DataFrame, category: str, series: str, ylabel: str, titles: dict[str, str] | None = None
-) -> Axes:
+def grouped_points(ax: Axes, table: pd.DataFrame, category: str, series: str, ylabel: str) -> Axes:
     """Points with intervals, one place a ``category``, the ``series`` side by side in it."""
     places = {name: place for place, name in enumerate(dict.fromkeys(table[category]))}
     names = list(dict.fromkeys(table[series]))
     for number, name in enumerate(names):
         part = table[table[series] == name]
         x = part[category].map(places) + 0.6 * ((number + 0.5) / len(names) - 0.5)
-        points(ax, x, part, name, label=(titles or {}).get(name), line=False)
+        points(ax, x, part, name, line=False)
     ax.set_xticks(list(places.values()), [str(name).replace("_", "_\u200b") for name in places])
     ax.set_xlim(-0.5, len(places) - 0.5)
     ax.grid(axis="x", visible=False)
@@ -170,29 +168,34 @@ def grouped_points(
     return ax
 
 
-def heat_map(
-    ax: Axes,
-    matrix: pd.DataFrame,
-    label: str,
-    limits: tuple[float, float] | None = None,
-    form: str = ".2f",
-    colour: str = "cividis",
-) -> Axes:
-    """A labelled matrix with its numbers in the cells; missing cells stay empty. Cividis reads the same for colour-blind eyes."""
+def heat_map(ax: Axes, matrix: pd.DataFrame, limits: tuple[float, float], form: str = ".2f") -> Axes:
+    """A matrix with its numbers in the cells, in colours that colour-blind eyes can order; missing cells stay empty."""
     values = matrix.to_numpy(dtype=float)
-    low, high = limits or (float(np.nanmin(values)), float(np.nanmax(values)))
-    image = ax.imshow(values, cmap=colour, vmin=low, vmax=high, aspect="auto")
+    image = ax.imshow(values, cmap="cividis", vmin=limits[0], vmax=limits[1], aspect="auto")
     for (i, j), value in np.ndenumerate(values):
         if not math.isnan(value):
             r, g, b, _ = image.cmap(image.norm(value))
-            ink = "black" if 0.299 * r + 0.587 * g + 0.114 * b > 0.5 else "white"
+            ink = "black" if 0.299 * r + 0.587 * g + 0.114 * b > 0.5 else "white"  # by the luminance of the cell
             ax.text(j, i, format(value, form), ha="center", va="center", color=ink, fontsize=8)
     ax.set_xticks(range(matrix.shape[1]), matrix.columns, rotation=30, ha="right", rotation_mode="anchor")
     ax.set_yticks(range(matrix.shape[0]), matrix.index)
+    ax.set(xlabel=matrix.columns.name or "", ylabel=matrix.index.name or "")
     ax.grid(visible=False)
     ax.spines[:].set_visible(False)
-    ax.figure.colorbar(image, ax=ax, label=label, shrink=0.9)
     return ax
+
+
+def heat_maps(axes: Sequence[Axes], matrices: Mapping[str, pd.DataFrame], label: str, form: str = ".2f") -> None:
+    """Matrices of the same rows side by side under their titles, with one colour scale from 0, or the least, up."""
+    values = np.concatenate([matrix.to_numpy(dtype=float).ravel() for matrix in matrices.values()])
+    limits = min(0.0, float(np.nanmin(values))), float(np.nanmax(values))
+    for place, (ax, (title, matrix)) in enumerate(zip(axes, matrices.items(), strict=True)):
+        heat_map(ax, matrix, limits, form).set_title(title)
+        if place:
+            ax.tick_params(left=False, labelleft=False)
+    bar = axes[0].figure.colorbar(axes[0].images[0], ax=list(axes), label=label)
+    if form.endswith("%"):
+        bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
 
 
 def loss_curves(ax: Axes, losses: pd.DataFrame) -> Axes:
@@ -209,39 +212,43 @@ def loss_curves(ax: Axes, losses: pd.DataFrame) -> Axes:
             linestyle=styles[number % len(styles)],
             label=f"sparsity {sparsity:g}",
         )
-    ax.set(xlabel="step", ylabel=f"training loss (nats, mean of {steps} steps)")
+    ax.set(xlabel="step", ylabel="loss (nats)" if steps == 1 else f"loss (nats, mean of {steps} steps)")
     return ax
 
 
 def conflict_points(ax: Axes, summary: pd.DataFrame) -> Axes:
-    """Conflict rate by kind of module, between tasks beside within a task (the null). One row a module and kind of pair."""
-    looks = {"between": "ortho-lora", "within": NULL}
-    titles = {"ortho-lora": "between tasks", NULL: "within a task (two halves of its batch)"}
-    grouped_points(
-        ax, summary.assign(look=summary["pairs"].map(looks)), "module", "look", "conflicting pairs (%)", titles
-    )
+    """Conflict rate by kind of module, between tasks beside the null within a task; a row for each module and kind."""
+    if summary.empty:
+        return _not_measured(ax)
+    grouped_points(ax, summary, "module", "pairs", "conflicting pairs (%)")
     ax.tick_params(axis="x", rotation=30)
     for tick in ax.get_xticklabels():
         tick.set(ha="right", rotation_mode="anchor")
-    ax.axhline(0.5, color=GREY, linewidth=0.8)
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
-    return ax
+    return _percent(ax)
 
 
 def conflict_steps(ax: Axes, summary: pd.DataFrame) -> Axes:
-    """Conflict rate over training, between tasks beside within a task. One row a step and kind of pair."""
-    for pairs, name in (("between", "ortho-lora"), ("within", NULL)):
-        part = summary[summary["pairs"] == pairs].sort_values("step")
-        look = look_of(name)
-        ax.plot(
-            part["step"],
-            part["rate"],
-            label={"between": "between tasks"}.get(pairs, "within a task (two halves of its batch)"),
-            **look,
-        )
-    ax.axhline(0.5, color=GREY, linewidth=0.8)
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+    """Conflict rate over training, between tasks beside the null within a task; a row for each step and kind."""
+    if summary.empty:
+        return _not_measured(ax)
+    for pairs, part in summary.groupby("pairs", sort=False):
+        part = part.sort_values("step")
+        ax.plot(part["step"], part["value"], label=title_of(pairs), **look_of(pairs))
     ax.set(xlabel="step", ylabel="conflicting pairs (%)")
+    return _percent(ax)
+
+
+def _not_measured(ax: Axes) -> Axes:
+    ax.text(0.5, 0.5, "not measured", ha="center", va="center", transform=ax.transAxes)
+    ax.set_axis_off()
+    return ax
+
+
+def _percent(ax: Axes) -> Axes:
+    ax.axhline(0.5, color=GREY, linewidth=0.8)  # what two gradients without relation give
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+    low, high = ax.get_ylim()
+    ax.set_ylim(max(low, -0.02), min(high, 1.02))
     return ax
 
 
@@ -252,28 +259,30 @@ def spectra(ax: Axes, table: pd.DataFrame) -> Axes:
         ax.plot(
             part["index"],
             part["degrees"],
-            label="null (before training)" if method == NULL else title_of(method),
+            label=title_of(method),
             markevery=2,
             **look,
         )
         ax.fill_between(part["index"], part["low"], part["high"], color=look["color"], alpha=0.12, linewidth=0)
-    ax.set(xlabel="principal angle, smallest first", ylabel="angle between tasks (degrees)", ylim=(0, 92))
+    ax.set(xlabel="principal angle, smallest first", ylabel="angle between tasks (degrees)")
     ax.set_yticks(range(0, 91, 15))
+    ax.set_ylim(15 * math.floor(table["low"].min() / 15), 92)
     return ax
 
 
-def differences(ax: Axes, table: pd.DataFrame, labels: str) -> Axes:
-    """Differences with intervals, one a line from the top; the zero line, and what each must exceed as a tick where it is not 0."""
-    shown = table.dropna(subset="value").iloc[::-1].reset_index(drop=True)
+def verdicts(ax: Axes, judged: pd.DataFrame) -> Axes:
+    """The differences of :func:`claims.judged`, one a line from the top; dashed ticks are bounds other than 0."""
+    shown = judged.dropna(subset="value").iloc[::-1].reset_index(drop=True)
     reach = np.nan_to_num(np.array([shown["value"] - shown["low"], shown["high"] - shown["value"]])).clip(0)
     ax.axvline(0, color=GREY, linewidth=0.9)
     ax.errorbar(shown["value"], shown.index, xerr=reach, fmt="none", ecolor="black", capsize=2.5, elinewidth=1)
-    for place, row in shown.iterrows():
-        look = look_of(row["look"]) if "look" in shown else look_of("lora")
-        ax.plot(row["value"], place, marker=look["marker"], color=look["color"], linestyle="none")
-        if row.get("least", 0.0):
-            ax.plot([row["least"]] * 2, [place - 0.3, place + 0.3], color=GREY, linestyle="--", linewidth=1)
-    ax.set_yticks(list(shown.index), shown[labels])
-    ax.set_ylim(-0.6, len(shown) - 0.4)
+    kinds = shown["verdict"].str.partition(" (")[0]
+    for kind in dict.fromkeys(kinds):
+        part = shown[kinds == kind]
+        ax.plot(part["value"], part.index, label=kind, **look_of(kind))
+    for place, least in shown.loc[shown["least"] != 0, "least"].items():
+        ax.plot([least] * 2, [place - 0.3, place + 0.3], color=GREY, linestyle="--", linewidth=1)
+    ax.set_yticks(list(shown.index), shown["measured as"])
+    ax.set(xlabel="difference of scores, rates or cosines", ylim=(-0.6, len(shown) - 0.4))
     ax.grid(axis="y", visible=False)
     return ax

@@ -1,7 +1,7 @@
 """Where adapters are: which entries a mask keeps, and how far the subspaces of two tasks' adapters overlap.
 
-Overlap is read against a null drawn under the same policy: A as the seed made it, before any training, beside a random dense B. A shared draw of A
-alone moves the overlap of rows from near r / d_in to 1.
+Overlap is read against a null drawn under the same policy: A as the seed made it, before any training, beside a
+random dense B. A shared draw of A alone moves the overlap of rows from near r / d_in to 1.
 """
 
 from __future__ import annotations
@@ -13,22 +13,34 @@ import numpy as np
 import pandas as pd
 import torch
 
-from lori_nb.analysis.overlap import MEASURES, overlap_table, principal_angles
+from lori_nb.analysis.overlap import overlap_table, principal_angles
+from lori_nb.analysis.statistics import t_interval
 from lori_nb.method.adapters import Adapter, Factors, layer_number, random_down_projection
 from lori_nb.method.masks import kept, kept_of
 from lori_nb.study.notebook import Results
 from lori_nb.study.plans import plan_masks, single
+from lori_nb.study.style import title_of
+from lori_nb.study.summary import as_columns
 
 NULL = "null"
 SIDES = {"A": "rows of A (what is read)", "B": "columns of B (what is written)"}
 
 
 def module_kinds(names: Iterable[str]) -> dict[str, str]:
-    """Module name → its kind, the same in every layer: "q_proj"; the whole path below the layer where the last part alone is ambiguous."""
+    """Module name → its kind, the same in every layer: "q_proj".
+
+    Where the last part of a name is ambiguous, the whole path below the layer: "attention.output.dense".
+    """
     below = {name: name.split(f".{layer_number(name)}.", 1)[-1] for name in names}
     paths = set(below.values())
     last = [path.rpartition(".")[2] for path in paths]
     return {name: (end if last.count(end := path.rpartition(".")[2]) == 1 else path) for name, path in below.items()}
+
+
+def _reading_place(kind: str) -> int:
+    # attention before the feed-forward part, as the signal passes them
+    parts = ("q_proj", "query", "k_proj", "key", "v_proj", "value", "o_proj", "attention.output", "gate", "up", "inter")
+    return next((place for place, part in enumerate(parts) if kind.startswith(part)), len(parts))
 
 
 def mask_shares(results: Results) -> pd.DataFrame:
@@ -47,7 +59,8 @@ def mask_shares(results: Results) -> pd.DataFrame:
     kinds = module_kinds(shares)
     rows = [{"layer": layer_number(name), "module": kinds[name], "share": np.mean(v)} for name, v in shares.items()]
     table = pd.DataFrame(rows, columns=["layer", "module", "share"])
-    return table.pivot(index="layer", columns="module", values="share")[list(dict.fromkeys(table["module"]))]
+    order = sorted(set(table["module"]), key=lambda kind: (_reading_place(kind), kind))
+    return table.pivot(index="layer", columns="module", values="share")[order]
 
 
 def shown_sparsity(results: Results) -> float:
@@ -77,7 +90,7 @@ def _is_exact(adapter: Adapter, sparsity: float, scope: str) -> bool:
 
 
 def null_adapter(adapter: Adapter, task: str) -> dict[str, Factors]:
-    """What the adapter was before it learned anything: its A as drawn under its policy, and a random dense B (d_out × r)."""
+    """The adapter as chance makes it: its A as drawn under its policy, and a random dense B (d_out × r)."""
     null = {}
     for name, f in adapter.factors.items():
         rank, d_in = f.A.shape
@@ -114,21 +127,41 @@ def overlaps(results: Results) -> pd.DataFrame:
 
 
 def overlap_matrix(overlaps: pd.DataFrame, method: str, measure: str) -> pd.DataFrame:
-    """Task × task: mean over modules and seeds, 1 on the diagonal."""
+    """Task × task: mean magnitude over modules and seeds; the diagonal, 1 by definition, is left empty."""
     chosen = overlaps[(overlaps["method"] == method) & (overlaps["measure"] == measure)]
-    means = chosen.groupby(["adapter_a", "adapter_b"], sort=False)["value"].mean()
+    means = chosen["value"].abs().groupby([chosen["adapter_a"], chosen["adapter_b"]], sort=False).mean()
     tasks = list(dict.fromkeys([*chosen["adapter_a"], *chosen["adapter_b"]]))
-    matrix = pd.DataFrame(np.eye(len(tasks)), index=tasks, columns=tasks)
+    matrix = pd.DataFrame(np.nan, index=tasks, columns=tasks)
     for (a, b), value in means.items():
         matrix.loc[a, b] = matrix.loc[b, a] = value
     return matrix
 
 
 def overlap_summary(overlaps: pd.DataFrame) -> pd.DataFrame:
-    """Mean over pairs of tasks and modules, method × measure, with the smallest and largest mean of one pair."""
-    pairs = overlaps.groupby(["method", "measure", "adapter_a", "adapter_b"], sort=False)["value"].mean()
-    table = pairs.groupby(["method", "measure"], sort=False).agg(["mean", "min", "max", "count"]).reset_index()
-    return table.rename(columns={"min": "least pair", "max": "most pair", "count": "pairs"})
+    """Mean magnitude over modules and pairs of tasks, method × measure, with its interval.
+
+    The t interval is over seeds, or with one seed over pairs of tasks; pairs share tasks, so that one is rough.
+    """
+    several = overlaps["seed"].nunique() > 1
+    unit, of = (["seed"], "seeds") if several else (["adapter_a", "adapter_b"], "pairs of tasks")
+    rows = []
+    for key, part in overlaps.groupby(["method", "measure"], sort=False):
+        values = part["value"].abs().groupby([part[name] for name in unit]).mean().dropna()
+        if len(values):
+            rows.append(dict(zip(("method", "measure"), key, strict=True)) | as_columns(t_interval(values), of))
+    return pd.DataFrame(rows).assign(seeds=overlaps["seed"].nunique())
+
+
+def overlap_lines(overlaps: pd.DataFrame) -> list[str]:
+    """One sentence a measure: every method's mean overlap beside the null's."""
+    table = overlap_summary(overlaps).pivot(index="measure", columns="method", values="value")
+    null = table.pop(NULL)
+    return [
+        f"{measure.replace('_', ' ')}: "
+        + ", ".join(f"{title_of(method)} {100 * value:.2f} %" for method, value in row.items())
+        + f"; by chance {100 * null[measure]:.2f} %."
+        for measure, row in table.iterrows()
+    ]
 
 
 def frozen_A_is_its_draw(results: Results) -> bool:
@@ -142,8 +175,9 @@ def frozen_A_is_its_draw(results: Results) -> bool:
 
 
 def angle_spectra(results: Results) -> pd.DataFrame:
-    """Principal angles between tasks, sorted: columns method, side ("A" or "B"), index (1 the smallest), degrees, low, high.
+    """Principal angles between tasks, sorted.
 
+    Columns method, side ("A": row spaces, "B": column spaces), index (1 the smallest), degrees, low, high.
     ``degrees`` is the median over pairs of tasks, modules and seeds, ``low`` and ``high`` are its quartiles.
     """
     rows = []

@@ -30,9 +30,9 @@ from lori_nb.study import style
 from lori_nb.study.lifeline import start_lifeline
 from lori_nb.study.plans import PLANS
 from lori_nb.study.profiles import Settings, load_settings
+from lori_nb.study.stored import BATCH, record
 from lori_nb.study.summary import seeds_text
 
-BATCH = "LORI_NB_BATCH"  # set to 1 where no one watches, so that no progress bar is stored in a notebook
 COLUMNS = ("study", "run", "kind", "method", "trained_on", "after", "task", "seed", "split", "metric", "value", "n")
 SETTING_COLUMNS = ("majority", "sparsity", "shots", "merge", "weight", "trainable_parameters")
 LONGEST_SLUG = 64
@@ -42,7 +42,8 @@ LONGEST_SLUG = 64
 class Results:
     """The finished runs of one notebook's plan.
 
-    ``table`` is tidy: one score a row, with the hash of its run. ``runs`` maps hashes to runs, ``planned`` counts what the plan asks for.
+    ``table`` is tidy: one score a row, with the hash of its run. ``runs`` maps hashes to runs, ``planned`` counts
+    what the plan asks for.
     """
 
     name: str
@@ -76,7 +77,7 @@ class Results:
         )
 
     def keep(self, figure: Figure, name: str) -> None:
-        """Save a figure as PDF, SVG and PNG in ``figures/<profile>/<notebook>_<name>.*``, with its provenance in each file."""
+        """Save a figure as ``figures/<profile>/<notebook>_<name>`` .pdf, .svg and .png, with its provenance in each."""
         about = {"title": f"{self.name}: {name}", "provenance": self.provenance}
         style.save(figure, figures_folder() / slug(self.settings), f"{self.name}_{name}", about)
 
@@ -87,15 +88,16 @@ class Results:
 def begin(name: str, namespace: Mapping[str, object]) -> Settings:
     """Settings of a notebook: its profile, changed by the names in its parameter cell.
 
-    Also sets the figure style, one thread of arithmetic unless ``OMP_NUM_THREADS`` says otherwise, and the lifeline that ends this
-    process with its owner.
+    Also sets the figure style, one thread of arithmetic unless ``OMP_NUM_THREADS`` says otherwise, and the lifeline
+    that ends this process with its owner.
 
     Args:
         name: the notebook's name, a key of ``PLANS``.
         namespace: the notebook's ``globals()``.
 
     Raises:
-        ValueError: an unknown notebook, a parameter that is no setting (names the nearest one), or a value outside its range.
+        ValueError: an unknown notebook, a parameter that is no setting (names the nearest one), or a value outside
+            its range.
     """
     if name not in PLANS:
         raise ValueError(f"notebook must be one of {', '.join(PLANS)}; found {name!r}")
@@ -104,14 +106,15 @@ def begin(name: str, namespace: Mapping[str, object]) -> Settings:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # two threads on two busy cores can be far slower than one
     style.use()
+    pd.set_option("display.max_colwidth", None)  # claims are whole sentences
     return settings
 
 
 def parameter_names(namespace: Mapping[str, object]) -> list[str]:
     """The names that a notebook's parameter cells set, misspelt ones too.
 
-    That is every setting in the namespace, and every other name in the last cell run that sets ``profile``: there a name that is no
-    setting can only be a mistake.
+    That is every setting in the namespace, and every other name in the last cell run that sets ``profile``: there a
+    name that is no setting can only be a mistake.
     """
     known = [f.name for f in fields(Settings) if f.name in namespace]
     cells = [names for source in namespace.get("In", ()) if "profile" in (names := assigned_names(source))]
@@ -140,12 +143,15 @@ def collect(name: str, settings: Settings, store: Store | None = None, train: bo
     plan = [resolve(spec) for spec in PLANS[name](settings)]
     if train:
         _train(done_of(plan, store)[1], store)
-    runs = {spec.hash: store.load(spec.hash) for spec in plan if store.finished(spec)}
+    # With training allowed a damaged run is set aside and done again; without, it is an error.
+    runs = {spec.hash: store.get(spec) if train else store.load(spec.hash) for spec in plan if store.finished(spec)}
     table = store.table([spec for spec in plan if spec.hash in runs]).assign(study=name)
     extra = [column for column in table.columns if column not in COLUMNS + SETTING_COLUMNS]
     table = table.reindex(columns=[*COLUMNS, *SETTING_COLUMNS, *extra])
     results = Results(name, settings, table, runs, len({spec.hash for spec in plan}))
     _write(table, data_folder() / "tables" / slug(settings), name)
+    about = {key: sorted({str(run.provenance.get(key)) for run in runs.values()}) for key in ("device", "dtype")}
+    record(run_hashes=list(runs), **{key: ", ".join(values) for key, values in about.items()})
     return results
 
 
@@ -173,18 +179,21 @@ def _write(table: pd.DataFrame, folder: Path, name: str) -> None:
 
 
 def slug(settings: Settings) -> str:
-    """The profile's name for folders; settings changed from the profile are named too, so that a sweep overwrites nothing."""
-    own = asdict(load_settings(settings.profile))
-    changed = {key: value for key, value in asdict(settings).items() if value != own[key]}
+    """The profile's name for folders, with the settings changed from it, so that a sweep overwrites nothing."""
+    plain = load_settings(settings.profile)
+    changed = {} if settings.tasks == plain.tasks else {"tasks": settings.tasks}
+    # Other tasks may bring another base and rates with them, which need no naming.
+    same_tasks = asdict(load_settings(settings.profile, tasks=list(settings.tasks)))
+    changed |= {key: value for key, value in asdict(settings).items() if value != same_tasks[key]}
     if not changed:
         return settings.profile
     text = "-".join(f"{key}={value}" for key, value in changed.items())
-    words = f"{settings.profile}-{re.sub(r'[^\w.=-]+', '-', text).strip('-')}"
+    words = settings.profile + "-" + re.sub(r"[^\w.=-]+", "-", text).strip("-")
     return (
         words if len(words) <= LONGEST_SLUG else f"{settings.profile}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     )
 
 
 def figures_folder() -> Path:
-    """``figures/`` of the project; inside ``$LORI_NB_HOME`` where that is set, so that trials leave the project alone."""
+    """``figures/`` of the project, or of ``$LORI_NB_HOME`` where that is set, to leave the project alone."""
     return data_folder() / "figures" if os.environ.get("LORI_NB_HOME") else PROJECT / "figures"

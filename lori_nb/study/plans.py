@@ -65,7 +65,7 @@ def joint(settings: Settings, method: str, seed: int) -> RunSpec:
     """One adapter trained on all tasks at once; "lora" is plain joint training."""
     rate = rate_of(settings, "joint" if method == "lora" else method, "lora")
     spec = single(settings, method, settings.tasks[0], seed, learning_rate=rate, steps=settings.joint_steps)
-    return replace(spec, tasks=settings.tasks)
+    return replace(spec, tasks=settings.tasks, batch_size=settings.joint_batch_size)
 
 
 def base_runs(settings: Settings) -> list[RunSpec]:

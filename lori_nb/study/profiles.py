@@ -52,6 +52,7 @@ class Settings:
     steps: int
     joint_steps: int
     batch_size: int
+    joint_batch_size: int
     train_rows: int
     test_rows: int
     shots: int
@@ -76,6 +77,7 @@ _NUMBERS = {
     "sparsity": float,
     "steps": int,
     "joint_steps": int,
+    "joint_batch_size": int,
     "batch_size": int,
     "train_rows": int,
 }

@@ -1,33 +1,27 @@
 """What each notebook asks of its finished runs, as tidy tables: one row a measurement, with n and interval.
 
-Notebook 01 ``method_scores``; 02 ``sparsity_scores``; 03 ``arrangement_scores``, ``conflict_rates``, ``gaps``; 05 ``merged_scores``; 06
-``forgetting_scores``. Where adapters overlap and where masks fall is in :mod:`lori_nb.study.geometry`; verdicts on the papers' claims are in
-:mod:`lori_nb.study.claims`.
+Notebooks 01, 02, 03 and 05 are answered here, 04 and the places of masks in :mod:`lori_nb.study.geometry`, 06 in
+:mod:`lori_nb.study.forgetting`; verdicts on the papers' claims are in :mod:`lori_nb.study.claims`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
 
-from lori_nb.analysis.statistics import Interval, proportion_interval, t_interval
-from lori_nb.lab.runs import Run
+from lori_nb.analysis.statistics import Interval, t_interval
 from lori_nb.lab.specs import RunSpec
 from lori_nb.study.geometry import module_kinds
 from lori_nb.study.notebook import Results
 from lori_nb.study.plans import base_runs, joint, plan_interference, plan_masks, plan_merging, single
 from lori_nb.study.profiles import Settings
-from lori_nb.study.summary import difference, group_word, row_groups, summarise
+from lori_nb.study.style import title_of
+from lori_nb.study.summary import Pair, as_columns, difference, group_word, summarise
 
 MARGIN = 0.10  # ten points: a method beats a reference when it is at least so far above it
-ARRANGEMENTS = {"single": "single-task LoRA", "joint": "joint LoRA", "ortho-lora": "Ortho-LoRA"}
-
-
-def as_columns(interval: Interval, of: str) -> dict:
-    """An interval as the columns that every table here has."""
-    return {"value": interval.mean, "low": interval.low, "high": interval.high, "n": interval.n, "of": of}
+ARRANGEMENTS = ("single", "joint", "ortho-lora")
 
 
 # 01: accuracy against trainable parameters
@@ -46,9 +40,10 @@ def method_scores(results: Results) -> pd.DataFrame:
 
 
 def reference_scores(results: Results) -> pd.DataFrame:
-    """One row a task: the ``majority`` answer's score, and the base's, as it is (``base``) and shown examples (``few_shot``).
+    """One row a task: scores of the most frequent answer and of the bare base.
 
-    An encoder answers through a trained head only, so its base has no score (NaN).
+    Columns ``majority``, ``base`` (as it is) and ``few_shot`` (shown examples in its prompt). An encoder answers
+    through a trained head only, so its base has no score (NaN).
     """
     settings = results.settings
     table = pd.DataFrame(
@@ -62,19 +57,36 @@ def reference_scores(results: Results) -> pd.DataFrame:
 
 
 def beaten_references(results: Results, margin: float = MARGIN) -> pd.DataFrame:
-    """For every method the tasks where its score is at least ``margin`` above the majority answer and the base shown examples."""
+    """For every method the tasks where it beats the majority answer and the base shown examples, each by ``margin``."""
     best = reference_scores(results)[["majority", "few_shot"]].max(axis=1)  # NaN references are passed over
     scores = method_scores(results)
     scores["beats"] = scores["value"] >= scores["task"].map(best) + margin
     return pd.DataFrame(
         {
             "method": method,
-            "tasks beaten": int(part["beats"].sum()),
+            "tasks_beaten": int(part["beats"].sum()),
             "of": len(part),
-            "which": ", ".join(part.loc[part["beats"], "task"]) or "none",
+            "which": ", ".join(part.loc[part["beats"], "task"]),
         }
         for method, part in scores.groupby("method", sort=False)
     )
+
+
+def beaten_lines(results: Results) -> list[str]:
+    """One sentence a method on the tasks where it beats both references."""
+    lines = []
+    for row in beaten_references(results).itertuples():
+        which = f" ({row.which})" if row.tasks_beaten else ""
+        tasks = f"{row.tasks_beaten} of {row.of} tasks{which}"
+        lines.append(f"{title_of(row.method)} beats both references by {MARGIN:g} or more on {tasks}.")
+    return lines
+
+
+def has_learned(results: Results, method: str) -> bool:
+    """Whether a method's mean score is ``MARGIN`` or more above that of the majority answers; else matching is easy."""
+    rows = single_scores(results)
+    rows = rows[rows["method"] == method]
+    return bool((rows["value"] - rows["majority"]).mean() >= MARGIN)
 
 
 # 02: sparsity
@@ -128,11 +140,15 @@ def gaps(results: Results) -> pd.DataFrame:
             lambda seed, b=b: arrangement_specs(results.settings, seed)[b],
         )
         interval = difference(pairs, results.settings.tasks)
-        rows.append({"difference": name, **as_columns(interval, unit_of(pairs, results.settings.tasks))})
+        about = {"difference": name, "over": "mean over tasks", "seeds": len(pairs)}
+        rows.append(about | as_columns(interval, unit_of(pairs, results.settings.tasks)))
     return pd.DataFrame(rows)
 
 
-def run_pairs(results: Results, specs_a, specs_b) -> dict[int, list[tuple[Run, Run]]]:
+Specs = Callable[[int], list[RunSpec]]
+
+
+def run_pairs(results: Results, specs_a: Specs, specs_b: Specs) -> dict[int, list[Pair]]:
     """Seed → pairs of finished runs, from two functions of the seed; seeds that lack a run are left out."""
     found = {}
     for seed in results.settings.seed:
@@ -150,8 +166,9 @@ def unit_of(pairs: dict, tasks: Sequence[str]) -> str:
 def conflict_rates(results: Results) -> pd.DataFrame:
     """Share of pairs of task gradients with a negative inner product: one row for each step, tensor and kind of pair.
 
-    Columns arrangement, seed, step, module (kind), factor ("A" or "B"), pairs ("between" two tasks, or "within" one task: two halves of its
-    batch, what noise alone gives), rate. Undefined rates (B is zero at the start, so A has no gradient) are left out.
+    Columns arrangement, seed, step, module (kind), factor ("A" or "B"), pairs ("between" two tasks, or "within" one
+    task: two halves of its batch, what noise alone gives), rate. Undefined rates (of a
+    gradient that is zero) are left out.
     """
     frames = []
     for seed in results.settings.seed:
@@ -171,7 +188,8 @@ def conflict_rates(results: Results) -> pd.DataFrame:
 def conflict_summary(rates: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """Mean conflict rate by some columns: a t interval over seeds, or with one seed over the steps looked at.
 
-    Steps of one run draw their rows apart from each other but share the adapter, so an interval over steps says little about other runs.
+    Steps of one run draw their rows apart from each other but share the adapter, so an interval over steps says
+    little about other runs.
     """
     unit = "seed" if rates["seed"].nunique() > 1 else "step"
     rows = []
@@ -181,12 +199,27 @@ def conflict_summary(rates: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*by, "value", "low", "high", "n", "of"])
 
 
-def excess_conflict(rates: pd.DataFrame, arrangement: str = "joint") -> tuple[Interval, str]:
-    """Conflict rate between tasks minus that within tasks, and what its n counts."""
+def excess_conflict(rates: pd.DataFrame, arrangement: str = "joint") -> tuple[Interval, str] | None:
+    """Conflict rate between tasks minus that within tasks, and what its n counts; None where it was not measured."""
     chosen = rates[rates["arrangement"] == arrangement]
+    if chosen["pairs"].nunique() < 2:
+        return None
     unit = "seed" if chosen["seed"].nunique() > 1 else "step"
     wide = chosen.pivot_table(index=unit, columns="pairs", values="rate")
     return t_interval(wide["between"] - wide["within"]), f"{unit}s"
+
+
+def conflict_line(rates: pd.DataFrame) -> str:
+    """One sentence on whether tasks conflict more than two halves of one task's batch do, in joint training."""
+    found = excess_conflict(rates)
+    if found is None:
+        return "Conflicts were not measured: that takes two rows of every task in a batch."
+    interval, of = found
+    told = {True: "more than noise alone", False: "less than noise alone"}[interval.mean > 0]
+    if interval.low <= 0 <= interval.high:
+        told = "about as much as noise alone does, within the interval"
+    bounds = f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}] (n = {interval.n} {of})"
+    return f"Gradients of different tasks conflict {told}: between tasks − within a task = {bounds}."
 
 
 # 05: merging
@@ -218,90 +251,12 @@ def scores_at_best(results: Results) -> pd.DataFrame:
     return summarise(chosen.assign(how=how), ["how", "task"])
 
 
-# 06: forgetting
-
-
-def later_tasks(settings: Settings) -> list[str]:
-    """The tasks that are trained after the first."""
-    return [task for task in settings.tasks if task != settings.first]
-
-
-def continued(settings: Settings, method: str, task: str, seed: int) -> tuple[RunSpec, RunSpec]:
-    """(first task alone, the other task trained after it in the same adapter)."""
-    before = single(settings, method, settings.first, seed)
-    return before, single(settings, method, task, seed, start=before, evaluate=(settings.first, task))
-
-
-def accuracy_matrix(results: Results, method: str) -> pd.DataFrame:
-    """Stages × tasks, means over seeds: the first task alone, then each other task after it; NaN where not scored."""
-    settings = results.settings
-    columns = [settings.first, *later_tasks(settings)]
-    matrix = pd.DataFrame(index=[f"{settings.first} alone"], columns=columns, dtype=float)
-    for task in later_tasks(settings):
-        pairs = [[results.run(spec) for spec in continued(settings, method, task, seed)] for seed in settings.seed]
-        done = [pair for pair in pairs if None not in pair]
-        if done:
-            matrix.loc[f"{settings.first} alone", settings.first] = np.mean([a.value(settings.first) for a, _ in done])
-            for scored in (settings.first, task):
-                matrix.loc[f"then {task}", scored] = np.mean([b.value(scored) for _, b in done])
-    return matrix
-
-
-def forgetting_scores(results: Results) -> pd.DataFrame:
-    """For every method and later task: the first task's score ``before`` and ``after``, and what was forgotten with its interval."""
-    settings, rows = results.settings, []
-    for method in settings.method:
-        for task in later_tasks(settings):
-            both = {seed: continued(settings, method, task, seed) for seed in settings.seed}
-            pairs = run_pairs(results, lambda seed, b=both: [b[seed][0]], lambda seed, b=both: [b[seed][1]])
-            if pairs:
-                interval = difference(pairs, [settings.first])
-                before = np.mean([a.value(settings.first) for ((a, _),) in pairs.values()])
-                about = {"method": method, "then": task, "before": before, "after": before - interval.mean}
-                rows.append(about | as_columns(interval, unit_of(pairs, [settings.first])) | {"seeds": len(pairs)})
-    return pd.DataFrame(rows)
-
-
-def kept_answers(results: Results, target: int | None = None) -> pd.DataFrame:
-    """Of the first task's rows that were right before, the share that is right after each later task.
-
-    Args:
-        target: only rows of this class; for the refusal set 1 is harmful, so that the share is that of refusals kept.
-    """
-    settings, rows = results.settings, []
-    for method in settings.method:
-        for task in later_tasks(settings):
-            kept = [
-                pair
-                for pair in map(lambda seed, m=method, t=task: _kept(results, m, t, seed, target), settings.seed)
-                if pair
-            ]
-            if kept:
-                shares = [right / asked for right, asked in kept]
-                of = "seeds" if len(kept) > 1 else group_word([settings.first])
-                interval = t_interval(shares) if len(kept) > 1 else proportion_interval(*kept[0])
-                rows.append({"method": method, "then": task, **as_columns(interval, of), "seeds": len(kept)})
-    return pd.DataFrame(rows, columns=["method", "then", "value", "low", "high", "n", "of", "seeds"])
-
-
-def _kept(results: Results, method: str, task: str, seed: int, target: int | None) -> tuple[float, int] | None:
-    """(groups' worth of rows still right, groups of rows that were right before); None without runs or without a right row."""
-    first = results.settings.first
-    runs = [results.run(spec) for spec in continued(results.settings, method, task, seed)]
-    if None in runs:
-        return None
-    before, after = (run.predictions.loc[run.predictions.task == first].sort_values("row") for run in runs)
-    asked = before["correct"].to_numpy(float) == 1
-    if target is not None:
-        asked &= before["target"].to_numpy(float) == target
-    if not asked.any():
-        return None
-    groups = len(np.unique(row_groups(first, len(before))[asked]))
-    return float(after["correct"].to_numpy(float)[asked].mean()) * groups, groups
-
-
-def forgetting_lines(results: Results) -> Iterator[str]:
-    """One sentence a method: how much of the first task it forgot on average."""
-    for method, part in forgetting_scores(results).groupby("method", sort=False):
-        worst = part.loc[part["value"].idxmax()]
-        yield f"{method}: lost {part['value'].mean():.2f} on average, {worst['value']:.2f} after {worst['then']}"
+def merge_lines(results: Results) -> list[str]:
+    """One sentence a method: what its best merge keeps of the score of its adapters alone."""
+    alone = alone_scores(results).set_index("method")["value"]
+    best = best_weights(results).sort_values("value").drop_duplicates("method", keep="last").set_index("method")
+    return [
+        f"{title_of(method)}: mean score {alone[method]:.2f} alone, {row['value']:.2f} in the best merge "
+        f"({row['merge']}, weight {row['weight']:g})."
+        for method, row in best.loc[[m for m in alone.index if m in best.index]].iterrows()
+    ]

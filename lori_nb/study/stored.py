@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -17,10 +18,11 @@ from nbformat import NotebookNode
 from lori_nb.lab.paths import PROJECT, data_folder, write_atomically
 
 RECORD = "application/vnd.lori-nb+json"  # an output that carries facts from the kernel to the notebook's metadata
+BATCH = "LORI_NB_BATCH"  # set to 1 where a notebook is executed and no one watches
 KEY = "lori_nb"
 INJECTED = "injected-parameters"
 FOOTER = "lori-nb-footer"
-_ERROR_MARK = "papermill-error-cell-tag"
+ERROR_MARK = "papermill-error-cell-tag"
 _WIDGET = "application/vnd.jupyter.widget-view+json"
 _CELL_FILE = re.compile(r"[^\s\"'():]*ipykernel_\d+[/\\]\d+\.py")
 _BAR = re.compile(r"\d+%\|.*\|.*\[.*\]|\d+it \[.*\]")
@@ -30,8 +32,10 @@ _TEXTS = ("text/", "application/json", "application/javascript", "image/svg+xml"
 def record(**facts: Any) -> None:
     """Called in a notebook: put facts (such as ``run_hashes``, ``device``) into the metadata of its executed copy.
 
-    Lists of several calls are joined, other values replaced. On screen nothing appears.
+    Lists of several calls are joined, other values replaced. Nothing happens in a notebook opened by hand.
     """
+    if os.environ.get(BATCH) != "1":
+        return
     from IPython.display import display  # only a kernel has it to hand
 
     display({RECORD: facts, "text/plain": ""}, raw=True)
@@ -121,7 +125,8 @@ def footer_text(facts: Mapping[str, Any]) -> str:
     commit = (facts.get("commit") or "none")[:12] + (" with uncommitted changes" if facts.get("dirty") else "")
     packages = ", ".join(f"{name} {version}" for name, version in facts.get("packages", {}).items() if version)
     threads = "thread" if facts["threads"] == 1 else "threads"
-    runs = f" · {len(facts['run_hashes'])} runs, by hash in the metadata" if facts.get("run_hashes") else ""
+    count = len(facts.get("run_hashes", ()))
+    runs = f" · {count} run{'s' * (count > 1)}, by hash in the metadata" if count else ""
     again = f"\n\nTo make it again: `{facts['command']}`" if facts.get("command") else ""
     return (
         f"---\n*Where these outputs come from.* Commit {commit} · Python {facts['python']}, {packages} · "
@@ -132,7 +137,7 @@ def footer_text(facts: Mapping[str, Any]) -> str:
 
 def notebook_digest(nb: NotebookNode) -> str:
     """SHA-256 over the cells' kinds and sources, without what execution adds."""
-    added = {INJECTED, FOOTER, _ERROR_MARK}
+    added = {INJECTED, FOOTER, ERROR_MARK}
     cells = [[c.cell_type, c.source] for c in nb.cells if not added & set(c.metadata.get("tags", []))]
     return hashlib.sha256(json.dumps(cells).encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""How figures look: one style, colours that colour-blind readers tell apart, and files that come out the same every time."""
+"""How figures look: one style, colours that colour-blind readers tell apart, files with the same bytes every time."""
 
 from __future__ import annotations
 
@@ -55,8 +55,21 @@ _LOOKS = {
     "lori-s": (GREEN, "^", "-."),
     "ortho-lora": (VERMILLION, "D", ":"),
     "ortho-lori-d": (PURPLE, "P", (0, (4, 1, 1, 1))),
+    "single": (BLUE, "o", "-"),
     "joint": (SKY, "v", "--"),
+    "between": (VERMILLION, "D", "-"),
+    "within": (GREY, "x", ":"),
     "null": (GREY, "x", ":"),
+    "held": (GREEN, "^", "none"),
+    "not held": (VERMILLION, "X", "none"),
+    "cannot tell": (GREY, "o", "none"),
+}
+_TITLES = {
+    "single": "LoRA, one adapter a task",
+    "joint": "LoRA, joint",
+    "between": "between tasks",
+    "within": "within a task (two halves of its batch)",
+    "null": "null (before training)",
 }
 _SPARE = [(PURPLE, "X", "-"), (SKY, "v", "--"), (BLACK, "*", "-."), (VERMILLION, "<", (0, (5, 1))), (ORANGE, ">", ":")]
 
@@ -72,8 +85,8 @@ def look_of(name: str) -> dict:
 
 
 def title_of(name: str) -> str:
-    """A method's title for legends ("LoRI-S"); other names stay as they are."""
-    return METHODS[name].title if name in METHODS else name
+    """What legends and tables call a method or a row of numbers ("LoRI-S"); unknown names stay as they are."""
+    return METHODS[name].title if name in METHODS else _TITLES.get(name, name)
 
 
 def use() -> None:

@@ -1,6 +1,7 @@
-"""Scores and differences with their intervals: over seeds where there are several, else over the rows of the one evaluation.
+"""Scores and differences with their intervals: over seeds where there are several, else over the rows evaluated.
 
-Rows that belong together count as one: the refusal set asks every topic in several wordings, so its n is the number of topics.
+Rows that belong together count as one: the refusal set asks every topic in several wordings, so its n is the number
+of topics.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from lori_nb.analysis.statistics import Interval, proportion_interval, t_interva
 from lori_nb.lab.runs import Run
 from lori_nb.lab.tasks import Example, get_task
 from lori_nb.lab.tasks.refusal import refusal_splits
+from lori_nb.study.style import title_of
 
 SHARES = frozenset({"exact_match", "accuracy", "balanced_accuracy"})  # metrics that are shares of rows
 DEMONSTRATION = "one seed: a demonstration"
@@ -47,14 +49,21 @@ def group_word(tasks: Iterable[str]) -> str:
     return words.pop() if len(words) == 1 else "rows or topics"
 
 
+def as_columns(interval: Interval, of: str) -> dict:
+    """An interval as the columns that every table here has."""
+    return {"value": interval.mean, "low": interval.low, "high": interval.high, "n": interval.n, "of": of}
+
+
 def score_interval(values: Sequence[float], metrics: set[str], groups: Sequence[int]) -> Interval:
     """The interval of a score, or of the mean of several tasks' scores.
 
     Args:
         values: one (mean) score a seed. Several give a t interval over seeds.
-        metrics: of the tasks. One seed gives a Wilson interval if all are shares of rows, else no interval (NaN bounds).
-        groups: number of independent rows of every task. A mean over T tasks takes n = T · min(groups), which never makes the interval
-            too short: the variance of the mean, Σ p(1 − p)/n_t / T², is at most that of the mean share over so many rows.
+        metrics: of the tasks. One seed gives a Wilson interval if all are shares of rows, else no interval (NaN
+            bounds).
+        groups: number of independent rows of every task. A mean over T tasks takes n = T · min(groups), which never
+            makes the interval too short: the variance of the mean, Σ p(1 − p)/n_t / T², is at most that of the mean
+                share over so many rows.
     """
     mean = float(np.mean(values))
     if len(values) > 1:
@@ -68,7 +77,8 @@ def score_interval(values: Sequence[float], metrics: set[str], groups: Sequence[
 def summarise(table: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """One row for each combination of ``by``: value, low, high, n, what n counts (``of``), seeds, metric.
 
-    Where several tasks fall into one combination their scores are averaged first, seed by seed; seeds that lack a task are left out.
+    Where several tasks fall into one combination their scores are averaged first, seed by seed; seeds that lack a
+    task are left out.
     """
     rows = []
     for key, part in table.groupby(list(by), sort=False, dropna=False):
@@ -92,8 +102,8 @@ def difference(pairs: dict[int, list[Pair]], tasks: Sequence[str]) -> Interval:
         tasks: the task on which each pair is compared.
 
     Returns:
-        Several seeds: a t interval over seeds. One seed: the difference of the metrics ± t · standard error of the paired differences of
-        rows (group by group, tasks as strata); NaN bounds where a metric is no share of rows.
+        Several seeds: a t interval over seeds. One seed: the difference of the metrics ± t · standard error of the
+        paired differences of rows (group by group, tasks as strata); NaN bounds where a metric is no share of rows.
     """
     values = [
         float(np.mean([a.value(t) - b.value(t) for (a, b), t in zip(ps, tasks, strict=True)])) for ps in pairs.values()
@@ -101,7 +111,10 @@ def difference(pairs: dict[int, list[Pair]], tasks: Sequence[str]) -> Interval:
     if len(values) != 1:
         return t_interval(values)
     (only,) = pairs.values()
-    strata = [_group_differences(a, b, task) for (a, b), task in zip(only, tasks, strict=True)]
+    differences: dict[str, list[np.ndarray]] = {}
+    for (a, b), task in zip(only, tasks, strict=True):
+        differences.setdefault(task, []).append(_group_differences(a, b, task))
+    strata = [np.mean(several, axis=0) for several in differences.values()]  # a task asked twice has its rows once
     n = sum(len(d) for d in strata)
     if not {get_task(task).metric for task in tasks} <= SHARES or min(len(d) for d in strata) < 2:
         return Interval(values[0], math.nan, math.nan, n)
@@ -126,13 +139,27 @@ def text_of(row: pd.Series, digits: int = 2) -> str:
     return value if pd.isna(row["low"]) else f"{value} [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
 
 
-def readable(summary: pd.DataFrame, rows: str, columns: str, digits: int = 2) -> pd.DataFrame:
-    """A summary as a table of text: value [interval], one row for each ``rows``, one column for each ``columns`` with its n."""
-    order = list(dict.fromkeys(summary[columns]))
-    cells = summary.assign(text=summary.apply(text_of, axis=1, digits=digits))
+def readable(summary: pd.DataFrame, rows: str | Sequence[str], columns: str, digits: int = 2) -> pd.DataFrame:
+    """A summary as a table of text, value [interval]: ``rows`` down, ``columns`` with their n across."""
+    if summary.empty:
+        return pd.DataFrame(index=pd.Index([], name=rows))
+    text = summary.apply(text_of, axis=1, digits=digits)
+    named = {name: summary[name].map(title_of) for name in ([rows] if isinstance(rows, str) else rows)}
+    cells = summary.assign(text=text, **named)
     wide = cells.pivot_table(index=rows, columns=columns, values="text", aggfunc="first", sort=False, fill_value="–")
-    titles = {name: f"{name} ({n_text(summary[summary[columns] == name])})" for name in order}
+    order = list(dict.fromkeys(summary[columns]))
+    titles = {name: f"{title_of(name)} ({n_text(summary[summary[columns] == name])})" for name in order}
     return wide[order].rename(columns=titles).rename_axis(columns=None)
+
+
+def shown(table: pd.DataFrame, **formats: str) -> pd.DataFrame:
+    """A table as text: named columns in their formats (",", ".1%"), or all to two digits; "–" for NaN."""
+    columns = formats or dict.fromkeys(table.columns, ".2f")
+    text = {
+        name: ["–" if pd.isna(value) else format(value, form) for value in table[name]]
+        for name, form in columns.items()
+    }
+    return table.assign(**text)
 
 
 def n_text(summary: pd.DataFrame) -> str:

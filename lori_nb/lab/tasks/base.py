@@ -82,7 +82,7 @@ class Task:
 
     @property
     def source_digest(self) -> str:
-        """SHA-256 of the loader's source, the metric and the labels; a task registered outside the package counts by it."""
+        """SHA-256 of the loader's source, metric and labels; a task registered outside the package counts by it."""
         return source_digest((self.load,), f"{self.metric}|{self.labels}|{self.reads}")
 
 

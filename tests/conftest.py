@@ -1,0 +1,102 @@
+"""Shared by all tests: one thread, tiny models on disk, and a data folder of each test's own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+
+from lori_nb.lab.models import Base, load_base
+from lori_nb.lab.paths import PROJECT
+
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def session_cache(tmp_path_factory) -> Path:
+    """A cache folder for the session; its dequantized models are the project's own: making them takes a minute."""
+    folder = tmp_path_factory.mktemp("cache")
+    models = PROJECT / "data" / "cache" / "models"
+    models.mkdir(parents=True, exist_ok=True)
+    (folder / "models").symlink_to(models)
+    return folder
+
+
+def home_with(cache: Path, folder: Path) -> Path:
+    """A data folder with nothing in it but a link to a cache."""
+    folder.mkdir()
+    (folder / "cache").symlink_to(cache)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def session_home(session_cache, tmp_path_factory) -> Path:
+    return home_with(session_cache, tmp_path_factory.mktemp("session") / "home")
+
+
+@pytest.fixture
+def home(session_cache, tmp_path, monkeypatch) -> Path:
+    """``LORI_NB_HOME`` for one test: no runs in it, the session's cache."""
+    folder = home_with(session_cache, tmp_path / "home")
+    monkeypatch.setenv("LORI_NB_HOME", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2(session_home) -> Base:
+    """The embedded decoder in float32; in bfloat16 a bound would say little."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORI_NB_HOME", str(session_home))
+        return load_base("smollm2-135m-instruct", "float32")
+
+
+@pytest.fixture(scope="session")
+def minilm(session_home) -> Base:
+    """The embedded encoder in float32."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORI_NB_HOME", str(session_home))
+        return load_base("all-minilm-l6-v2", "float32")
+
+
+@pytest.fixture(scope="session")
+def tiny_decoder(smollm2, tmp_path_factory) -> Path:
+    """A folder with a random Llama of four small layers and the embedded decoder's tokenizer."""
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(smollm2.tokenizer),
+        max_position_embeddings=2048,
+        initializer_range=0.1,  # with the default the four layers would hardly change their input
+        tie_word_embeddings=True,
+    )
+    return saved(LlamaForCausalLM, config, smollm2.tokenizer, tmp_path_factory.mktemp("decoder"))
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(minilm, tmp_path_factory) -> Path:
+    """A folder with a random BERT of three small layers and the embedded encoder's tokenizer."""
+    config = BertConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        vocab_size=len(minilm.tokenizer),
+        initializer_range=0.1,
+    )
+    return saved(BertModel, config, minilm.tokenizer, tmp_path_factory.mktemp("encoder"))
+
+
+def saved(kind, config, tokenizer, folder: Path) -> Path:
+    """The folder with a randomly initialised model and a tokenizer written to it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        kind(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
