@@ -15,6 +15,7 @@ import yaml
 
 from lori_nb.analysis.merging import MERGE_METHODS
 from lori_nb.lab.methods import get_method
+from lori_nb.lab.own_code import load_extensions
 from lori_nb.lab.paths import PROJECT
 from lori_nb.lab.tasks import expand_tasks, get_task
 from lori_nb.method.adapters import POLICIES
@@ -110,6 +111,7 @@ def load_settings(profile: str = "quick", **changes: Any) -> Settings:
     Raises:
         ValueError: an unknown name, or a value of the wrong type or outside its range.
     """
+    load_extensions()
     values = {"profile": profile, **read_profile(profile)}
     encoder = values.pop("encoder", {})
     known = [f.name for f in fields(Settings)]

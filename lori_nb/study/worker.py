@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from lori_nb.lab.own_code import load_extensions
 from lori_nb.lab.runs import Store
 from lori_nb.lab.specs import from_payload
 from lori_nb.study import lifeline
@@ -20,6 +21,7 @@ SILENCE = 0.5  # seconds between two progress messages of one stage
 def main(root: str) -> None:
     """Serve until standard input closes."""
     lifeline.start_lifeline()
+    load_extensions()
     torch.set_num_threads(1)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints goes to the log, not between the answers

@@ -1,0 +1,67 @@
+"""What README shows, run."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from tiny import output_of, python, tiny_spec
+
+from lori_nb.lab.methods import METHODS, get_method
+from lori_nb.lab.own_code import load_extensions
+from lori_nb.lab.paths import PROJECT
+from lori_nb.lab.runs import Store
+from lori_nb.lab.tasks import get_task
+from lori_nb.study.plans import plan_interference
+from lori_nb.study.profiles import load_settings
+
+README = (PROJECT / "README.md").read_text()
+
+
+def block_with(words: str) -> str:
+    return next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if words in block)
+
+
+@pytest.fixture
+def extension(tmp_path, monkeypatch):
+    """README's own task and own method in a file that ``LORI_NB_EXTENSIONS`` names."""
+    path = tmp_path / "mine.py"
+    path.write_text(block_with("@task") + "\n\n" + block_with("@method"))
+    monkeypatch.setenv("LORI_NB_EXTENSIONS", str(path))
+    yield path
+    METHODS.pop("lora-l2", None)
+
+
+def test_an_own_model_trains_from_a_folder(home, tiny_decoder):
+    code = block_with("RunSpec").replace("path/to/model", str(tiny_decoder))
+    assert "exact_match" in output_of(python(code))
+
+
+def test_an_own_task_and_method_work_by_name_in_settings_and_runs(home, tiny_decoder, extension):
+    load_extensions()
+    settings = load_settings("smoke", tasks="parity", method="lora-l2")
+    specs = plan_interference(settings)
+    assert [(spec.method, spec.tasks) for spec in specs] == [("lora-l2", ("parity",))]
+    store, plain = Store(), tiny_spec(tiny_decoder, tasks=("parity",), learning_rate=3e-2)
+    own = tiny_spec(tiny_decoder, "lora-l2", tasks=("parity",), learning_rate=3e-2)
+    run = store.get(own)
+    assert run.metrics["n"].tolist() == [16]
+    assert sum(f.B.square().sum() for f in run.adapter.factors.values()) != sum(
+        f.B.square().sum() for f in store.get(plain).adapter.factors.values()
+    )
+    assert dict(run.spec.digests)["method"] == get_method("lora-l2").source_digest  # counts by its source
+    assert {row.answer for row in get_task("parity").rows("test", 10)} == {"odd", "even"}
+
+
+def test_an_extension_that_is_not_there_is_an_error(monkeypatch):
+    monkeypatch.setenv("LORI_NB_EXTENSIONS", "nowhere.py")
+    with pytest.raises(ValueError, match="LORI_NB_EXTENSIONS must name modules or Python files; there is no file"):
+        load_extensions()
+
+
+def test_every_path_and_command_that_readme_names_exists():
+    for path in re.findall(r"`((?:lori_nb|notebooks|tests|benchmarks|figures/reference)/[\w/]*)`", README):
+        assert (PROJECT / path).exists(), path
+    makefile = (PROJECT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", README, re.M):
+        assert re.search(rf"^{target}:", makefile, re.M), target
