@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup study test lab lint publish clean
+.PHONY: help setup study test lab lint publish bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -39,6 +39,9 @@ lab: $(READY) ## JupyterLab on notebooks/ with this environment's kernel
 
 publish: $(READY) ## put the executed outputs of profile quick into notebooks/
 	$(BIN)/lori-nb publish
+
+bench: $(READY) ## what frozen-prefix reuse saves, against the full model
+	$(BIN)/python benchmarks/prefix.py
 
 clean: ## remove runs, caches and executed notebooks (not the environment)
 	rm -rf data/runs data/cache data/executed data/tables

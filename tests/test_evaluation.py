@@ -10,6 +10,7 @@ import torch
 from scipy import stats
 from sklearn import metrics as sk
 from tiny import gaussian
+from transformers import AutoModelForCausalLM
 
 from lori_nb.lab import evaluation
 from lori_nb.lab.evaluation import (
@@ -23,6 +24,7 @@ from lori_nb.lab.evaluation import (
     score_rows,
     task_loss,
 )
+from lori_nb.lab.models import load_base
 from lori_nb.lab.tasks import Example, get_task
 from lori_nb.lab.text import collate, encode_decoder_rows, encode_encoder_rows, prompt_ids
 
@@ -30,16 +32,19 @@ EPS = torch.finfo(torch.float32).eps
 
 
 @pytest.fixture
-def with_head(smollm2, monkeypatch):
-    """The embedded decoder as one model again, for ``generate``."""
-    from transformers import AutoModelForCausalLM
+def tiny(tiny_decoder, home):
+    return load_base(str(tiny_decoder), "float32")
 
+
+@pytest.fixture
+def with_head(smollm2):
+    """The embedded decoder as one model again, for ``generate``."""
     model = AutoModelForCausalLM.from_config(smollm2.body.config, attn_implementation="eager")
     model.model, model.lm_head = smollm2.body, smollm2.head
     return model.eval()
 
 
-def greedy(model, base, prompt: list[int], tokens: int = 12) -> list[int]:
+def greedy(model, base, prompt: list[int], tokens: int = 8) -> list[int]:
     """The tokens that greedy decoding writes after a prompt, the end-of-text token included."""
     ids = torch.tensor([prompt])
     settings = {"do_sample": False, "max_new_tokens": tokens, "eos_token_id": base.tokenizer.eos_token_id}
@@ -50,7 +55,7 @@ def greedy(model, base, prompt: list[int], tokens: int = 12) -> list[int]:
 def test_exact_match_is_greedy_decoding(smollm2, with_head):
     """Real rows: with the model's own greedy answer as reference the score is 1, with any one token altered it is 0."""
     eos = smollm2.tokenizer.eos_token_id
-    rows = [row for name in ("chain_sum", "family_relationships") for row in get_task(name).rows("test", 5)]
+    rows = [row for name in ("chain_sum", "word_sequence_reversal") for row in get_task(name).rows("test", 2)]
     encoded, expected = [], []
     for row, real in zip(rows, encode_decoder_rows(smollm2.tokenizer, rows), strict=True):
         prompt = prompt_ids(smollm2.tokenizer, row)
@@ -76,19 +81,21 @@ def test_tokens_past_the_opening_do_not_count(smollm2, with_head):
     assert score_rows(smollm2, smollm2.body, rows).correct.tolist() == [1, 1, 0, 0]
 
 
-def test_a_shared_prompt_is_computed_once_with_the_same_scores(smollm2, monkeypatch):
-    """Losses may differ by the order of float32 sums: 30 layers of sums over up to 1536 terms."""
-    task = get_task("chain_sum")
-    rows = encode_decoder_rows(smollm2.tokenizer, task.rows("test", 6), task.rows("train", 4), max_length=2048)
-    shared = common_prompt(smollm2, rows)
+@pytest.mark.parametrize(("name", "count", "shots"), [("tiny", 6, 4), ("smollm2", 2, 2)])
+def test_a_shared_prompt_is_computed_once_with_the_same_scores(name, count, shots, request, monkeypatch):
+    """Losses may differ by the order of float32 sums: L layers of sums over up to n terms."""
+    base, task = request.getfixturevalue(name), get_task("chain_sum")
+    rows = encode_decoder_rows(base.tokenizer, task.rows("test", count), task.rows("train", shots), max_length=2048)
+    shared = common_prompt(base, rows)
     assert shared > 48
     assert len({row.ids[:shared] for row in rows}) == 1
-    fast = score_rows(smollm2, smollm2.body, rows, batch_size=4)
+    fast = score_rows(base, base.body, rows, batch_size=4)
     monkeypatch.setattr(evaluation, "common_prompt", lambda base, rows: 0)
-    plain = score_rows(smollm2, smollm2.body, rows, batch_size=4)
+    plain = score_rows(base, base.body, rows, batch_size=4)
     assert fast.correct.tolist() == plain.correct.tolist()
-    np.testing.assert_allclose(fast.loss, plain.loss, rtol=30 * 1536 * EPS)
-    assert len(set(plain.loss)) == 6
+    config = base.body.config
+    np.testing.assert_allclose(fast.loss, plain.loss, rtol=config.num_hidden_layers * config.intermediate_size * EPS)
+    assert len(set(plain.loss)) == count
 
 
 def test_short_common_beginnings_are_not_worth_it(smollm2, minilm):
@@ -99,15 +106,15 @@ def test_short_common_beginnings_are_not_worth_it(smollm2, minilm):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
-def test_every_row_is_scored_in_its_own_place(smollm2, batch_size):
-    """Losses of single rows, against the mean cross entropy of each row alone."""
-    rows = encode_decoder_rows(smollm2.tokenizer, get_task("chain_sum").rows("test", 4))
-    found = score_rows(smollm2, smollm2.body, rows, batch_size=batch_size).loss
+def test_every_row_is_scored_in_its_own_place(tiny, batch_size):
+    """Losses of rows in batches, against the mean cross entropy of each row alone."""
+    rows = encode_decoder_rows(tiny.tokenizer, get_task("chain_sum").rows("test", 7))
+    found = score_rows(tiny, tiny.body, rows, batch_size=batch_size).loss
     for row, loss in zip(rows, found, strict=True):
         batch = collate([row], 0)
         with torch.no_grad():
-            alone = task_loss(smollm2, evaluation.logits_at(smollm2, smollm2.body, batch), batch).item()
-        assert loss == pytest.approx(alone, rel=30 * 1536 * EPS)
+            alone = task_loss(tiny, evaluation.logits_at(tiny, tiny.body, batch), batch).item()
+        assert loss == pytest.approx(alone, rel=4 * 96 * EPS)
 
 
 def test_heads_of_encoders(minilm):

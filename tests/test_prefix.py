@@ -1,8 +1,8 @@
 """Frozen-prefix reuse is exact: training from cached hidden states equals training the full model.
 
 The layers above the cut do the same arithmetic on the same numbers in both; what differs is the number of rows and the
-padding of a chunk of the cache, which may order a sum otherwise. One reordered float32 sum over n terms moves by at most
-nε of its terms' size, and the normalised networks here pass such an error on without growing it much: the bound is
+padding of a chunk of the cache, which may order a sum otherwise. One reordered float32 sum over n terms moves by at
+most nε of its terms' size, and the normalised networks here pass such an error on without growing it much: the bound is
 L·n·ε, with L the layers and n the longest sum (the feed-forward width), relative to the largest gradient of a tensor.
 """
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 
+import pandas as pd
 import pytest
 from tiny import output_of, python, tiny_spec
 
+from lori_nb.lab import ledger
 from lori_nb.lab.methods import METHODS, get_method
 from lori_nb.lab.own_code import load_extensions
 from lori_nb.lab.paths import PROJECT
@@ -14,6 +16,7 @@ from lori_nb.lab.runs import Store
 from lori_nb.lab.tasks import get_task
 from lori_nb.study.plans import plan_interference
 from lori_nb.study.profiles import load_settings
+from lori_nb.study.publication import END, START, rendered
 
 README = (PROJECT / "README.md").read_text()
 
@@ -65,3 +68,11 @@ def test_every_path_and_command_that_readme_names_exists():
     makefile = (PROJECT / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", README, re.M):
         assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+def test_readme_shows_the_committed_tables_and_nothing_else():
+    folder = PROJECT / "figures" / "reference" / "quick"
+    shown = README.partition(START)[2].partition(END)[0].strip()
+    assert shown == rendered(folder)
+    runs = pd.read_csv(folder / "runs.csv")
+    assert set(runs["run"]) <= set(ledger.read()["run"])  # every number can be traced to a run in the ledger

@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import pandas as pd
@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from lori_nb.lab.paths import PROJECT, data_folder, write_atomically
-from lori_nb.lab.runs import Run, Store, done_of, git_state
+from lori_nb.lab.runs import Run, Store, done_of, git_state, quiet
 from lori_nb.lab.specs import Spec, resolve
 from lori_nb.study import style
 from lori_nb.study.lifeline import start_lifeline
@@ -161,7 +161,7 @@ def _train(missing: list[Spec], store: Store) -> None:
         for spec in missing:
             runs.set_description(spec.label)
             with tqdm(disable=silent, leave=False) as steps:
-                store.get(spec, lambda stage, done, total, bar=steps: _show(bar, stage, done, total))
+                store.get(spec, quiet if silent else partial(_show, steps))
             runs.update()
 
 

@@ -59,4 +59,3 @@ _generated("chain_sum", "mathematics", min_terms=2, max_terms=2, min_digits=1, m
 _generated(
     "word_sequence_reversal", "symbolic", min_words=3, max_words=3
 )  # stands in for code: structured rewriting of the input
-_generated("isomorphic_strings", "symbolic")

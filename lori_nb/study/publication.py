@@ -1,0 +1,117 @@
+"""From an executed study to what is committed: notebooks with outputs, reference figures and tables, ledger, README.
+
+README's results are rendered from the committed tables and nothing else, so that every number in it can be traced to
+run hashes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pandas as pd
+
+from lori_nb.lab import ledger
+from lori_nb.lab.methods import METHODS
+from lori_nb.lab.paths import PROJECT, data_folder, write_atomically
+from lori_nb.study import claims, questions
+from lori_nb.study.notebook import Results, collect, figures_folder, slug
+from lori_nb.study.profiles import NOTEBOOKS, Settings
+from lori_nb.study.stored import publish as copy_outputs
+
+START, END = "<!-- results -->", "<!-- /results -->"
+REFERENCES = {"majority": "most frequent answer", "few_shot": "base, four examples"}
+
+
+def publish(settings: Settings, root: Path = PROJECT) -> list[Path]:
+    """Put a finished study's outputs under ``root``: notebooks, reference figures and tables, ledger, README.
+
+    Raises:
+        ValueError: a notebook has not been executed, or runs are missing; nothing is changed then.
+    """
+    executed = [data_folder() / "executed" / slug(settings) / f"{name}.ipynb" for name in NOTEBOOKS]
+    missing = [path.stem for path in executed if not path.is_file()]
+    results = collect("07_report", settings, train=False)
+    if missing or len(results.runs) < results.planned:
+        lacks = ", ".join(missing) or f"{results.planned - len(results.runs)} runs"
+        raise ValueError(f"the study must be finished first (lori-nb study); missing: {lacks}")
+    for path in executed:
+        copy_outputs(path, root / "notebooks" / path.name)
+    folder = root / "figures" / "reference" / slug(settings)
+    tables = write_tables(results, folder)
+    figures = [
+        shutil.copy2(path, folder / path.name) for path in sorted((figures_folder() / slug(settings)).glob("*.*"))
+    ]
+    command = f"lori-nb study --profile {slug(settings)}"
+    added = ledger.append(results.table.drop(columns="study"), f"study-{slug(settings)}", command)
+    write_readme(root / "README.md", folder)
+    return [*tables, *map(Path, figures), *([added] if added else []), root / "README.md"]
+
+
+def write_tables(results: Results, folder: Path) -> list[Path]:
+    """The tables that README is rendered from: single-task scores and the judged claims, with the runs behind them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    reference = questions.reference_scores(results).reset_index().melt("task", list(REFERENCES), "method", "value")
+    scores = pd.concat([reference, questions.method_scores(results)], ignore_index=True)
+    paths = {"scores": scores, "claims": claims.judged(results), "runs": results.table}
+    for name, table in paths.items():
+        write_atomically(folder / f"{name}.csv", table.to_csv(index=False, float_format="%.6g"))
+    return [folder / f"{name}.csv" for name in paths]
+
+
+def rendered(folder: Path) -> str:
+    """README's results as Markdown, from the committed tables in ``folder``."""
+    scores, judged = pd.read_csv(folder / "scores.csv"), pd.read_csv(folder / "claims.csv")
+    methods = [name for name in dict.fromkeys(scores["method"]) if name not in REFERENCES]
+    titles = [*REFERENCES.values(), *(METHODS[name].title for name in methods)]
+    lines = ["| task | " + " | ".join(titles) + " | n |", "|---" * (len(titles) + 2) + "|"]
+    for task, part in scores.groupby("task", sort=False):
+        cells = part.set_index("method")
+        measured = [_cell(cells.loc[name]) for name in (*REFERENCES, *methods)]
+        n = cells.loc[methods[0]]
+        lines.append(f"| `{task}` | " + " | ".join(measured) + f" | {int(n['n'])} {n['of']} |")
+    sizes = scores.dropna(subset="trainable_parameters").groupby("method", sort=False)["trainable_parameters"].first()
+    counted = [f"{int(sizes[name]):,}" for name in methods]
+    lines.append("| trained parameters | " + " | ".join(["–"] * len(REFERENCES) + counted) + " | |")
+    claimed = ["| claim | measured | value [95 %] | verdict |", "|---|---|---|---|"]
+    claimed += [_claim_line(row) for _, row in judged.iterrows()]
+    command = f"lori-nb study --profile {folder.name}"
+    seeds = int(scores["seeds"].max())
+    note = "one seed: a demonstration" if seeds == 1 else f"{seeds} seeds"
+    return "\n\n".join(
+        [
+            f"Scores on held-out rows with 95 % intervals ({note}; made by `{command}`, tables with run hashes in "
+            f"`figures/reference/{folder.name}/`):",
+            "\n".join(lines),
+            "The papers' claims, each as a difference on these tasks (a verdict needs the whole interval on one side):",
+            "\n".join(claimed),
+        ]
+    )
+
+
+def _cell(row: pd.Series) -> str:
+    if pd.isna(row["value"]):
+        return "–"
+    if pd.isna(row["low"]):
+        return f"{row['value']:.2f}"
+    return f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+
+
+def _claim_line(row: pd.Series) -> str:
+    claim, about = f"{row['claim']} ({row['paper']})", row["measured as"].replace("|", "\\|")
+    if pd.isna(row["value"]):
+        return f"| {claim} | {about} | – | {row['verdict']} |"
+    value = (
+        f"{row['value']:+.3f}"
+        if pd.isna(row["low"])
+        else f"{row['value']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+    )
+    return f"| {claim} | {about} | {value}, n = {int(row['n'])} {row['of']} | {row['verdict']} |"
+
+
+def write_readme(path: Path, folder: Path) -> None:
+    """Replace what stands between README's two marks by the rendered results."""
+    text = path.read_text()
+    before, _, rest = text.partition(START)
+    _, _, after = rest.partition(END)
+    write_atomically(path, f"{before}{START}\n\n{rendered(folder)}\n\n{END}{after}")
