@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
@@ -73,7 +74,6 @@ def tiny_decoder(smollm2, tmp_path_factory) -> Path:
         num_key_value_heads=2,
         vocab_size=len(smollm2.tokenizer),
         max_position_embeddings=2048,
-        initializer_range=0.1,  # with the default the four layers would hardly change their input
         tie_word_embeddings=True,
     )
     return saved(LlamaForCausalLM, config, smollm2.tokenizer, tmp_path_factory.mktemp("decoder"))
@@ -88,15 +88,17 @@ def tiny_encoder(minilm, tmp_path_factory) -> Path:
         num_hidden_layers=3,
         num_attention_heads=2,
         vocab_size=len(minilm.tokenizer),
-        initializer_range=0.1,
     )
     return saved(BertModel, config, minilm.tokenizer, tmp_path_factory.mktemp("encoder"))
 
 
 def saved(kind, config, tokenizer, folder: Path) -> Path:
-    """The folder with a randomly initialised model and a tokenizer written to it."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        kind(config).save_pretrained(folder)
+    """The folder with a random model and a tokenizer; the same weights on every platform, which torch's draws need not be."""
+    model, draws = kind(config), np.random.Generator(np.random.Philox(key=0))
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 2:  # matrices; the rest are biases of zero and norms of one
+                weight.copy_(torch.from_numpy(draws.standard_normal(tuple(weight.shape), dtype=np.float32)) * 0.1)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -1,4 +1,4 @@
-"""The command line: bad input is one clear line and exit code 2, plans need no weights, an interrupt ends everything."""
+"""The command line: bad input is one clear line and exit code 2, plans need no weights, an interrupt ends all."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_the_table_of_results_has_a_row_for_every_arm_that_was_asked_for(home, t
         Store().get(spec)
     lines = results_text(settings, specs).splitlines()
     assert "chain_sum (n = 4 rows, one seed)" in lines[0]
-    assert [line.split("  ")[0] for line in lines[2:]] == ["base", f"base, {settings.shots} examples shown"]
+    assert [line.split("  ")[0] for line in lines[2:]] == ["Base model", f"Base model, {settings.shots} examples shown"]
     assert "no scores" in results_text(settings, [])
 
 

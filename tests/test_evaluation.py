@@ -39,7 +39,8 @@ def tiny(tiny_decoder, home):
 @pytest.fixture
 def with_head(smollm2):
     """The embedded decoder as one model again, for ``generate``."""
-    model = AutoModelForCausalLM.from_config(smollm2.body.config, attn_implementation="eager")
+    with torch.device("meta"):  # its own weights are never needed
+        model = AutoModelForCausalLM.from_config(smollm2.body.config, attn_implementation="eager")
     model.model, model.lm_head = smollm2.body, smollm2.head
     return model.eval()
 

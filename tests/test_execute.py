@@ -223,7 +223,7 @@ def test_an_interrupt_ends_the_notebooks_at_work(tmp_path, home):
 
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        side_by_side({"quick": lambda: None, "slow": slow, "queued": slow}, 2, interrupt)
+        side_by_side({"quick": lambda: None, "slow": slow, "next": slow, "queued": slow}, 2, interrupt)
     assert time.monotonic() - started < 60
     assert not [each for each in psutil.Process().children() if "lori_nb.study" in " ".join(each.cmdline())]
 

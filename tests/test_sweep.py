@@ -63,7 +63,7 @@ def test_axes_that_say_nothing_clear_are_errors(axes, words):
 
 
 WORDS = st.from_regex(r"[a-z][a-z0-9_./-]{0,8}", fullmatch=True)
-VALUES = st.one_of(st.integers(-9, 9), st.floats(1e-6, 1e6), st.booleans(), WORDS)
+VALUES = st.one_of(st.integers(-9, 9), st.floats(1e-6, 1e6), st.booleans(), st.none(), WORDS, st.just("7"))
 
 
 @given(st.one_of(VALUES, st.lists(VALUES, max_size=3)))

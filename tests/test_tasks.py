@@ -17,7 +17,7 @@ OFFLINE = [*GENERATED, "refusal"]
 
 
 def test_the_default_tasks_are_there():
-    assert {"family_relationships", "chain_sum", "word_sequence_reversal"} < set(GENERATED)
+    assert {"family_relationships", "chain_sum", "word_sequence_reversal"} <= set(GENERATED)
 
 
 @pytest.mark.parametrize("name", OFFLINE)

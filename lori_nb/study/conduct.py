@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
+from lori_nb.lab.methods import get_method
 from lori_nb.lab.models import BaseModelError, locate
 from lori_nb.lab.paths import PROJECT, data_folder
 from lori_nb.lab.runs import Store
@@ -190,11 +192,13 @@ def results_text(settings: Settings, specs: Sequence[Spec]) -> str:
 def _arms(settings: Settings) -> dict[str, list[Spec]]:
     arms: dict[str, list[Spec]] = {}
     for spec in base_runs(settings):
-        arms.setdefault(f"base, {spec.shots} examples shown" if spec.shots else "base", []).append(spec)
+        shown = f", {spec.shots} examples shown" if spec.shots else ""
+        arms.setdefault(get_method(spec.method).title + shown, []).append(spec)
     for method in dict.fromkeys((*settings.method, "lora")):
-        arms[method] = [single(settings, method, task, seed) for task in settings.tasks for seed in settings.seed]
-    arms["lora, joint"] = [joint(settings, "lora", seed) for seed in settings.seed]
-    arms["ortho-lora"] = [joint(settings, "ortho-lora", seed) for seed in settings.seed]
+        grid = itertools.product(settings.tasks, settings.seed)
+        arms[get_method(method).title] = [single(settings, method, task, seed) for task, seed in grid]
+    for method in ("lora", "ortho-lora"):
+        arms[f"{get_method(method).title}, joint"] = [joint(settings, method, seed) for seed in settings.seed]
     return arms
 
 

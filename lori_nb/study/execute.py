@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -191,7 +192,10 @@ def side_by_side(calls: Mapping[str, Callable[[], T]], jobs: int, ended: Callabl
                 ended(futures[future], future.exception() or future.result())
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        while waiting:  # a call may be about to begin its process
+        # More than once, since a call may be about to begin its process. What was cancelled in the queue is done,
+        # though
+        # wait() would not say so.
+        while any(not future.done() for future in waiting):
             for process in list(_live):
                 lifeline.end_tree(process.pid)
-            _, waiting = wait(waiting, timeout=0.1)
+            time.sleep(0.1)

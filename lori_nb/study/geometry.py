@@ -15,6 +15,8 @@ import torch
 
 from lori_nb.analysis.overlap import overlap_table, principal_angles
 from lori_nb.analysis.statistics import t_interval
+from lori_nb.lab.methods import get_method
+from lori_nb.lab.runs import Run
 from lori_nb.method.adapters import Adapter, Factors, layer_number, random_down_projection
 from lori_nb.method.masks import kept, kept_of
 from lori_nb.study.notebook import Results
@@ -71,15 +73,18 @@ def shown_sparsity(results: Results) -> float:
     return min(swept, key=lambda s: abs(s - results.settings.sparsity))
 
 
+def trained_runs(results: Results) -> list[Run]:
+    """The runs that left an adapter: neither a merge nor the bare base."""
+    return [run for run in results.runs.values() if run.spec.kind == "run" and get_method(run.spec.method).trains]
+
+
 def masks_are_exact(results: Results) -> bool:
-    """Whether every mask keeps exactly k entries over the whole adapter, and B is zero off its mask."""
-    masked = [run.adapter for run in results.runs.values() if run.spec.kind == "run" and run.spec.sparsity > 0]
-    sparsities = [
-        run.spec.sparsity for run in results.runs.values() if run.spec.kind == "run" and run.spec.sparsity > 0
-    ]
-    return all(
-        _is_exact(adapter, s, results.settings.mask_scope) for adapter, s in zip(masked, sparsities, strict=True)
-    )
+    """Whether every mask of a fresh adapter keeps exactly k entries, and B is zero off its mask.
+
+    An adapter that was trained on keeps the entries of its first mask beside those of the second.
+    """
+    masked = [run for run in trained_runs(results) if run.spec.sparsity > 0 and run.spec.start is None]
+    return all(_is_exact(run.adapter, run.spec.sparsity, run.spec.mask_scope) for run in masked)
 
 
 def _is_exact(adapter: Adapter, sparsity: float, scope: str) -> bool:
@@ -166,7 +171,7 @@ def overlap_lines(overlaps: pd.DataFrame) -> list[str]:
 
 def frozen_A_is_its_draw(results: Results) -> bool:
     """Whether every LoRI adapter's A still is, bit for bit, what its seed makes."""
-    adapters = [run.adapter for run in results.runs.values() if run.spec.kind == "run" and run.adapter.frozen_A]
+    adapters = [run.adapter for run in trained_runs(results) if run.adapter.frozen_A]
     return all(
         torch.equal(f.A, random_down_projection(a.seed, a.subspace, name, *f.A.shape))
         for a in adapters

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -141,4 +140,4 @@ def value_text(value: Any) -> str:
     """A value as the command line writes it."""
     if isinstance(value, (list, tuple)):
         return f"[{','.join(map(value_text, value))}]"
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) and parse_value(value) == value else repr(value)

@@ -187,8 +187,8 @@ def slug(settings: Settings) -> str:
     changed |= {key: value for key, value in asdict(settings).items() if value != same_tasks[key]}
     if not changed:
         return settings.profile
-    text = "-".join(f"{key}={value}" for key, value in changed.items())
-    words = settings.profile + "-" + re.sub(r"[^\w.=-]+", "-", text).strip("-")
+    text = "-".join(f"{key}-{value}" for key, value in changed.items())
+    words = settings.profile + "-" + re.sub(r"[^\w.]+", "-", text).strip("-")
     return (
         words if len(words) <= LONGEST_SLUG else f"{settings.profile}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     )

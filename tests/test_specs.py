@@ -1,0 +1,269 @@
+"""Specs: a hash that is the same everywhere and follows every setting; bad settings are refused before any work."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+
+import pytest
+from tiny import output_of, python, sparse_spec, tiny_spec
+
+from lori_nb.analysis.merging import MERGE_METHODS, merge_method
+from lori_nb.lab import evaluation, specs
+from lori_nb.lab.evaluation import register_metric
+from lori_nb.lab.methods import METHODS, method
+from lori_nb.lab.specs import (
+    MergeSpec,
+    RunSpec,
+    canonical_json,
+    check,
+    from_payload,
+    recipes,
+    resolve,
+    to_payload,
+    with_parents,
+)
+from lori_nb.lab.tasks import Example, task
+from lori_nb.lab.tasks.base import _TASKS
+
+
+@pytest.fixture
+def base(tiny_decoder, home):
+    return tiny_decoder
+
+
+@pytest.fixture
+def registries():
+    """Whatever a test registers is gone afterwards."""
+    kept = [(registry, dict(registry)) for registry in (METHODS, _TASKS, MERGE_METHODS, evaluation.METRICS)]
+    yield
+    for registry, before in kept:
+        registry.clear()
+        registry.update(before)
+
+
+# Another value of every field; parents and digests have tests of their own.
+OTHER = {
+    "method": "lori-d",
+    "tasks": ("refusal",),
+    "seed": 1,
+    "rank": 8,
+    "alpha": 9.0,
+    "modules": "q_proj",
+    "last_layers": 1,
+    "subspace": "shared",
+    "sparsity": 0.5,
+    "mask_scope": "layer",
+    "learning_rate": 0.011,
+    "steps": 21,
+    "batch_size": 9,
+    "warmup": 0.2,
+    "weight_decay": 0.1,
+    "clip": 2.0,
+    "train_rows": 33,
+    "test_rows": 17,
+    "score_on": "tune",
+    "evaluate": ("chain_sum", "refusal"),
+    "shots": 1,
+    "dtype": "bfloat16",
+    "options": (("grouping", "module"),),
+}
+
+
+def test_every_field_changes_the_hash(base, tiny_encoder):
+    assert set(OTHER) == {f.name for f in fields(RunSpec)} - {"base", "start", "calibration", "digests"}
+    plain = tiny_spec(base)
+    changed = [plain, *(replace(plain, **{name: value}) for name, value in OTHER.items())]
+    changed += [replace(plain, base="smollm2-135m-instruct"), replace(plain, start=tiny_spec(base))]
+    changed += [replace(plain, calibration=tiny_spec(base, "lori-d"))]
+    hashes = [resolve(spec).hash for spec in changed]
+    assert len(set(hashes)) == len(hashes)
+    assert resolve(tiny_spec(base)).hash == hashes[0]
+
+
+def test_every_field_of_a_merge_changes_the_hash(base):
+    parts = (tiny_spec(base), tiny_spec(base, tasks=["refusal"]))
+    plain = MergeSpec(parts, (0.5, 0.5), test_rows=16)
+    changed = [
+        plain,
+        replace(plain, parts=parts[::-1]),
+        replace(plain, weights=(0.5, 0.4)),
+        replace(plain, merge="linear"),
+        replace(plain, test_rows=17),
+        replace(plain, score_on="tune"),
+    ]
+    assert len({resolve(spec).hash for spec in changed}) == len(changed)
+    assert resolve(plain).scored == ("chain_sum", "refusal")
+
+
+def test_the_hash_is_the_same_in_another_process(base, home):
+    spec = sparse_spec(base, start=sparse_spec(base))
+    code = (
+        "import sys, json\nfrom lori_nb.lab.specs import *\n"
+        "spec = from_payload(json.loads(sys.argv[1]))\nprint(resolve(spec).hash)"
+    )
+    payload = json.dumps(to_payload(spec))
+    assert output_of(python(code, payload, PYTHONHASHSEED="5")).split() == [resolve(spec).hash]
+
+
+def test_payloads_come_back_whole(base):
+    parts = (sparse_spec(base), tiny_spec(base, evaluate=("refusal",), options=(("order", "fixed"),)))
+    for spec in (*parts, tiny_spec(base, start=parts[0]), MergeSpec(parts, (0.1, 0.2), "linear")):
+        for each in (spec, resolve(spec)):
+            assert from_payload(json.loads(json.dumps(to_payload(each)))) == each
+    assert from_payload(None) is None
+
+
+def test_resolving_settles_what_is_open(base):
+    spec = resolve(tiny_spec(base, dtype="auto"))
+    assert spec.dtype in ("float32", "bfloat16")
+    assert resolve(spec) is spec
+    assert {"base", "train:chain_sum", "test:chain_sum"} < set(dict(spec.digests))
+    assert {name for name in dict(spec.digests) if name.startswith("recipe:")} == {f"recipe:{n}" for n in recipes()}
+    with pytest.raises(ValueError, match="spec must be resolved before it is hashed; found an unresolved one: lora"):
+        _ = tiny_spec(base).hash
+
+
+def test_a_raised_recipe_changes_the_hash(base, monkeypatch):
+    before = resolve(tiny_spec(base)).hash
+    monkeypatch.setattr(specs.prefix, "RECIPE", specs.prefix.RECIPE + 1)
+    assert resolve(tiny_spec(base)).hash != before
+
+
+def test_canonical_json_is_sorted_and_names_parents_by_hash(base):
+    spec = resolve(sparse_spec(base))
+    plain = json.loads(canonical_json(spec))
+    assert list(plain) == sorted(plain)
+    assert plain["calibration"] == spec.calibration.hash
+    assert ": " not in canonical_json(spec)
+
+
+def test_parents_come_first_and_once(base):
+    first = sparse_spec(base)
+    later = [sparse_spec(base, start=first, tasks=["refusal"]), MergeSpec((first,), (1.0,))]
+    ordered = with_parents([resolve(spec) for spec in later])
+    hashes = [spec.hash for spec in ordered]
+    assert len(set(hashes)) == len(hashes) == 5
+    for place, spec in enumerate(ordered):
+        assert all(parent.hash in hashes[:place] for parent in spec.parents)
+
+
+# What users register counts by its source
+
+
+def test_a_registered_method_counts_by_its_source(base, registries):
+    spec = replace(tiny_spec(base), method="lora-x")
+
+    @method("lora-x", like="lora")
+    def small(live, step):
+        return 1e-4 * sum(low.B.square().sum() for low in live.values())
+
+    first = resolve(spec).hash
+
+    @method("lora-x", like="lora")
+    def large(live, step):
+        return 1e-2 * sum(low.B.square().sum() for low in live.values())
+
+    assert resolve(spec).hash != first
+    assert "method" not in dict(resolve(tiny_spec(base)).digests)
+
+
+def test_a_task_registered_again_gives_other_digests(base, registries):
+    spec = tiny_spec(base, tasks=["own"], train_rows=2, test_rows=2)
+
+    def register(answer, metric="exact_match"):
+        @task("own", domain="x", metric=metric, licence="own")
+        def load(split):
+            yield from (Example(prompt=f"{split} {i}", answer=answer) for i in range(2))
+
+        return resolve(spec)
+
+    one, two, same, other = register("a"), register("b"), register("b"), register("b", "accuracy")
+    assert one.hash != two.hash == same.hash != other.hash
+    assert dict(one.digests)["train:own"] != dict(two.digests)["train:own"]
+
+
+def test_registered_merges_and_metrics_count_by_their_source(base, registries):
+    @merge_method("first")
+    def first(factors, weights):
+        return factors[0]
+
+    merged = MergeSpec((tiny_spec(base),), (1.0,), "first")
+    before = resolve(merged).hash
+
+    @merge_method("first")
+    def last(factors, weights):
+        return factors[-1]
+
+    assert resolve(merged).hash != before
+    assert not any(name.startswith("merge:") for name, _ in resolve(replace(merged, merge="cat")).digests)
+
+    @register_metric("half")
+    def half(scored):
+        return 0.5
+
+    task("measured", domain="x", metric="half", licence="own")(lambda split: [Example(split, "b")])
+    assert "metric:half" in dict(resolve(tiny_spec(base, tasks=["measured"])).digests)
+
+
+# Bad settings
+
+
+BAD = [
+    ({"rank": 0}, "rank must be at least 1; found 0"),
+    ({"steps": -1}, "steps must be at least 0; found -1"),
+    ({"sparsity": 1.0}, r"sparsity must be in \[0, 1\); found 1.0"),
+    ({"sparsity": -0.1}, r"sparsity must be in \[0, 1\); found -0.1"),
+    ({"learning_rate": 0.0}, "learning_rate must be above 0; found 0.0"),
+    ({"learning_rate": float("nan")}, "learning_rate must be above 0; found nan"),
+    ({"warmup": 1.5}, r"warmup must be in \[0, 1\], a share of the steps; found 1.5"),
+    ({"test_rows": 0}, "test_rows must be at least 1; found 0"),
+    ({"score_on": "dev"}, "score_on must be one of train, tune, test; found 'dev'"),
+    ({"subspace": "same"}, "subspace must be one of independent, shared; found 'same'"),
+    ({"mask_scope": "row"}, "mask_scope must be one of model, layer, projection, module, matrix; found 'row'"),
+    ({"options": (("groupng", "module"),)}, "options must be among grouping, reduction, .*; found 'groupng'"),
+    ({"method": "lorri"}, "method must be one of base, lora, lori-d, .*; found 'lorri'"),
+    ({"method": "lori-s"}, "calibration must be a run for method 'lori-s'; found none"),
+    ({"tasks": ("chainsum",)}, "task must be one of .*chain_sum.*; found 'chainsum'"),
+    ({"evaluate": ("chainsum",)}, "task must be one of .*chain_sum.*; found 'chainsum'"),
+    ({"tasks": ("chain_sum", "refusal"), "batch_size": 1}, "batch_size must be at least one row a task, 2; found 1"),
+    ({"tasks": ("cola",)}, "'cola' must have a metric of right and wrong answers for the decoder .*; matthews needs"),
+    ({"dtype": "float16"}, "dtype must be auto, float32 or bfloat16; found 'float16'"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), BAD)
+def test_bad_settings(base, change, words):
+    with pytest.raises(ValueError, match=words):
+        resolve(replace(tiny_spec(base), **change))
+
+
+def test_an_encoder_needs_tasks_for_encoders(tiny_encoder, home):
+    with pytest.raises(ValueError, match="'chain_sum' must be a classification or regression task for the encoder"):
+        check(tiny_spec(tiny_encoder))
+
+
+def test_parents_must_fit(base):
+    with pytest.raises(ValueError, match="rank of the start run must be that of the run itself, 4; found 8"):
+        check(tiny_spec(base, start=tiny_spec(base, rank=8)))
+    with pytest.raises(
+        ValueError, match="last_layers of the calibration run must be that of the run itself, 2; found 1"
+    ):
+        check(tiny_spec(base, "lori-s", sparsity=0.5, calibration=tiny_spec(base, "lori-d", last_layers=1)))
+    check(tiny_spec(base, start=tiny_spec(base)))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"merge": "cats"}, "merge must be one of cat, .*linear.*; found 'cats'"),
+        ({"weights": (0.5,)}, r"weights must be 2 numbers, one a part; found \(0.5,\)"),
+        ({"parts": ()}, "parts must be at least one run"),
+    ],
+)
+def test_bad_merges(base, change, words):
+    parts = (tiny_spec(base), tiny_spec(base, tasks=["refusal"]))
+    with pytest.raises(ValueError, match=words):
+        check(replace(MergeSpec(parts, (0.5, 0.5)), **change))
+    with pytest.raises(ValueError, match="parts must be runs with one base and the same last_layers"):
+        check(MergeSpec((parts[0], replace(parts[1], last_layers=1)), (0.5, 0.5)))
