@@ -192,9 +192,8 @@ def side_by_side(calls: Mapping[str, Callable[[], T]], jobs: int, ended: Callabl
                 ended(futures[future], future.exception() or future.result())
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        # More than once, since a call may be about to begin its process. What was cancelled in the queue is done,
-        # though
-        # wait() would not say so.
+        # More than once, since a call may be about to begin its process. What was cancelled in the queue is
+        # done, though wait() does not say so.
         while any(not future.done() for future in waiting):
             for process in list(_live):
                 lifeline.end_tree(process.pid)
