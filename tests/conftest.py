@@ -93,7 +93,7 @@ def tiny_encoder(minilm, tmp_path_factory) -> Path:
 
 
 def saved(kind, config, tokenizer, folder: Path) -> Path:
-    """The folder with a random model and a tokenizer; the same weights on every platform, which torch's draws need not be."""
+    """The folder with a random model and a tokenizer; the same weights on every platform, unlike torch's draws."""
     model, draws = kind(config), np.random.Generator(np.random.Philox(key=0))
     with torch.no_grad():
         for weight in model.parameters():

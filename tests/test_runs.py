@@ -221,7 +221,7 @@ def test_too_little_room_is_said_before_training(base, store, monkeypatch):
 
 
 def test_a_disk_that_fills_up(base, small_disk, monkeypatch):
-    """The adapter of the second run has no room; the first run is untouched, and the second is done when there is room."""
+    """The adapter of the second run has no room; the first run is untouched, the second is done once there is."""
     monkeypatch.setattr(runs, "NEEDED_BYTES", 0)
     store = Store(small_disk / "runs")
     small = store.get(tiny_spec(base, "base", steps=0))

@@ -1,4 +1,4 @@
-"""The training loop: same bits after an interruption, each row once an epoch, every method by an independent computation."""
+"""The training loop: same bits after an interruption, each row once an epoch, every method against plain code."""
 
 from __future__ import annotations
 
@@ -301,7 +301,7 @@ GOLDEN: dict[str, list[float]] = {}
 
 @pytest.mark.parametrize("name", SPECS)
 def test_golden_losses(name, base):
-    """Losses of every fifth step. An eight-digit loss keeps four under another order of float32 sums in thirty steps."""
+    """Losses of every fifth step. An eight-digit loss keeps four in another order of sums."""
     history = Store().get(SPECS[name](base)).history
     found = history[history["step"] % 5 == 4]["loss"].tolist()
     assert found == pytest.approx(GOLDEN[name], rel=1e-4), "results moved: raise the RECIPE of what was changed"

@@ -24,10 +24,10 @@ from lori_nb.study.profiles import Settings
 FACTOR = 2.0
 TUNE_ROWS = 128
 ROUNDS = 4  # how often a grid may be widened
-RATES = 3  # learning rates a method begins with
+RATES = 5  # learning rates a method begins with
 # Centres of the grids: frozen A and sparse B want larger steps. LoRI-S comes after LoRI-D, which calibrates it at its
 # chosen rate.
-CENTRES = {"lora": 2e-3, "lori-d": 1.6e-2, "lori-s": 3.2e-2, "joint": 2e-3, "ortho-lora": 2e-3}
+CENTRES = {"lora": 2e-3, "lori-d": 3.2e-2, "lori-s": 6.4e-2, "joint": 2e-3, "ortho-lora": 2e-3}
 
 
 def first_grids(arms: Sequence[str] = tuple(CENTRES)) -> dict[str, list[float]]:
