@@ -137,19 +137,14 @@ def tune(
 
 @app.command()
 @plain_errors
-def publish() -> None:
-    """Put the executed outputs of profile quick into the notebooks."""
-    from lori_nb.lab.paths import PROJECT, data_folder
-    from lori_nb.study.profiles import NOTEBOOKS
-    from lori_nb.study.stored import publish as copy_outputs
+def publish(profile: Profile = "quick") -> None:
+    """Put a finished study's outputs into the notebooks, the reference figures and tables, the ledger and README."""
+    from lori_nb.lab.paths import PROJECT
+    from lori_nb.study.profiles import load_settings
+    from lori_nb.study.publication import publish as publish_study
 
-    pairs = [(data_folder() / "executed" / "quick" / f"{name}.ipynb", f"{name}.ipynb") for name in NOTEBOOKS]
-    missing = [name for executed, name in pairs if not executed.is_file()]
-    if missing:
-        raise ValueError(f"all notebooks must be executed first (lori-nb study); missing: {', '.join(missing)}")
-    for executed, name in pairs:
-        copy_outputs(executed, PROJECT / "notebooks" / name)
-        print(f"notebooks/{name}")
+    for path in publish_study(load_settings(profile)):
+        print(path.relative_to(PROJECT))
 
 
 @app.command()

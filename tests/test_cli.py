@@ -40,7 +40,7 @@ def invoke(*words: str):
         (["sweep", "09_none"], "notebook must be a file or one of"),
         (["tune", "--methods", "lorri"], "methods must be among"),
         (["runs", "show", "abc"], "found 0 for 'abc'"),
-        (["publish"], "all notebooks must be executed first"),
+        (["publish"], "the study must be finished first"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(home, words, said):

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
+from transformers import LlamaConfig
 
-from lori_nb.lab.models import KNOWN_CONFIGS
+from lori_nb.lab.models import KNOWN_CONFIGS, empty_body
 from lori_nb.lab.specs import RunSpec
 from lori_nb.study.cost import cost_of, trainable_parameters
 from lori_nb.study.plans import PLANS, joint, single
@@ -147,3 +149,13 @@ def test_joint_training_is_one_run_over_all_tasks():
     settings = load_settings("quick")
     spec = joint(settings, "ortho-lora", 0)
     assert spec.tasks == settings.tasks and spec.steps == settings.joint_steps
+
+
+def test_a_base_is_made_ready_outside_the_meta_device(monkeypatch):
+    # On a fresh machine the configuration comes with the dequantized weights, which cannot be loaded onto the meta device.
+    def config():
+        assert torch.get_default_device().type == "cpu"
+        return LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)
+
+    monkeypatch.setitem(KNOWN_CONFIGS, "someone/something", config)
+    assert next(empty_body("someone/something").parameters()).is_meta

@@ -183,8 +183,11 @@ def base_config(name: str) -> PretrainedConfig:
 @functools.lru_cache(maxsize=8)
 def empty_body(name: str) -> nn.Module:
     """The base's body on the meta device: shapes and names without memory."""
+    config = base_config(
+        name
+    )  # outside the context: a packaged base may have to be made ready first, with real weights
     with torch.device("meta"):
-        return AutoModel.from_config(base_config(name))
+        return AutoModel.from_config(config)
 
 
 def base_digest(name: str) -> str:

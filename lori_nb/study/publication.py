@@ -31,10 +31,14 @@ def publish(settings: Settings, root: Path = PROJECT) -> list[Path]:
     """
     executed = [data_folder() / "executed" / slug(settings) / f"{name}.ipynb" for name in NOTEBOOKS]
     missing = [path.stem for path in executed if not path.is_file()]
+    if missing:
+        raise ValueError(f"the study must be finished first (lori-nb study); not executed: {', '.join(missing)}")
     results = collect("07_report", settings, train=False)
-    if missing or len(results.runs) < results.planned:
-        lacks = ", ".join(missing) or f"{results.planned - len(results.runs)} runs"
-        raise ValueError(f"the study must be finished first (lori-nb study); missing: {lacks}")
+    if len(results.runs) < results.planned:
+        lacks = results.planned - len(results.runs)
+        raise ValueError(
+            f"the study must be finished first (lori-nb study); missing: {lacks} of {results.planned} runs"
+        )
     for path in executed:
         copy_outputs(path, root / "notebooks" / path.name)
     folder = root / "figures" / "reference" / slug(settings)
