@@ -152,7 +152,7 @@ def test_joint_training_is_one_run_over_all_tasks():
 
 
 def test_a_base_is_made_ready_outside_the_meta_device(monkeypatch):
-    # On a fresh machine the configuration comes with the dequantized weights, which cannot be loaded onto the meta device.
+    # On a fresh machine the configuration comes with dequantized weights, which cannot be loaded onto the meta device.
     def config():
         assert torch.get_default_device().type == "cpu"
         return LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)

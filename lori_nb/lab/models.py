@@ -30,8 +30,11 @@ from transformers import (
     MistralConfig,
     PretrainedConfig,
 )
+from transformers.utils import logging as hf_logging
 
 from lori_nb.lab.paths import cache_folder, write_atomically
+
+hf_logging.disable_progress_bar()  # a study shows its own progress
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # On a CPU in bfloat16 the fused kernel's backward pass takes several times as long as plain matrix products at these

@@ -37,6 +37,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             handle.write(raw)
             handle.flush()
             os.fsync(handle.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        Path(partial).chmod(0o666 & ~mask)  # a temporary file is its owner's alone
         Path(partial).replace(path)
     except BaseException:
         Path(partial).unlink(missing_ok=True)
