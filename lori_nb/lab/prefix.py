@@ -1,8 +1,7 @@
 """Frozen-prefix reuse: when adapters sit on the last k layers only, the hidden states below them never change.
 
 They are computed once per row, kept on disk, and training starts from them. The layers above run in a shallow copy of
-the
-model that shares their modules, so hooks and gradients are the same objects in both.
+the model that shares their modules, so hooks and gradients are the same objects in both.
 
 The states are made in chunks of a fixed number of rows, padded to one fixed length, because in bfloat16 a row's bits
 depend on the

@@ -1,9 +1,8 @@
 """The run store: a spec goes in, a finished run comes out, and nothing is trained twice.
 
 A run is a folder named by its spec's hash. It is finished when it holds ``manifest.json``, the checksums of everything
-else,
-written last by an atomic rename. A lock on the hash makes the second of two askers wait. A run whose checksums fail is
-set aside and done again.
+else, written last by an atomic rename. A lock on the hash makes the second of two askers wait. A run whose checksums
+fail is set aside and done again.
 """
 
 from __future__ import annotations

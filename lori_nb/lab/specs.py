@@ -1,9 +1,8 @@
 """What a run is: a frozen description whose SHA-256 names the run's folder.
 
 A :class:`RunSpec` trains one adapter (or evaluates the bare base) and scores it; a :class:`MergeSpec` merges finished
-adapters and
-scores the result. Both carry the digests of everything that decides the result, so that equal hashes mean equal
-results.
+adapters and scores the result. Both carry the digests of everything that decides the result, so that equal hashes mean
+equal results.
 """
 
 from __future__ import annotations
@@ -16,12 +15,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import ClassVar
 
+from lori_nb.analysis import merging
 from lori_nb.analysis.merging import MERGE_METHODS
 from lori_nb.lab import evaluation, prefix, text
 from lori_nb.lab.extensions import is_own, source_digest
 from lori_nb.lab.models import base_digest, base_kind, resolve_dtype
 from lori_nb.lab.tasks import SPLITS, get_task, rows_digest
 from lori_nb.lab.tasks.reading import DATA_VARIABLE
+from lori_nb.method import adapters, masks, projection
 from lori_nb.method.adapters import POLICIES
 from lori_nb.method.masks import SCOPES
 
@@ -30,8 +31,13 @@ OPTIONS = ("grouping", "reduction", "order", "reference")  # switches of Ortho-L
 
 
 def recipes() -> dict[str, int]:
-    """The recipe number of every module that decides a result."""
-    return {"training": RECIPE, "prefix": prefix.RECIPE, "evaluation": evaluation.RECIPE, "text": text.RECIPE}
+    """The recipe number of every module that decides a result, as far as the hash shows it.
+
+    A module of the upper rooms is named from recipe 2 on: recipe 1 is what every hash without its name stands for.
+    """
+    below = {"training": RECIPE, "prefix": prefix.RECIPE, "evaluation": evaluation.RECIPE, "text": text.RECIPE}
+    above = {"adapters": adapters, "masks": masks, "projection": projection, "merging": merging}
+    return below | {name: module.RECIPE for name, module in above.items() if module.RECIPE > 1}
 
 
 @dataclass(frozen=True)

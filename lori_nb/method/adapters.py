@@ -5,8 +5,7 @@ An adapter is a set of named factors: for a frozen base weight W (d_out × d_in)
     y = W x + s · B (A x),    A (r × d_in),  B (d_out × r),  s = α / r,  ΔW = s · B A.
 
 LoRA trains A and B; LoRI (arXiv 2504.07448) freezes A at its random start and trains B, all of it (LoRI-D) or the
-entries
-under a task mask (LoRI-S). Attaching is a forward hook, so that detaching restores the model bit for bit.
+entries under a task mask (LoRI-S). Attaching is a forward hook, so that detaching restores the model bit for bit.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+RECIPE = 1  # raise when the same input gives another result
 POLICIES = ("independent", "shared")
 
 

@@ -90,7 +90,7 @@ def points(
 def score_limits(ax: Axes, metrics: Iterable[str]) -> Axes:
     """Shares from 0 to 1 with room for markers; correlations keep their own range below 0."""
     metrics = set(metrics)
-    low = -0.03 if metrics <= SHARES else max(-1.03, min(-0.03, ax.get_ylim()[0]))
+    low = -0.03 if metrics <= SHARES else max(-1.03, min(-0.03, ax.get_ylim()[0] - 0.05))
     ax.set_ylim(low, 1.03)
     return ax
 
@@ -193,9 +193,7 @@ def heat_maps(axes: Sequence[Axes], matrices: Mapping[str, pd.DataFrame], label:
         heat_map(ax, matrix, limits, form).set_title(title)
         if place:
             ax.tick_params(left=False, labelleft=False)
-    bar = axes[0].figure.colorbar(axes[0].images[0], ax=list(axes), label=label)
-    if form.endswith("%"):
-        bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
+    axes[0].figure.colorbar(axes[0].images[0], ax=list(axes), label=label)
 
 
 def loss_curves(ax: Axes, losses: pd.DataFrame) -> Axes:

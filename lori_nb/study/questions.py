@@ -247,7 +247,7 @@ def scores_at_best(results: Results) -> pd.DataFrame:
     rows = results.table[results.table["kind"] == "merge"]
     best = best_weights(results)[["method", "merge", "weight"]]
     chosen = rows.merge(best, on=["method", "merge", "weight"])
-    how = chosen["method"] + ", " + chosen["merge"] + ", " + chosen["weight"].map("{:g}".format)
+    how = chosen["method"].map(title_of) + ", " + chosen["merge"] + ", " + chosen["weight"].map("{:g}".format)
     return summarise(chosen.assign(how=how), ["how", "task"])
 
 
