@@ -40,6 +40,7 @@ Profile = Annotated[str, typer.Option(help="A file of notebooks/profiles: smoke,
 Jobs = Annotated[int, typer.Option(min=1, help="Workers of one thread each.")]
 Tasks = Annotated[str, typer.Option(help="Tasks or groups instead of the profile's: chain_sum,refusal or glue.")]
 Seed = Annotated[str, typer.Option(help="Seeds instead of the profile's: 0..4 or 0,1.")]
+BaseModel = Annotated[str, typer.Option(help="A base model instead of the profile's: a hub id or a folder.")]
 
 
 def exit_code(error: BaseException) -> int | None:
@@ -79,6 +80,7 @@ def study(
     profile: Profile = "quick",
     tasks: Tasks = "",
     seed: Seed = "",
+    base: BaseModel = "",
     jobs: Jobs = 2,
     plan: Annotated[bool, typer.Option("--plan", help="Print runs, steps and cost; do nothing.")] = False,
     notebooks: Annotated[str, typer.Option(help="Some of the notebooks only: 01_lori,05_merging.")] = "",
@@ -90,12 +92,15 @@ def study(
 
     changes = {"tasks": _names(tasks)} if tasks else {}
     changes |= {"seed": expand_values(seed)} if seed else {}
+    changes |= {"base": base} if base else {}
     settings = load_settings(profile, **changes)
     chosen = chosen_notebooks(_names(notebooks))
     if plan:
         print(plan_text(planned(settings, chosen), jobs))
         return
-    words = [f"--{name} {shlex.quote(value)}" for name, value in (("tasks", tasks), ("seed", seed)) if value]
+    words = [
+        f"--{name} {shlex.quote(value)}" for name, value in (("tasks", tasks), ("seed", seed), ("base", base)) if value
+    ]
     conduct(settings, chosen, jobs, " ".join(["lori-nb study", f"--profile {profile}", *words]))
 
 
@@ -166,6 +171,9 @@ def list_runs() -> None:
 
     store = Store()
     for spec_hash in store.hashes():
+        if store.problems(spec_hash):
+            print(f"{spec_hash[:12]}  damaged: {'; '.join(store.problems(spec_hash))}")
+            continue
         run = Run(spec_hash, store.root / spec_hash)
         scores = ", ".join(f"{row.task} {row.value:.3f} (n {row.n})" for row in run.metrics.itertuples())
         print(f"{spec_hash[:12]}  {run.spec.label}  {scores}")

@@ -63,6 +63,17 @@ class TestNotebook:
         )
         assert "results.keep(figure" in source(figure)
 
+    def test_no_later_cell_changes_a_parameter(self, name):
+        # the setup cell reads them again when it is run a second time
+        parameters, *later = code_of(name)
+        assigned = {
+            node.id
+            for cell in later
+            for node in ast.walk(ast.parse(source(cell)))
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+        }
+        assert not assigned & set(read_parameters(FOLDER / f"{name}.ipynb"))
+
     def test_ends_with_limits(self, name):
         stories = [cell for cell in cells_of(name) if "lori-nb-footer" not in cell["metadata"].get("tags", [])]
         assert stories[-1]["cell_type"] == "markdown" and source(stories[-1]).startswith("## Limits")

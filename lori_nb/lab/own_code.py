@@ -23,6 +23,9 @@ def load_extensions() -> list[str]:
         ValueError: a file or module that is not there.
     """
     names = [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
+    names = [str(Path(name).expanduser().resolve()) if name.endswith(".py") else name for name in names]
+    if names:
+        os.environ[VARIABLE] = ",".join(names)  # processes started from here work in other folders
     for name in names:
         if name not in _loaded:
             _loaded.add(name)
@@ -37,7 +40,7 @@ def _import(name: str) -> None:
         except ModuleNotFoundError as error:
             raise ValueError(f"{VARIABLE} must name modules or Python files; found {name!r} ({error})") from error
         return
-    path = Path(name).expanduser().resolve()
+    path = Path(name)
     if not path.is_file():
         raise ValueError(f"{VARIABLE} must name modules or Python files; there is no file {name!r}")
     found = importlib.util.spec_from_file_location(f"lori_nb_extension_{path.stem}", path)

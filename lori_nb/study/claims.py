@@ -175,7 +175,7 @@ CLAIMS = (
     Claim(
         ORTHO_LORA,
         "Gradients of different tasks conflict in a shared adapter.",
-        "conflict rate between tasks − within a task",
+        "conflict rate between tasks − one half, what unrelated gradients give",
         0.0,
         _excess_conflict,
     ),
@@ -211,9 +211,18 @@ def _judge(claim: Claim, results: Results) -> dict:
         empty = Interval(math.nan, math.nan, math.nan, 0)
         return row | as_columns(empty, "–") | {"seeds": 0, "verdict": "not measured"}
     interval, of, seeds = measured
-    hollow = claim.least < 0 and not questions.has_learned(results, "lora")
-    words = "cannot tell (LoRA itself learned too little)" if hollow else verdict(interval, claim.least)
+    words = _confounded(claim, results) or verdict(interval, claim.least)
     return row | as_columns(interval, of) | {"seeds": seeds, "verdict": words}
+
+
+def _confounded(claim: Claim, results: Results) -> str | None:
+    """Why a difference cannot speak for the claim, whatever its interval; None where it can."""
+    if claim.least < 0 and not questions.has_learned(results, "lora"):
+        return "cannot tell (LoRA itself learned too little)"
+    alone, shared = questions.rows_per_task(results.settings)
+    if claim.measured_as.startswith("single − joint") and alone != shared:
+        return f"cannot tell (a task saw {alone} rows alone, {shared} jointly)"
+    return None
 
 
 def readable(judged: pd.DataFrame) -> pd.DataFrame:

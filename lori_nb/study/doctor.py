@@ -14,7 +14,8 @@ import torch
 
 from lori_nb.lab.models import PACKAGED, default_device, packaged_file, resolve_dtype
 from lori_nb.lab.paths import PROJECT, cache_folder, data_folder
-from lori_nb.lab.runs import NEEDED_BYTES, git_state
+from lori_nb.lab.provenance import git_state
+from lori_nb.lab.runs import NEEDED_BYTES
 from lori_nb.lab.tasks import get_task, task_names
 from lori_nb.lab.tasks.hub import hub_is_reachable, offline_task_names
 from lori_nb.lab.tasks.reading import data_folder as source_folder

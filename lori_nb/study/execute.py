@@ -153,7 +153,7 @@ def facts_of(notebook: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
 @functools.cache
 def _facts_of_process() -> dict[str, Any]:
     from lori_nb.lab.models import default_device
-    from lori_nb.lab.runs import git_state, source_digest
+    from lori_nb.lab.provenance import git_state, source_digest
 
     return {
         **git_state(),

@@ -215,7 +215,7 @@ def loss_curves(ax: Axes, losses: pd.DataFrame) -> Axes:
 
 
 def conflict_points(ax: Axes, summary: pd.DataFrame) -> Axes:
-    """Conflict rate by kind of module, between tasks beside the null within a task; a row for each module and kind."""
+    """Conflict rate by kind of module, between tasks and within a task; a row for each module and kind."""
     if summary.empty:
         return _not_measured(ax)
     grouped_points(ax, summary, "module", "pairs", "conflicting pairs (%)")
@@ -226,7 +226,7 @@ def conflict_points(ax: Axes, summary: pd.DataFrame) -> Axes:
 
 
 def conflict_steps(ax: Axes, summary: pd.DataFrame) -> Axes:
-    """Conflict rate over training, between tasks beside the null within a task; a row for each step and kind."""
+    """Conflict rate over training, between tasks and within a task; a row for each step and kind."""
     if summary.empty:
         return _not_measured(ax)
     for pairs, part in summary.groupby("pairs", sort=False):

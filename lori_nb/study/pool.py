@@ -80,6 +80,10 @@ def train_all(specs: Sequence[Spec], store: Store | None = None, jobs: int = 2, 
     """
     store = store or Store()
     done, missing = done_of(specs, store)
+    damaged = store.set_aside_damaged(done)
+    if damaged:
+        print("\n".join(damaged), flush=True)
+        done, missing = done_of(specs, store)
     if not missing:
         return 0
     store.root.mkdir(parents=True, exist_ok=True)
@@ -97,6 +101,8 @@ def train_all(specs: Sequence[Spec], store: Store | None = None, jobs: int = 2, 
     finally:
         for worker in workers:
             worker.end()
+    for spec in (*board.waiting, *board.running.values()):
+        board.failed[spec.hash] = f"{spec.label}: not done, since no worker was left"
     if board.failed:
         raise TrainingFailedError("\n".join(board.failed.values()))
     return len(missing)
@@ -104,14 +110,22 @@ def train_all(specs: Sequence[Spec], store: Store | None = None, jobs: int = 2, 
 
 def _feed(worker: _Worker, board: _Board, display: Display) -> None:
     while (spec := board.take()) is not None:
-        expected = cost_of(spec).seconds
-        error = worker.carry_out(
-            spec, lambda stage, done, total, s=spec, e=expected: display.update(s.hash, s.label, stage, done, total, e)
-        )
-        display.finish(spec.hash, "done" if error is None else "FAILED")
+        try:
+            error = _attempt(worker, spec, display)
+        except Exception as failure:  # noqa: BLE001 (whatever it is, the other feeders must not wait for this spec)
+            error = f"{type(failure).__name__}: {failure}"
         board.settle(spec, error)
-        if error is not None and not worker.alive:
-            worker.restart()
+
+
+def _attempt(worker: _Worker, spec: Spec, display: Display) -> str | None:
+    if not worker.alive:
+        worker.restart()
+    expected = cost_of(spec).seconds
+    error = worker.carry_out(
+        spec, lambda stage, done, total: display.update(spec.hash, spec.label, stage, done, total, expected)
+    )
+    display.finish(spec.hash, "done" if error is None else "FAILED")
+    return error
 
 
 class _Worker:

@@ -118,11 +118,13 @@ def load_settings(profile: str = "quick", **changes: Any) -> Settings:
     _check_names(list(values), known, f"profile {profile}")
     _check_names(list(changes), known, "settings")
     tasks = expand_tasks(_as_list(changes.get("tasks", values["tasks"])))
-    if all(get_task(task).reads == "encoder" for task in tasks) and "base" not in changes:
+    if all(get_task(task).reads == "encoder" for task in tasks):
         values |= encoder
     if "tasks" in changes and "mask_tasks" not in changes:
         values["mask_tasks"] = [task for task in values["mask_tasks"] if task in tasks] or [tasks[0]]
     values |= changes
+    if Path(str(values["base"])).expanduser().is_dir():  # a notebook's kernel works in another folder
+        values["base"] = str(Path(values["base"]).expanduser().resolve())
     return _checked({**values, "tasks": tasks})
 
 

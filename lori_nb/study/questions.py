@@ -167,7 +167,7 @@ def conflict_rates(results: Results) -> pd.DataFrame:
     """Share of pairs of task gradients with a negative inner product: one row for each step, tensor and kind of pair.
 
     Columns arrangement, seed, step, module (kind), factor ("A" or "B"), pairs ("between" two tasks, or "within" one
-    task: two halves of its batch, what noise alone gives), rate. Undefined rates (of a
+    task: two halves of its batch), rate. Undefined rates (of a
     gradient that is zero) are left out.
     """
     frames = []
@@ -200,26 +200,35 @@ def conflict_summary(rates: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
 
 
 def excess_conflict(rates: pd.DataFrame, arrangement: str = "joint") -> tuple[Interval, str] | None:
-    """Conflict rate between tasks minus that within tasks, and what its n counts; None where it was not measured."""
-    chosen = rates[rates["arrangement"] == arrangement]
-    if chosen["pairs"].nunique() < 2:
+    """Conflict rate between tasks minus one half, and what its n counts; None where it was not measured.
+
+    One half is what two unrelated gradients give, and so what noise alone gives between tasks. The rate within a task
+    is no null: two halves of a batch share the task's own mean gradient, which brings it below one half.
+    """
+    chosen = rates[(rates["arrangement"] == arrangement) & (rates["pairs"] == "between")]
+    if chosen.empty:
         return None
     unit = "seed" if chosen["seed"].nunique() > 1 else "step"
-    wide = chosen.pivot_table(index=unit, columns="pairs", values="rate")
-    return t_interval(wide["between"] - wide["within"]), f"{unit}s"
+    return t_interval(chosen.groupby(unit)["rate"].mean() - 0.5), f"{unit}s"
 
 
 def conflict_line(rates: pd.DataFrame) -> str:
-    """One sentence on whether tasks conflict more than two halves of one task's batch do, in joint training."""
+    """One sentence on whether tasks conflict more often than unrelated gradients would, in joint training."""
     found = excess_conflict(rates)
     if found is None:
         return "Conflicts were not measured: that takes two rows of every task in a batch."
     interval, of = found
-    told = {True: "more than noise alone", False: "less than noise alone"}[interval.mean > 0]
+    told = {True: "more often than", False: "less often than"}[interval.mean > 0]
     if interval.low <= 0 <= interval.high:
-        told = "about as much as noise alone does, within the interval"
+        told = "about as often as"
     bounds = f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}] (n = {interval.n} {of})"
-    return f"Gradients of different tasks conflict {told}: between tasks − within a task = {bounds}."
+    return f"Gradients of different tasks conflict {told} unrelated ones would: rate between tasks − ½ = {bounds}."
+
+
+def rows_per_task(settings: Settings) -> tuple[int, int]:
+    """Training rows that a task has in a run of its own, and in the shared adapter."""
+    shared = settings.joint_steps * (settings.joint_batch_size // len(settings.tasks))
+    return settings.steps * settings.batch_size, shared
 
 
 # 05: merging
