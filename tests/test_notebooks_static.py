@@ -44,6 +44,14 @@ def names_used(name: str) -> set[str]:
     return set(re.findall(r"settings\.(\w+)", "\n".join(map(source, code_of(name)))))
 
 
+def stored_names(node: ast.AST) -> set[str]:
+    """Names that a cell leaves assigned; those of comprehensions are theirs alone."""
+    if isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
+        return set()
+    own = {node.id} if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else set()
+    return own.union(*map(stored_names, ast.iter_child_nodes(node)))
+
+
 def test_there_is_a_notebook_for_every_plan():
     assert sorted(path.stem for path in FOLDER.glob("*.ipynb")) == sorted(NOTEBOOKS) == sorted(PLANS)
 
@@ -66,12 +74,7 @@ class TestNotebook:
     def test_no_later_cell_changes_a_parameter(self, name):
         # the setup cell reads them again when it is run a second time
         parameters, *later = code_of(name)
-        assigned = {
-            node.id
-            for cell in later
-            for node in ast.walk(ast.parse(source(cell)))
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
-        }
+        assigned = {name for cell in later for name in stored_names(ast.parse(source(cell)))}
         assert not assigned & set(read_parameters(FOLDER / f"{name}.ipynb"))
 
     def test_ends_with_limits(self, name):
