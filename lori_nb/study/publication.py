@@ -59,7 +59,7 @@ def write_tables(results: Results, folder: Path) -> list[Path]:
     scores = pd.concat([reference, questions.method_scores(results)], ignore_index=True)
     paths = {"scores": scores, "claims": claims.judged(results), "runs": results.table}
     for name, table in paths.items():
-        write_atomically(folder / f"{name}.csv", table.to_csv(index=False, float_format="%.6g"))
+        write_atomically(folder / f"{name}.csv", table.to_csv(index=False, float_format="%.10g"))
     return [folder / f"{name}.csv" for name in paths]
 
 
