@@ -130,7 +130,9 @@ def test_spans_of_time():
 def test_runs_are_listed_shown_verified_and_cleaned(home, tiny_decoder):
     spec = RunSpec("base", ("chain_sum",), base=str(tiny_decoder), last_layers=1, test_rows=4, steps=0)
     run = Store().get(spec)
-    (home / "runs" / "begun").mkdir()
+    begun = home / "runs" / ("0" * 32)
+    begun.mkdir()
+    (begun / "spec.json").write_text("{}")
     assert run.hash[:12] in invoke("runs", "list").stdout
     shown = invoke("runs", "show", run.hash[:6]).stdout
     assert run.hash in shown and '"source_digest"' in shown and "exact_match" in shown
@@ -174,6 +176,8 @@ def test_an_interrupted_sweep_says_so_and_leaves_nothing_running(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # a shell that runs the tests in its background has SIGINT ignored, and children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     kernel = psutil.Process(_number_in(pid, top))
     top.send_signal(signal.SIGINT)

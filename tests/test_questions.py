@@ -309,7 +309,7 @@ def test_arrangements_and_conflicts(results, settings):
     assert rates["rate"].between(0, 1).all() and set(rates["factor"]) == {"A", "B"}
     plain = results.run(joint(settings, "lora", 0)).conflicts
     excess, of = questions.excess_conflict(rates)
-    assert of == "steps" and excess.mean == pytest.approx(plain["between"].mean() - plain["within"].mean())
+    assert of == "steps" and excess.mean == pytest.approx(plain["between"].mean() - 0.5)
     assert questions.excess_conflict(rates.iloc[:0]) is None and "not measured" in questions.conflict_line(
         rates.iloc[:0]
     )

@@ -175,7 +175,7 @@ CLAIMS = (
     Claim(
         ORTHO_LORA,
         "Gradients of different tasks conflict in a shared adapter.",
-        "conflict rate between tasks − one half, what unrelated gradients give",
+        "conflict rate between tasks − ½ (unrelated gradients)",
         0.0,
         _excess_conflict,
     ),

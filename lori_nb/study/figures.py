@@ -189,10 +189,13 @@ def heat_maps(axes: Sequence[Axes], matrices: Mapping[str, pd.DataFrame], label:
     """Matrices of the same rows side by side under their titles, with one colour scale from 0, or the least, up."""
     values = np.concatenate([matrix.to_numpy(dtype=float).ravel() for matrix in matrices.values()])
     limits = min(0.0, float(np.nanmin(values))), float(np.nanmax(values))
+    columns = axes[0].get_subplotspec().get_gridspec().ncols
     for place, (ax, (title, matrix)) in enumerate(zip(axes, matrices.items(), strict=True)):
         heat_map(ax, matrix, limits, form).set_title(title)
-        if place:
+        if place % columns:
             ax.tick_params(left=False, labelleft=False)
+        if place + columns < len(axes):  # another map of the same columns stands below
+            ax.tick_params(bottom=False, labelbottom=False)
     axes[0].figure.colorbar(axes[0].images[0], ax=list(axes), label=label)
 
 
