@@ -97,7 +97,7 @@ def _not_in_ledger(specs: list[RunSpec]) -> list[RunSpec]:
 def publish(table: pd.DataFrame, profile: str) -> list[Path]:
     """Append the grids to the ledger and write the table that people read; returns the files."""
     folder = ledger.ledger_folder().parent
-    command = f"lori-nb tune --profile {profile}"
+    command = f"lori-nb tune --profile {profile} --methods {','.join(table['arm'].unique())}"
     added = ledger.append(table, f"tuning-{profile}", command)
     columns = ["arm", "learning_rate", "task", "seed", "metric", "value", "n", "chosen", "run"]
     csv = folder / f"tuning-{profile}.csv"
