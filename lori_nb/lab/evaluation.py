@@ -94,7 +94,7 @@ def score_rows(
 
 
 def common_prompt(base: Base, rows: Sequence[Encoded], worth: int = 48) -> int:
-    """How many tokens all prompts begin with (few-shot examples), so that they are computed once; 0 when below
+    """How many tokens all prompts begin with (few-shot examples), so that they are computed once a batch; 0 when below
     ``worth``.
     """
     if base.kind == "encoder":
