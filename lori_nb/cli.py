@@ -1,4 +1,4 @@
-"""The command line, ``lori-nb``: study, sweep, runs, doctor, tune, publish.
+"""The command line, ``lori-nb``: study, train, sweep, tune, measure, publish, runs, doctor, export, import.
 
 Heavy imports stand inside the commands, so that ``--help`` and a misspelt parameter are answered at once.
 """
@@ -8,13 +8,12 @@ from __future__ import annotations
 import functools
 import os
 import shlex
-import sys
-from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from lori_nb.study import lifeline
+from lori_nb.study.plain_errors import FAILED, plain_errors
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,53 +24,15 @@ app = typer.Typer(
 runs = typer.Typer(no_args_is_help=True, help="The store of finished runs.")
 app.add_typer(runs, name="runs")
 
-BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
-# Errors that a user can do something about, by module: importing them here would import torch.
-_BAD_INPUT = {"lori_nb.lab.models": "BaseModelError", "lori_nb.lab.tasks.hub": "HubUnreachableError"}
-_FAILED = {
-    "lori_nb.lab.runs": ("DiskFullError", "CorruptRunError"),
-    "lori_nb.study.pool": ("TrainingFailedError",),
-    "lori_nb.study.execute": ("NotebookError",),
-    "lori_nb.study.sweep": ("SweepError",),
-    "lori_nb.study.conduct": ("StudyError",),
-}
-
 Profile = Annotated[str, typer.Option(help="A file of notebooks/profiles: smoke, quick, standard, paper.")]
 Jobs = Annotated[int, typer.Option(min=1, help="Workers of one thread each.")]
 Tasks = Annotated[str, typer.Option(help="Tasks or groups instead of the profile's: chain_sum,refusal or glue.")]
 Seed = Annotated[str, typer.Option(help="Seeds instead of the profile's: 0..4 or 0,1.")]
 BaseModel = Annotated[str, typer.Option(help="A base model instead of the profile's: a hub id or a folder.")]
-
-
-def exit_code(error: BaseException) -> int | None:
-    """The exit code of an error that is reported in plain words; None for one that keeps its traceback."""
-    where, name = type(error).__module__, type(error).__name__
-    if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED
-    if name in _FAILED.get(where, ()):
-        return FAILED
-    if isinstance(error, (ValueError, FileNotFoundError)) or name == _BAD_INPUT.get(where):
-        return BAD_INPUT
-    return None
-
-
-def plain_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose foreseen errors are one message on standard error and an exit code."""
-
-    @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        try:
-            lifeline.hold_on_to_maker()
-            command(*args, **kwargs)
-        except (Exception, KeyboardInterrupt) as error:
-            code = exit_code(error)
-            if code is None:
-                raise
-            stopped = "stopped; finished runs are kept, and the same command goes on from here"
-            print(f"lori-nb: {stopped if code == INTERRUPTED else error}", file=sys.stderr, flush=True)
-            raise typer.Exit(code) from None
-
-    return wrapped
+AllowCode = Annotated[
+    bool,
+    typer.Option("--allow-code-execution", help="Run programs that the model writes (HumanEval, MBPP), contained."),
+]
 
 
 @app.command()
@@ -84,8 +45,10 @@ def study(
     jobs: Jobs = 2,
     plan: Annotated[bool, typer.Option("--plan", help="Print runs, steps and cost; do nothing.")] = False,
     notebooks: Annotated[str, typer.Option(help="Some of the notebooks only: 01_lori,05_merging.")] = "",
+    allow_code_execution: AllowCode = False,
 ) -> None:
     """Train what the notebooks need, each run once, then execute them all."""
+    _allow_code(allow_code_execution)
     from lori_nb.study.conduct import chosen_notebooks, conduct, plan_text, planned
     from lori_nb.study.grid import expand_values
     from lori_nb.study.profiles import load_settings
@@ -101,7 +64,43 @@ def study(
     words = [
         f"--{name} {shlex.quote(value)}" for name, value in (("tasks", tasks), ("seed", seed), ("base", base)) if value
     ]
+    words += ["--allow-code-execution"] if allow_code_execution else []
     conduct(settings, chosen, jobs, " ".join(["lori-nb study", f"--profile {profile}", *words]))
+
+
+@app.command()
+@plain_errors
+def train(
+    profile: Profile = "paper",
+    method: Annotated[str, typer.Option(help="Only runs of these methods: lori-s,lora.")] = "",
+    task: Annotated[str, typer.Option(help="Only runs trained on these tasks: gsm8k.")] = "",
+    seed: Annotated[str, typer.Option(help="Only these seeds: 0..4 or 0,1.")] = "",
+    base: BaseModel = "",
+    notebooks: Annotated[str, typer.Option(help="Only runs that these notebooks ask for: 01_lori.")] = "",
+    plan: Annotated[bool, typer.Option("--plan", help="Print runs, steps and cost; do nothing.")] = False,
+    allow_code_execution: AllowCode = False,
+) -> None:
+    """Train some of a profile's runs, on all devices that torchrun has started; the notebooks then find them done.
+
+    On the 8 GPUs of one machine: torchrun --nproc_per_node 8 -m lori_nb.cli train --method lori-s --task gsm8k
+    """
+    _allow_code(allow_code_execution)
+    from lori_nb.lab import distributed
+    from lori_nb.study.conduct import chosen_notebooks, plan_text, planned
+    from lori_nb.study.grid import expand_values
+    from lori_nb.study.profiles import load_settings
+    from lori_nb.study.selection import selected, train_each
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        lifeline.hold_on_to(os.getppid())  # torchrun, which cannot end its processes when it is killed
+    settings = load_settings(profile, **({"base": base} if base else {}))
+    specs = planned(settings, chosen_notebooks(_names(notebooks)))
+    chosen = selected(specs, _names(method), _names(task), expand_values(seed) if seed else ())
+    if plan:
+        print(plan_text(chosen, 1))
+        return
+    train_each(chosen, functools.partial(print, flush=True))
+    distributed.leave()
 
 
 @app.command()
@@ -114,8 +113,10 @@ def sweep(
     profile: Profile = "quick",
     jobs: Jobs = 2,
     scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler: tcp://host:8786.")] = None,
+    allow_code_execution: AllowCode = False,
 ) -> None:
     """Execute one notebook at every point of a grid."""
+    _allow_code(allow_code_execution)
     from lori_nb.study import grid as grids
     from lori_nb.study.sweep import sweep as carry_out
 
@@ -128,15 +129,34 @@ def sweep(
 def tune(
     profile: Profile = "quick",
     jobs: Jobs = 2,
-    methods: Annotated[str, typer.Option(help="Some only: lora,lori-d,lori-s,joint,ortho-lora.")] = "",
+    methods: Annotated[str, typer.Option(help="Some only: lora,lori-s,joint, or any method of the registry.")] = "",
+    allow_code_execution: AllowCode = False,
 ) -> None:
     """Choose learning rates on held-out training rows, every method with the same budget."""
+    _allow_code(allow_code_execution)
     from lori_nb.study import tuning
     from lori_nb.study.profiles import load_settings
 
+    settings = load_settings(profile)  # and with it the methods of own code
     grids = tuning.first_grids(_names(methods)) if methods else tuning.first_grids()
-    table = tuning.tune(load_settings(profile), grids, jobs)
+    table = tuning.tune(settings, grids, jobs)
     for path in tuning.publish(table, profile):
+        print(path)
+
+
+@app.command()
+@plain_errors
+def measure(
+    profile: Profile = "standard",
+    notebooks: Annotated[str, typer.Option(help="Whose runs: 01_lori,02_masks.")] = "01_lori,02_masks",
+    jobs: Jobs = 2,
+) -> None:
+    """Train what the ledger lacks of a profile's runs, and add their scores to the ledger as they come."""
+    from lori_nb.study.conduct import chosen_notebooks
+    from lori_nb.study.measuring import measure as carry_out
+    from lori_nb.study.profiles import load_settings
+
+    for path in carry_out(load_settings(profile), chosen_notebooks(_names(notebooks)), jobs):
         print(path)
 
 
@@ -161,6 +181,47 @@ def doctor() -> None:
     text, well = report()
     print(text)
     raise typer.Exit(0 if well else FAILED)
+
+
+@app.command("export")
+@plain_errors
+def export_run(
+    spec_hash: Annotated[str, typer.Argument(metavar="HASH", help="A run's hash, or its beginning.")],
+    folder: Annotated[str, typer.Argument(help="The new folder.")],
+    weight: Annotated[float, typer.Option(help="The folder's update is this times the adapter's.")] = 1.0,
+    head: Annotated[str, typer.Option(help="The task whose head goes with an encoder's adapter of several.")] = "",
+) -> None:
+    """Write a run's adapter as a PEFT LoRA folder."""
+    from pathlib import Path
+
+    from lori_nb.lab.interop import export_peft
+    from lori_nb.lab.runs import Store
+
+    store = Store()
+    run = store.load(_whole_hash(store.hashes(), spec_hash))
+    print(export_peft(run.adapter, Path(folder), weight=weight, head=head or None))
+
+
+@app.command("import")
+@plain_errors
+def import_folder(
+    folder: Annotated[str, typer.Argument(help="A PEFT LoRA folder with safetensors.")],
+    file: Annotated[str, typer.Argument(help="The adapter file to write.")],
+    base: Annotated[str, typer.Option(help="The base model that the adapter is for.")],
+) -> None:
+    """Turn a PEFT LoRA folder into an adapter file of this kit."""
+    from pathlib import Path
+
+    from lori_nb.lab.interop import import_peft
+    from lori_nb.method.adapter_file import save_adapter
+
+    path = Path(file)
+    if path.exists():
+        raise ValueError(f"FILE must be new; found {path}")
+    adapter = import_peft(Path(folder), base)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_adapter(adapter, path)
+    print(f"{path}: rank {adapter.rank}, {len(adapter.factors)} modules of {base}")
 
 
 @runs.command("list")
@@ -189,10 +250,7 @@ def show_run(spec_hash: Annotated[str, typer.Argument(metavar="HASH", help="A ru
     from lori_nb.lab.runs import Store
 
     store = Store()
-    found = [each for each in store.hashes() if each.startswith(spec_hash)]
-    if len(found) != 1:
-        raise ValueError(f"HASH must be the beginning of one finished run's; found {len(found)} for {spec_hash!r}")
-    run = store.load(found[0])
+    run = store.load(_whole_hash(store.hashes(), spec_hash))
     print(f"{run.hash}  {run.spec.label}\n{run.folder}\n\n{run.metrics.to_string(index=False)}\n")
     print(json.dumps(run.provenance, indent=1))
 
@@ -223,5 +281,26 @@ def clean_runs() -> None:
     print(f"{len(removed)} removed")
 
 
+def _whole_hash(hashes: list[str], beginning: str) -> str:
+    found = [each for each in hashes if each.startswith(beginning)]
+    if len(found) != 1:
+        raise ValueError(f"HASH must be the beginning of one finished run's; found {len(found)} for {beginning!r}")
+    return found[0]
+
+
+def _allow_code(allowed: bool) -> None:
+    """Permit code execution to this process and those that it starts here; a cluster's workers have settings of their
+    own.
+    """
+    if allowed:
+        from lori_nb.lab.sandbox import ALLOW_VARIABLE
+
+        os.environ[ALLOW_VARIABLE] = "1"
+
+
 def _names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+if __name__ == "__main__":
+    app()

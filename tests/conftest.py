@@ -14,6 +14,7 @@ from lori_nb.lab.models import Base, load_base
 from lori_nb.lab.paths import PROJECT
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # where there is a GPU too; what is tested on it names it
 torch.set_num_threads(1)
 
 

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from tiny import gaussian
 
 from lori_nb.method.adapter_file import adapter_hash, fingerprint, load_adapter, save_adapter
-from lori_nb.method.adapters import Adapter, Factors, random_down_projection
+from lori_nb.method.adapters import Adapter, Factors
 from lori_nb.method.masks import magnitude_masks
+from lori_nb.method.subspaces import down_projection, random_down_projection
 
 SHAPES = {"layers.0.mlp.up_proj": (96, 64), "layers.0.mlp.down_proj": (64, 96), "layers.1.self_attn.q_proj": (64, 64)}
 RANK = 8
@@ -78,6 +79,43 @@ def test_a_frozen_A_is_not_written_and_a_trained_one_is(tmp_path):
         save_adapter(kind(), tmp_path / "a.safetensors")
         with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
             assert any(key.endswith(".A") for key in file.keys()) == written  # noqa: SIM118 (no mapping)
+
+
+def test_an_A_that_no_seed_promises_is_written(tmp_path):
+    blocks = {
+        name: replace(f, A=down_projection(3, "orthogonal:1", name, RANK, f.A.shape[1]))
+        for name, f in lori_s().factors.items()
+    }
+    adapter = replace(lori_s(), factors=blocks, subspace="orthogonal:1")
+    save_adapter(adapter, tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        assert {f"{name}.A" for name in blocks} <= set(file.keys())
+    found = load_adapter(tmp_path / "a.safetensors")
+    assert found.frozen_A
+    assert adapter_hash(found) == adapter_hash(adapter)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrower_values(tmp_path, dtype):
+    path, sizes = tmp_path / "a.safetensors", []
+    for each in (torch.float32, dtype):
+        save_adapter(lori_s(), path, each)
+        sizes.append(sum(t.nbytes for t in load_file(path).values()))
+    found = load_adapter(path)
+    for name, f in lori_s().factors.items():
+        assert torch.equal(found.factors[name].B, f.B.to(dtype).float())
+        assert torch.equal(found.factors[name].A, f.A)  # drawn again, not stored
+    kept = sum(int(mask.sum()) for mask in lori_s().masks.values())
+    assert sizes[0] - sizes[1] == 2 * kept
+
+
+def test_values_that_do_not_fit(tmp_path):
+    large = {name: replace(f, B=f.B * 1e6) for name, f in lori_d().factors.items()}
+    with pytest.raises(ValueError, match=r"\.B must fit torch.float16; found values up to"):
+        save_adapter(replace(lori_d(), factors=large), tmp_path / "a.safetensors", torch.float16)
+    with pytest.raises(ValueError, match="dtype must be one of torch.float32, torch.bfloat16, torch.float16; found"):
+        save_adapter(lori_d(), tmp_path / "a.safetensors", torch.float64)
+    assert not list(tmp_path.iterdir())
 
 
 def test_size_on_disk(tmp_path):

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import copy
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from tiny import gaussian, output_of, python, random_factors
+from tiny import gaussian, random_factors
 from torch import nn
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaForCausalLM
@@ -27,10 +24,9 @@ from lori_nb.method.adapters import (
     check_rank,
     folded_in,
     layer_number,
-    random_down_projection,
-    subspace_id,
     target_linears,
 )
+from lori_nb.method.subspaces import random_down_projection
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -52,63 +48,6 @@ def llama() -> LlamaForCausalLM:
 
 
 TOKENS = torch.arange(24).view(2, 12) * 4 % 97
-
-
-# A from a seed
-
-
-def test_A_has_golden_values():
-    A = random_down_projection(0, "chain_sum", "layers.22.mlp.up_proj", 2, 3)
-    expected = torch.tensor(
-        [
-            [0.11996059864759445, -0.262287437915802, -0.16677159070968628],
-            [-0.0008828248828649521, 0.5298761129379272, 0.4829404354095459],
-        ]
-    )
-    assert torch.equal(A, expected)
-
-
-def test_A_is_the_same_in_another_process_and_order():
-    names = ["layers.0.q_proj", "layers.1.q_proj"]
-    code = (
-        "from lori_nb.method.adapters import random_down_projection as draw\n"
-        f"for name in {names[::-1]!r}: print(draw(7, 'rte', name, 3, 5).numpy().tobytes().hex())"
-    )
-    here = [random_down_projection(7, "rte", name, 3, 5).numpy().tobytes().hex() for name in names]
-    assert output_of(python(code)).split() == here[::-1]
-
-
-@pytest.mark.parametrize(
-    "other", [(1, "a", "m", 4, 8), (0, "b", "m", 4, 8), (0, "a", "n", 4, 8), (0, "a", "m", 8, 4), (0, "a", "m", 3, 8)]
-)
-def test_another_seed_subspace_module_or_shape_is_another_draw(other):
-    one, two = random_down_projection(0, "a", "m", 4, 8).flatten(), random_down_projection(*other).flatten()
-    assert not torch.equal(one[:12], two[:12])
-
-
-@given(st.integers(0, 2**31), st.integers(1, 8), st.integers(1, 300))
-@settings(max_examples=30, deadline=None)
-def test_A_lies_within_the_range_of_peft(seed, rank, d_in):
-    bound = np.float32(1 / np.sqrt(d_in))
-    assert random_down_projection(seed, "t", "m", rank, d_in).abs().max() <= bound
-
-
-def test_A_is_uniform_and_its_rows_unrelated():
-    rows, d_in = 64, 4096
-    A = random_down_projection(3, "t", "m", rows, d_in).double() * d_in**0.5  # uniform on ±1
-    # n independent uniforms: mean 0 ± 1/√(3n), second moment 1/3 ± √(4/45)/√n; five standard errors
-    n = rows * d_in
-    assert abs(A.mean()) < 5 / (3 * n) ** 0.5
-    assert abs(A.square().mean() - 1 / 3) < 5 * (4 / 45 / n) ** 0.5
-    off = (A @ A.T / d_in)[~torch.eye(rows, dtype=bool)]
-    assert off.abs().max() < 6 / 3 / d_in**0.5  # entries have standard deviation 1/(3√d)
-
-
-def test_subspace_policies():
-    assert subspace_id("independent", ("a", "b")) == "a+b"
-    assert subspace_id("shared", ("a",)) == subspace_id("shared", ("b",)) == "shared"
-    with pytest.raises(ValueError, match="subspace must be one of independent, shared; found 'same'"):
-        subspace_id("same", ("a",))
 
 
 # Where an adapter sits
@@ -319,3 +258,72 @@ def test_entries_off_the_mask_keep_what_stood_there():
     assert torch.equal(after[~mask], before[~mask])
     assert (after[mask] != before[mask]).all()
     assert torch.equal(low.support(), before != 0)
+
+
+# What the backward pass keeps
+
+
+def saved_bytes(call) -> tuple[int, list[torch.Size]]:
+    """Bytes and shapes of the tensors that a call keeps for its backward pass."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        call()
+    return sum(t.numel() * t.element_size() for t in kept.values()), [t.shape for t in kept.values()]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_frozen_A_keeps_h_and_neither_x_nor_a_dense_B(masked):
+    factors = Factors(gaussian(3, 40, seed=1), gaussian(30, 3, seed=2), 1.5)
+    mask = gaussian(30, 3, seed=3) > 1 if masked else None
+    low = LowRank(factors, train_A=False, mask=mask)
+    x = gaussian(5, 7, 40, seed=4).requires_grad_()
+    _, shapes = saved_bytes(lambda: low(x))
+    assert sorted(map(tuple, shapes)) == sorted([(5, 7, 3), tuple(low.values.shape)])
+    _, shapes = saved_bytes(lambda: LowRank(factors, train_A=True)(x))
+    assert (5 * 7, 40) in map(tuple, shapes) or (5, 7, 40) in map(tuple, shapes)  # a trained A needs x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape", [(11, 40), (3, 7, 40)])
+def test_a_frozen_A_gives_the_bits_of_the_plain_form(dtype, masked, shape):
+    """Output, ∂L/∂x and ∂L/∂B equal, bit for bit, autograd's through F.linear with a dense masked B."""
+    factors = Factors(gaussian(3, 40, seed=1), gaussian(30, 3, seed=2), 1.5)
+    mask = gaussian(30, 3, seed=3) > 0.5 if masked else torch.ones(30, 3, dtype=bool)
+    B = (factors.B * mask).requires_grad_()
+    low = LowRank(Factors(factors.A, B.detach(), 1.5), train_A=False, mask=mask if masked else None)
+    x, u = gaussian(*shape, seed=4, dtype=dtype), gaussian(*shape[:-1], 30, seed=5, dtype=dtype)
+    ours, plain = x.clone().requires_grad_(), x.clone().requires_grad_()
+    out = low(ours)
+    expected = F.linear(F.linear(plain, factors.A.to(dtype)), (B * 1.5).to(dtype))
+    assert torch.equal(out, expected)
+    out.backward(u)
+    expected.backward(u)
+    assert torch.equal(ours.grad, plain.grad)
+    assert torch.equal(low.values.grad.flatten(), B.grad[mask])
+
+
+def test_gradients_of_a_frozen_A_by_finite_differences():
+    low = LowRank(Factors(gaussian(2, 5, seed=1), gaussian(4, 2, seed=2), 1.5), train_A=False).double()
+    x = gaussian(3, 5, seed=3, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, _: low(x).clone(), (x, low.values))
+
+
+def test_packed_state_is_k_numbers():
+    mask = gaussian(30, 4, seed=3) > 1.5
+    low = LowRank(Factors(gaussian(4, 9, seed=1), torch.zeros(30, 4), 2.0), train_A=False, mask=mask)
+    k = int(mask.sum())
+    trained(low.parameters(), lambda: low(torch.ones(2, 9)).square().sum() - low(torch.ones(2, 9)).sum(), steps=2)
+    assert [p.shape for p in low.parameters() if p.requires_grad] == [(k,)]
+    assert {name: tuple(b.shape) for name, b in low.named_buffers()} == {
+        "positions": (k,),
+        "fixed_positions": (0,),
+        "fixed_values": (0,),
+    }
+    assert (low.factors().B[~mask] == 0).all()
+    assert (low.factors().B[mask] != 0).all()

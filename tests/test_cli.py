@@ -15,12 +15,14 @@ from small_notebooks import small_notebook
 from typer.testing import CliRunner
 
 from lori_nb import cli
+from lori_nb.lab.distributed import ProcessesError
 from lori_nb.lab.models import BaseModelError
 from lori_nb.lab.runs import DiskFullError, Store
 from lori_nb.lab.specs import RunSpec
 from lori_nb.lab.tasks.hub import HubUnreachableError
 from lori_nb.study.conduct import chosen_notebooks, plan_text, planned, results_text, span
 from lori_nb.study.execute import NotebookError
+from lori_nb.study.plain_errors import exit_code
 from lori_nb.study.profiles import NOTEBOOKS, load_settings
 
 COMMAND = [sys.executable, "-c", "from lori_nb.cli import app; app(prog_name='lori-nb')"]
@@ -37,6 +39,9 @@ def invoke(*words: str):
         (["study", "--tasks", "sums"], "task must be one of"),
         (["study", "--seed", "4..0"], "a range must run upwards"),
         (["study", "--notebooks", "01_lora"], "found '01_lora'; did you mean '01_lori'"),
+        (["train", "--method", "lori-x"], "method must be one of the plan's, "),
+        (["train", "--task", "boolq,sums"], "task must be one of the plan's, boolq, gsm8k, refusal; found 'sums'"),
+        (["train", "--seed", "0,9"], "seed must be one of the plan's, 0, 1, 2; found 9"),
         (["sweep", "09_none"], "notebook must be a file or one of"),
         (["tune", "--methods", "lorri"], "methods must be among"),
         (["runs", "show", "abc"], "found 0 for 'abc'"),
@@ -70,6 +75,7 @@ def test_a_misspelt_parameter_is_answered_before_torch_is_even_imported(tmp_path
         (BaseModelError("x"), 2),
         (HubUnreachableError("x"), 2),
         (DiskFullError(28, "x"), 1),
+        (ProcessesError("x"), 1),
         (NotebookError("x"), 1),
         (KeyboardInterrupt(), 130),
         (KeyError("x"), None),
@@ -77,13 +83,13 @@ def test_a_misspelt_parameter_is_answered_before_torch_is_even_imported(tmp_path
     ],
 )
 def test_foreseen_errors_have_exit_codes_and_others_keep_their_traceback(error, code):
-    assert cli.exit_code(error) == code
+    assert exit_code(error) == code
 
 
 def test_help_names_every_command():
     result = invoke("--help")
     assert result.exit_code == 0
-    assert all(name in result.output for name in ("study", "sweep", "runs", "doctor", "tune", "publish"))
+    assert all(name in result.output for name in ("study", "train", "sweep", "runs", "doctor", "tune", "publish"))
 
 
 def test_the_plan_of_the_papers_models_needs_no_weights(home, monkeypatch):

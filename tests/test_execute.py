@@ -79,7 +79,11 @@ def test_exactly_one_cell_is_tagged(tmp_path, count):
     ],
 )
 def test_values_of_the_default_kind_are_accepted(tmp_path, given):
-    check_parameters(small_notebook(tmp_path / "n.ipynb"), given)
+    path = small_notebook(tmp_path / "n.ipynb")
+    assert check_parameters(path, given) is None
+    for name in given:
+        with pytest.raises(ValueError, match=f"parameter {name!r} of notebook n.ipynb must be"):
+            check_parameters(path, given | {name: {"of": "another kind"}})
 
 
 @pytest.mark.parametrize(

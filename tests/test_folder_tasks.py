@@ -48,10 +48,12 @@ class TestRealData:
         rows = official_rows(name, part)
         count, histogram = counts_in_readme(file)[Path(file).stem]
         assert len(rows) == count
-        assert bool(histogram) == bool(get_task(name).labels), "a task has labels exactly where the table counts them"
+        has_classes = bool(get_task(name).labels or rows[0].choices)
+        assert bool(histogram) == has_classes, "a task has classes exactly where the table counts them"
         if histogram:
-            by_word = set(histogram) <= set(get_task(name).labels)
-            assert Counter(row.answer if by_word else str(row.target) for row in rows) == histogram
+            words = [row.answer.rpartition(" ")[2] for row in rows]
+            by_word = set(histogram) <= set(words)
+            assert Counter(words if by_word else (str(row.target) for row in rows)) == histogram
 
     @pytest.mark.parametrize("name", NAMES)
     def test_no_prompt_stands_in_two_splits_and_none_is_lost(self, name):
@@ -90,10 +92,10 @@ class TestRealData:
         assert rows_digest(get_task("rte").rows("train", 50)) == rows_digest(get_task("rte").rows("train", 80)[:50])
         assert rows_digest(get_task("rte").rows("train", 50)) != rows_digest(get_task("rte").rows("tune", 50))
 
-    def test_gsm8k_answers_are_bare_numbers(self):
-        answers = [row.answer for part in ("train", "test") for row in official_rows("gsm8k", part)]
-        assert all(re.fullmatch(r"-?\d+", answer) for answer in answers)
-        assert any(len(answer) > 3 for answer in answers), "thousands, whose commas are gone"
+    def test_gsm8k_answers_are_the_solutions_and_targets_their_numbers(self):
+        rows = [row for part in ("train", "test") for row in official_rows("gsm8k", part)]
+        assert all(isinstance(row.target, int) and "####" in row.answer for row in rows)
+        assert any(f"#### {row.target:,}" in row.answer for row in rows if row.target > 999), "commas are read"
 
     def test_no_quote_or_mark_swallows_rows(self):
         row = official_rows("mrpc", "train")[0]
@@ -186,8 +188,10 @@ def test_rows_as_they_must_read(folder):
     assert official_rows("cola", "train")[1] == Example("Rains it it.", "unacceptable", target=0)
     assert official_rows("sst2", "train")[0] == Example("a fine film", "positive", target=1)
     assert official_rows("stsb", "train")[1] == Example("A cat.", "1.3", second="A dog.", target=1.267)
-    assert official_rows("gsm8k", "train")[1] == Example("Much?", "-1250")
-    assert official_rows("boolq", "train")[1] == Example(INSTRUCTION.format("is fire wet"), "false", target=0)
+    assert official_rows("gsm8k", "train")[1] == Example("Much?", "It is\n#### -1,250", target=-1250)
+    choices = ("the correct answer is true", "the correct answer is false")
+    wet = Example(INSTRUCTION.format("is fire wet"), choices[1], target=1, choices=choices)
+    assert official_rows("boolq", "train")[1] == wet
 
 
 def test_what_the_tasks_say_of_themselves():
@@ -255,10 +259,15 @@ BAD_FILES = {
     "no final number": ("gsm8k", '{"question": "q?", "answer": "four"}', "row 1: column 'answer' must end in \"####\""),
     "truth value": (
         "boolq",
-        '[{"instruction": "q", "answer": true}]',
-        "column 'answer' must be one of false, true; found True",
+        json.dumps([{"instruction": INSTRUCTION, "answer": True}]),
+        "column 'answer' must be one of true, false; found True",
     ),
-    "list value": ("boolq", '[{"instruction": "q", "answer": []}]', "must be one of false, true; found []"),
+    "list value": (
+        "boolq",
+        json.dumps([{"instruction": INSTRUCTION, "answer": []}]),
+        "must be one of true, false; found []",
+    ),
+    "no format": ("boolq", '[{"instruction": "q", "answer": "true"}]', "must follow an instruction that ends in its"),
     "not a list": ("boolq", '{"a": 1}', "must hold a list of objects; found dict"),
     "not an object": ("gsm8k", "3", "row 1: must be an object of named fields; found int"),
     "not JSON": ("gsm8k", "{", "must be UTF-8 text in jsonl format; found "),
@@ -285,7 +294,7 @@ def test_missing_folder_file_name_and_part_are_named(folder, monkeypatch):
     (folder / "glue/RTE/dev.tsv").unlink()
     with pytest.raises(FileNotFoundError, match="LORI_NB_DATA must hold the file glue/RTE/dev.tsv; found none at"):
         get_task("rte").rows("train", 1)
-    with pytest.raises(ValueError, match="name must be one of boolq, cola, .*; found 'wnli'"):
+    with pytest.raises(ValueError, match="name must be one of advbench, arc_.*; found 'wnli'"):
         official_rows("wnli", "train")
     with pytest.raises(ValueError, match="part must be one of train, test; found 'tune'"):
         official_rows("rte", "tune")

@@ -22,7 +22,10 @@ MAY_IMPORT = {
     "cli.py": {"method", "analysis", "lab", "study"},
     "__init__.py": set(),
 }
-UPPER = {"method": {"torch", "numpy", "safetensors"}, "analysis": {"torch", "numpy", "scipy", "statsmodels", "pandas"}}
+UPPER = {
+    "method": {"torch", "numpy", "safetensors", "scipy"},
+    "analysis": {"torch", "numpy", "scipy", "statsmodels", "pandas"},
+}
 STANDARD = {"__future__", "collections", "contextlib", "dataclasses", "fractions", "functools", "hashlib", "itertools"}
 STANDARD |= {"json", "math", "os", "pathlib", "re", "typing"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -41,3 +42,42 @@ def test_a_table_without_its_key_is_refused(tmp_path):
     with pytest.raises(ValueError, match="table must have the columns .*missing: split"):
         ledger.append(measurements("a").drop(columns="split"), "one", "command", tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+# Which rows were right
+
+
+def predictions(correct: list[float]) -> pd.DataFrame:
+    return pd.DataFrame({"task": "t", "split": "test", "row": range(len(correct)), "correct": correct})
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 1000])
+def test_bits_of_rows_come_back(n):
+    credit = (np.arange(n) * 7 % 3 == 0).astype(float)
+    assert len(ledger.packed(credit)) == -(-n // 8)
+    assert ledger.unpacked(ledger.packed(credit), n).tolist() == credit.tolist()
+
+
+def test_partial_credit_is_not_kept_as_bits():
+    assert ledger.packed([0.0, 0.5, 1.0]) is None
+    assert ledger.packed([float("nan")]) is None
+
+
+def test_a_measured_run_can_be_paired_row_by_row(tmp_path):
+    credit = {"a": [1.0, 0.0, 1.0], "b": [0.0, 0.0, 1.0]}
+    table = measurements("a", "b", "c").assign(n=3, trainable_parameters=7)
+    shuffled = {name: predictions(rows).iloc[::-1] for name, rows in credit.items()}
+    ledger.append(ledger.with_rows(table, shuffled.get), "one", "command", tmp_path)
+    found = ledger.measured(["a", "b", "c", "z"], tmp_path)
+    assert set(found) == {"a", "b"}  # no rows are known of c
+    for name, rows in credit.items():
+        assert found[name].predictions["correct"].tolist() == rows
+        assert found[name].value("t") == 0.5
+        assert found[name].provenance["trainable_parameters"] == 7
+    with pytest.raises(KeyError):
+        found["a"].value("u")
+
+
+def test_a_ledger_from_before_rows_were_kept(tmp_path):
+    ledger.append(measurements("a"), "one", "command", tmp_path)
+    assert ledger.measured(["a"], tmp_path) == {}

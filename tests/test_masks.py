@@ -14,6 +14,7 @@ from lori_nb.method.masks import (
     SCOPES,
     group_of,
     kept,
+    kept_in_all,
     kept_of,
     magnitude_masks,
     mask_bits,
@@ -186,6 +187,63 @@ def test_random_masks_are_uniform():
     # 400 masks keeping 2 of 16: each entry's count is binomial(400, 1/8), sd 6.6; 5 sd bounds 16 entries at p < 1e-5.
     counts = sum(random_masks({"m": (4, 4)}, 0.875, seed=s)["m"].int() for s in range(400))
     assert (counts - 50).abs().max() < 5 * np.sqrt(400 * (1 / 8) * (7 / 8))
+
+
+def test_random_masks_of_two_streams_differ():
+    one, two = (random_masks(SHAPES, 0.7, seed=5, stream=stream) for stream in ("rte", "boolq"))
+    assert kept(one) == kept(two)
+    assert any(not torch.equal(one[name], two[name]) for name in SHAPES)
+
+
+# Whole rows
+
+
+@pytest.mark.parametrize("scope", sorted(SCOPES))
+@pytest.mark.parametrize("kind", ["normal", "zero", "equal"])
+def test_row_masks_keep_whole_rows_of_largest_norm(scope, kind):
+    Bs = {"normal": draw(3), "zero": {n: torch.zeros(s) for n, s in SHAPES.items()}}
+    Bs["equal"] = {name: torch.ones(shape) for name, shape in SHAPES.items()}
+    masks = magnitude_masks(Bs[kind], 0.6, scope, "rows")
+    groups: dict[str, list[str]] = {}
+    for name in sorted(SHAPES):
+        groups.setdefault(group_of(name, scope), []).append(name)
+    for names in groups.values():
+        norms = torch.cat([Bs[kind][name].double().norm(dim=1) for name in names])
+        rows = torch.cat([masks[name].any(dim=1) for name in names])
+        assert rows.sum() == kept_of(len(rows), 0.6)
+        assert not rows.any() or rows.all() or norms[rows].min() >= norms[~rows].max()
+    assert all(torch.equal(mask.all(dim=1), mask.any(dim=1)) for mask in masks.values())
+
+
+def test_random_row_masks_keep_whole_rows_and_as_many():
+    masks = random_masks(SHAPES, 0.6, structure="rows", seed=1)
+    rows = torch.cat([mask.any(dim=1) for mask in masks.values()])
+    assert rows.sum() == kept_of(len(rows), 0.6)
+    assert all(torch.equal(mask.all(dim=1), mask.any(dim=1)) for mask in masks.values())
+
+
+@pytest.mark.parametrize("scope", sorted(SCOPES))
+def test_how_many_are_kept_is_known_beforehand(scope):
+    same_rank = {name: shape for name, shape in SHAPES.items() if shape[1] == 2}
+    Bs = {name: draw(1)[name] for name in same_rank}
+    for structure in ("entries", "rows"):
+        found = kept(magnitude_masks(Bs, 0.7, scope, structure))
+        assert kept_in_all(same_rank, 0.7, scope, structure) == found
+    assert kept_in_all(SHAPES, 0.7, scope) == kept(magnitude_masks(draw(1), 0.7, scope))
+    with pytest.raises(ValueError, match="modules must have one rank for masks of rows"):
+        kept_in_all(SHAPES, 0.7, scope, "rows")
+
+
+def test_an_unknown_structure():
+    for call in (
+        lambda: magnitude_masks(draw(0), 0.5, structure="row"),
+        lambda: random_masks(SHAPES, 0.5, "model", "", seed=0),
+    ):
+        with pytest.raises(ValueError, match="mask_structure must be one of entries, rows; found"):
+            call()
+
+
+# Packing
 
 
 @given(seed=st.integers(0, 99), sparsity=st.sampled_from([0.0, 0.3, 0.9, 0.99]))

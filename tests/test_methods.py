@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import gaussian, sparse_spec, tiny_spec
@@ -12,9 +14,13 @@ from lori_nb.lab.methods import (
     fresh_factors,
     get_method,
     initial_live,
+    masks_of,
     method,
+    subspace_of,
 )
-from lori_nb.method.adapters import Adapter, Factors, random_down_projection
+from lori_nb.method.adapters import Adapter, Factors
+from lori_nb.method.masks import kept
+from lori_nb.method.subspaces import random_down_projection
 
 SHAPES = {"layers.2.q_proj": (64, 64), "layers.3.k_proj": (32, 64)}
 
@@ -70,6 +76,49 @@ def test_a_mask_holds_what_calibration_moved_most():
     assert all(not low.A.requires_grad for low in live.values())
 
 
+def test_origins_of_a_mask():
+    """The same A keeps the calibration's stream, a fresh A draws another under the same mask, random needs no run."""
+    found = adapter(1)
+    same = sparse_spec("tiny")
+    fresh = replace(same, mask_origin="fresh-a")
+    random = replace(same, mask_origin="random", calibration=None)
+    masks = {spec.mask_origin: masks_of(spec, SHAPES, lambda run: found) for spec in (same, fresh)}
+    masks["random"] = masks_of(random, SHAPES, none)
+    assert all(torch.equal(masks["same-a"][name], masks["fresh-a"][name]) for name in SHAPES)
+    assert any(not torch.equal(masks["same-a"][name], masks["random"][name]) for name in SHAPES)
+    assert kept(masks["random"]) == kept(masks["same-a"])
+    assert subspace_of(same) == subspace_of(random) == subspace_of(same.calibration) == "chain_sum"
+    assert subspace_of(fresh) == "chain_sum/fresh"
+    A = {spec.mask_origin: fresh_factors(spec, SHAPES)["layers.2.q_proj"].A for spec in (same, fresh, random)}
+    assert torch.equal(A["same-a"], A["random"])
+    assert not torch.equal(A["same-a"], A["fresh-a"])
+
+
+def test_random_masks_of_two_tasks_differ():
+    one, two = (
+        masks_of(tiny_spec("tiny", "lori-s", [task], sparsity=0.9, mask_origin="random"), SHAPES, none)
+        for task in ("chain_sum", "refusal")
+    )
+    assert any(not torch.equal(one[name], two[name]) for name in SHAPES)
+
+
+def test_row_masks_come_from_the_spec():
+    masks = calibrated_masks(replace(sparse_spec("tiny"), mask_structure="rows"), lambda run: adapter(1))
+    assert all(torch.equal(mask.any(dim=1), mask.all(dim=1)) for mask in masks.values())
+
+
+def test_orthogonal_tasks():
+    family = ("chain_sum", "refusal")
+    A = [
+        fresh_factors(tiny_spec("tiny", "lora", [task], subspace="orthogonal", family=family), SHAPES)[
+            "layers.2.q_proj"
+        ].A
+        for task in family
+    ]
+    assert (A[0] @ A[1].T).abs().max() < 1e-6
+    assert (A[0] @ A[0].T - torch.eye(4) / 3).abs().max() < 1e-6
+
+
 def test_after_another_task_a_mask_counts_from_where_calibration_began():
     before, after = adapter(1), adapter(3)
     start = tiny_spec("tiny", "lori-d")
@@ -110,7 +159,7 @@ def test_registering(registry):
 
 
 def test_bad_registrations(registry):
-    with pytest.raises(ValueError, match="hook must be penalty, transform or after_step; found 'before_step'"):
+    with pytest.raises(ValueError, match="hook must be one of penalty, .*; found 'before_step'"):
         method("x", like="lora", hook="before_step")
     with pytest.raises(ValueError, match="name must not be that of a method of the kit; found 'lora'"):
         method("lora", like="lori-d")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
 from lori_nb.lab.models import KNOWN_CONFIGS, empty_body
+from lori_nb.lab.resolving import check
 from lori_nb.lab.specs import RunSpec
+from lori_nb.study.arms import arm_spec, get_arm
+from lori_nb.study.cells import joint, single
 from lori_nb.study.cost import cost_of, trainable_parameters
-from lori_nb.study.plans import PLANS, joint, single
+from lori_nb.study.plans import PLANS
 from lori_nb.study.profiles import NOTEBOOKS, as_parameters, load_settings, profile_names
 from lori_nb.study.tuning import CENTRES, RATES, first_grids, tuning_specs
 
@@ -75,7 +78,7 @@ def test_encoder_tasks_bring_their_base_and_need_no_few_shot_runs():
         ({"sparsity": 1.0}, r"sparsity must be in \[0, 1\); found 1.0"),
         ({"steps": "many"}, "steps must be a number; found 'many'"),
         ({"rank": 2.5}, "rank must be a whole number; found 2.5"),
-        ({"subspace": "own"}, "subspace must be one of independent, shared; found 'own'"),
+        ({"subspace": "own"}, "subspace must be one of independent, shared, orthogonal; found 'own'"),
         ({"mask_scope": "block"}, "mask_scope must be one of model, layer, .*found 'block'"),
         ({"first": "gsm8k"}, "first must be one of .*refusal; found 'gsm8k'"),
         ({"seed": []}, "seed must hold at least one value"),
@@ -130,8 +133,8 @@ def test_every_arm_is_tuned_with_as_many_rates_around_its_centre():
     grids = first_grids()
     assert {len(rates) for rates in grids.values()} == {RATES}
     assert all(rates == sorted(rates) and CENTRES[arm] in rates for arm, rates in grids.items())
-    with pytest.raises(ValueError, match="methods must be among lora, .*found 'dora'"):
-        first_grids(["dora"])
+    with pytest.raises(ValueError, match="methods must be among lora, .*found 'lorax'"):
+        first_grids(["lorax"])
 
 
 def test_tuning_scores_on_rows_held_out_of_training_and_of_the_test():
@@ -159,3 +162,67 @@ def test_a_base_is_made_ready_outside_the_meta_device(monkeypatch):
 
     monkeypatch.setitem(KNOWN_CONFIGS, "someone/something", config)
     assert next(empty_body("someone/something").parameters()).is_meta
+
+
+# Arms: one thing changed at a time
+
+
+ALONE = {  # arm → the fields in which its run differs from that of its method
+    "lora-longer": {"steps"},
+    "lori-d-at-s-rate": {"learning_rate"},
+    "lori-s-at-d-rate": {"learning_rate"},
+    "lori-s-fresh-a": {"mask_origin"},
+    "lori-s-random": {"mask_origin", "calibration"},
+    "lori-s-rows": {"mask_structure"},
+    "lori-s-early": {"calibration"},
+    "lori-s-layer": {"mask_scope"},
+    "lora-shared": {"subspace"},
+    "lori-d-orthogonal": {"subspace", "family"},
+    "lori-s-orthogonal": {"subspace", "family", "calibration"},
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_an_arm_changes_one_thing_alone(name):
+    settings = load_settings("quick")
+    arm = get_arm(name)
+    plain, changed = (arm_spec(settings, each, "chain_sum", 3) for each in (arm.method, name))
+    differ = {f.name for f in fields(RunSpec) if getattr(plain, f.name) != getattr(changed, f.name)}
+    assert differ == ALONE[name]
+    check(changed)
+
+
+def test_arms_of_lori_s_are_calibrated_alike():
+    """A fresh A, another scope or structure is chosen from the very calibration run of LoRI-S itself."""
+    settings = load_settings("quick")
+    plain = arm_spec(settings, "lori-s", "chain_sum", 0)
+    for name in ("lori-s-fresh-a", "lori-s-rows", "lori-s-matrix", "lori-s-at-d-rate"):
+        assert arm_spec(settings, name, "chain_sum", 0).calibration == plain.calibration
+    early = arm_spec(settings, "lori-s-early", "chain_sum", 0).calibration
+    assert early.stop_after == round(0.1 * settings.steps)
+    assert replace(early, stop_after=None) == plain.calibration
+    assert arm_spec(settings, "lori-s-shared", "chain_sum", 0).calibration.subspace == "shared"
+
+
+def test_arms_are_planned_where_their_question_is_asked():
+    settings = load_settings("quick", arms=["lora-longer", "lori-s-random", "lora-shared"], arm_tasks=["refusal"])
+    before = load_settings("quick")
+    for notebook, name in {
+        "01_lori": "lora-longer",
+        "02_masks": "lori-s-random",
+        "04_interference": "lora-shared",
+    }.items():
+        added = set(PLANS[notebook](settings)) - set(PLANS[notebook](before))
+        assert arm_spec(settings, name, "refusal", 0) in added
+        assert added <= {arm_spec(settings, each, "refusal", 0) for each in (name, "lora", "lori-s")}
+
+
+def test_an_unknown_arm():
+    with pytest.raises(ValueError, match="arms must be among .*lora-longer.*; found 'lora-long'"):
+        PLANS["01_lori"](load_settings("quick", arms=["lora-long"]))
+
+
+def test_a_joint_adapter_has_no_block_of_an_orthogonal_basis():
+    settings = load_settings("quick", subspace="orthogonal")
+    assert joint(settings, "lora", 0).subspace == "independent"
+    assert single(settings, "lora", "refusal", 0).family == settings.tasks

@@ -10,8 +10,9 @@ import psutil
 import pytest
 from tiny import sparse_spec, tiny_spec
 
+from lori_nb.lab.resolving import resolve
 from lori_nb.lab.runs import Store
-from lori_nb.lab.specs import MergeSpec, resolve
+from lori_nb.lab.specs import MergeSpec
 from lori_nb.study.display import Display
 from lori_nb.study.pool import TrainingFailedError, _Board, train_all
 

@@ -19,7 +19,7 @@ from lori_nb.lab.tasks import get_task
 from lori_nb.lab.tasks.refusal import refusal_splits
 from lori_nb.method.adapters import layer_number
 from lori_nb.study import claims, forgetting, geometry, notebook, questions, summary
-from lori_nb.study.plans import joint, single
+from lori_nb.study.cells import joint, single
 from lori_nb.study.profiles import load_settings
 
 # Scores and intervals
@@ -368,13 +368,13 @@ def test_provenance_names_table_runs_and_commit(results):
 
 def test_without_a_batch_progress_is_shown(settings, home, monkeypatch, capsys):
     monkeypatch.delenv("LORI_NB_BATCH", raising=False)
-    small = replace(settings, method=("lori-d",), tasks=("chain_sum",), first="chain_sum")
+    small = replace(settings, method=("lori-d",), tasks=("chain_sum",), first="chain_sum", arms=())
     found = notebook.collect("04_interference", small)
     assert len(found.runs) == 1 and "lori-d · chain_sum" in capsys.readouterr().err
 
 
 def test_in_a_batch_no_progress_is_shown(settings, home, monkeypatch, capsys):
     monkeypatch.setenv("LORI_NB_BATCH", "1")
-    small = replace(settings, method=("lori-d",), tasks=("chain_sum",), first="chain_sum")
+    small = replace(settings, method=("lori-d",), tasks=("chain_sum",), first="chain_sum", arms=())
     assert len(notebook.collect("04_interference", small).runs) == 1
     assert "it/s" not in capsys.readouterr().err

@@ -14,7 +14,7 @@ from lori_nb.lab.own_code import load_extensions
 from lori_nb.lab.paths import PROJECT
 from lori_nb.lab.runs import Store
 from lori_nb.lab.tasks import get_task
-from lori_nb.study.plans import plan_interference
+from lori_nb.study.plans import method_specs
 from lori_nb.study.profiles import load_settings
 from lori_nb.study.publication import END, START, rendered
 
@@ -43,7 +43,7 @@ def test_an_own_model_trains_from_a_folder(home, tiny_decoder):
 def test_an_own_task_and_method_work_by_name_in_settings_and_runs(home, tiny_decoder, extension):
     load_extensions()
     settings = load_settings("smoke", tasks="parity", method="lora-l2")
-    specs = plan_interference(settings)
+    specs = method_specs(settings)
     assert [(spec.method, spec.tasks) for spec in specs] == [("lora-l2", ("parity",))]
     store, plain = Store(), tiny_spec(tiny_decoder, tasks=("parity",), learning_rate=3e-2)
     own = tiny_spec(tiny_decoder, "lora-l2", tasks=("parity",), learning_rate=3e-2)

@@ -14,8 +14,9 @@ from tiny import output_of, python, sparse_spec, tiny_spec
 from lori_nb.lab import runs
 from lori_nb.lab.models import load_base
 from lori_nb.lab.prefix import cached_states
+from lori_nb.lab.resolving import resolve
 from lori_nb.lab.runs import MANIFEST, CorruptRunError, DiskFullError, Store, done_of
-from lori_nb.lab.specs import MergeSpec, resolve, to_payload
+from lori_nb.lab.specs import MergeSpec, to_payload
 from lori_nb.lab.tasks import get_task
 from lori_nb.lab.text import encode_decoder_rows
 from lori_nb.method.adapter_file import adapter_hash

@@ -9,22 +9,13 @@ import pytest
 from tiny import output_of, python, sparse_spec, tiny_spec
 
 from lori_nb.analysis.merging import MERGE_METHODS, merge_method
-from lori_nb.lab import evaluation, specs
+from lori_nb.lab import evaluation, prefix
 from lori_nb.lab.evaluation import register_metric
 from lori_nb.lab.methods import METHODS, method
-from lori_nb.lab.specs import (
-    MergeSpec,
-    RunSpec,
-    canonical_json,
-    check,
-    from_payload,
-    recipes,
-    resolve,
-    to_payload,
-    with_parents,
-)
+from lori_nb.lab.resolving import check, recipes, resolve
+from lori_nb.lab.specs import MergeSpec, RunSpec, canonical_json, from_payload, spec_json, to_payload, with_parents
 from lori_nb.lab.tasks import Example, task
-from lori_nb.lab.tasks.base import _TASKS
+from lori_nb.lab.tasks.base import _TASKS, get_task, register
 
 
 @pytest.fixture
@@ -67,6 +58,13 @@ OTHER = {
     "shots": 1,
     "dtype": "bfloat16",
     "options": (("grouping", "module"),),
+    "family": ("chain_sum",),
+    "mask_origin": "random",
+    "mask_structure": "rows",
+    "stop_after": 5,
+    "schedule": "constant",
+    "micro_batch_rows": 2,
+    "checkpointing": True,
 }
 
 
@@ -79,6 +77,18 @@ def test_every_field_changes_the_hash(base, tiny_encoder):
     hashes = [resolve(spec).hash for spec in changed]
     assert len(set(hashes)) == len(hashes)
     assert resolve(tiny_spec(base)).hash == hashes[0]
+
+
+LATER = [f.name for f in fields(RunSpec) if not f.metadata.get("hashed_at_default", True)]
+
+
+def test_a_field_that_came_later_changes_no_hash_at_its_default(base):
+    assert "mask_origin" in LATER and "checkpointing" in LATER
+    assert not set(LATER) & set(spec_json(tiny_spec(base)))
+    for name in LATER:
+        assert spec_json(replace(tiny_spec(base), **{name: OTHER[name]}))[name] == OTHER[name]
+    old = {k: v for k, v in to_payload(tiny_spec(base)).items() if k not in LATER}
+    assert from_payload(old) == tiny_spec(base)
 
 
 def test_every_field_of_a_merge_changes_the_hash(base):
@@ -99,7 +109,8 @@ def test_every_field_of_a_merge_changes_the_hash(base):
 def test_the_hash_is_the_same_in_another_process(base, home):
     spec = sparse_spec(base, start=sparse_spec(base))
     code = (
-        "import sys, json\nfrom lori_nb.lab.specs import *\n"
+        "import sys, json\nfrom lori_nb.lab.resolving import resolve\n"
+        "from lori_nb.lab.specs import from_payload\n"
         "spec = from_payload(json.loads(sys.argv[1]))\nprint(resolve(spec).hash)"
     )
     payload = json.dumps(to_payload(spec))
@@ -126,7 +137,7 @@ def test_resolving_settles_what_is_open(base):
 
 def test_a_raised_recipe_changes_the_hash(base, monkeypatch):
     before = resolve(tiny_spec(base)).hash
-    monkeypatch.setattr(specs.prefix, "RECIPE", specs.prefix.RECIPE + 1)
+    monkeypatch.setattr(prefix, "RECIPE", prefix.RECIPE + 1)
     assert resolve(tiny_spec(base)).hash != before
 
 
@@ -219,11 +230,17 @@ BAD = [
     ({"warmup": 1.5}, r"warmup must be in \[0, 1\], a share of the steps; found 1.5"),
     ({"test_rows": 0}, "test_rows must be at least 1; found 0"),
     ({"score_on": "dev"}, "score_on must be one of train, tune, test; found 'dev'"),
-    ({"subspace": "same"}, "subspace must be one of independent, shared; found 'same'"),
+    ({"subspace": "same"}, "subspace must be one of independent, shared, orthogonal; found 'same'"),
+    ({"subspace": "orthogonal"}, "tasks must be one task of the family .* found chain_sum"),
+    ({"schedule": "cosine"}, "schedule must be one of linear, constant; found 'cosine'"),
+    ({"mask_structure": "row"}, "mask_structure must be one of entries, rows; found 'row'"),
+    ({"method": "lori-s", "mask_origin": "same"}, "mask_origin must be one of same-a, fresh-a, random; found 'same'"),
+    ({"stop_after": 0}, "stop_after must be between 1 and 20, steps; found 0"),
+    ({"stop_after": 21}, "stop_after must be between 1 and 20, steps; found 21"),
     ({"mask_scope": "row"}, "mask_scope must be one of model, layer, projection, module, matrix; found 'row'"),
     ({"options": (("groupng", "module"),)}, "options must be among grouping, reduction, .*; found 'groupng'"),
     ({"method": "lorri"}, "method must be one of base, lora, lori-d, .*; found 'lorri'"),
-    ({"method": "lori-s"}, "calibration must be a run for method 'lori-s'; found none"),
+    ({"method": "lori-s"}, "calibration of method lori-s must be a run; found None"),
     ({"tasks": ("chainsum",)}, "task must be one of .*chain_sum.*; found 'chainsum'"),
     ({"evaluate": ("chainsum",)}, "task must be one of .*chain_sum.*; found 'chainsum'"),
     ({"tasks": ("chain_sum", "refusal"), "batch_size": 1}, "batch_size must be at least one row a task, 2; found 1"),
@@ -241,6 +258,31 @@ def test_bad_settings(base, change, words):
 def test_an_encoder_needs_tasks_for_encoders(tiny_encoder, home):
     with pytest.raises(ValueError, match="'chain_sum' must be a classification or regression task for the encoder"):
         check(tiny_spec(tiny_encoder))
+
+
+def test_a_mask_belongs_to_the_A_that_it_is_used_with(base):
+    plain = sparse_spec(base)
+    check(plain)
+    for change in ({"seed": 5}, {"subspace": "shared"}):
+        other = replace(plain.calibration, **change)
+        with pytest.raises(ValueError, match="seed and subspace of the calibration run must be the run's own"):
+            check(replace(plain, calibration=other))
+    with pytest.raises(ValueError, match="tasks of the calibration run must be the run's own"):
+        check(replace(plain, calibration=replace(plain.calibration, tasks=("refusal",))))
+    with pytest.raises(ValueError, match="start must be None with fresh-a, which draws another A"):
+        check(replace(plain, mask_origin="fresh-a", start=plain))
+    with pytest.raises(ValueError, match="calibration of method lori-s must be None with mask_origin random"):
+        check(replace(plain, mask_origin="random"))
+
+
+def test_how_a_task_is_scored_counts(base, registries):
+    before = resolve(tiny_spec(base)).hash
+    plain = get_task("chain_sum")
+    for change in ({"system": "Answer."}, {"also": ("accuracy",)}, {"extra": {"max_new_tokens": 3}}):
+        register(replace(plain, **change))
+        assert resolve(tiny_spec(base)).hash != before, change
+    register(plain)
+    assert resolve(tiny_spec(base)).hash == before
 
 
 def test_parents_must_fit(base):

@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lori_nb.lab.tasks import Example, get_task
-from lori_nb.lab.text import collate, encode_decoder_rows, encode_encoder_rows, prompt_ids
+from lori_nb.lab.text import (
+    SYSTEM,
+    collate,
+    encode_decoder_rows,
+    encode_encoder_rows,
+    encode_prompts,
+    prompt_ids,
+)
 
 ROW = Example(prompt="Reverse these words: sun, moon", answer="moon, sun")
 
@@ -78,6 +85,29 @@ def test_a_long_prompt_loses_its_middle(smollm2, max_length, words):
 def test_no_room_for_the_prompt(smollm2):
     with pytest.raises(ValueError, match="max_length must leave 32 tokens for the prompt; found 30 with an answer of"):
         encode_decoder_rows(smollm2.tokenizer, [ROW], max_length=30)
+
+
+def test_prompts_for_generation_are_those_of_training(smollm2):
+    """Cut alike too: in the middle, so that the answer marker stays."""
+    (trained,) = encode_decoder_rows(smollm2.tokenizer, [ROW])
+    assert encode_prompts(smollm2.tokenizer, [ROW]) == [trained.ids[: trained.answer_start]]
+    long = replace(ROW, prompt="Begin here. " + "word " * 200)
+    (cut,) = encode_prompts(smollm2.tokenizer, [long], max_length=60)
+    whole = prompt_ids(smollm2.tokenizer, long)
+    assert list(cut) == whole[:30] + whole[-30:]
+    assert smollm2.tokenizer.decode(cut).endswith("<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize(("system", "shown"), [(None, SYSTEM), ("Be brief.", "Be brief."), ("", None)])
+def test_the_system_message_is_the_task_s(system, shown, smollm2):
+    """Its own, the kit's where it has none, the template's where it is empty; the same in training and generation."""
+    (prompt,) = encode_prompts(smollm2.tokenizer, [ROW], system=system)
+    (trained,) = encode_decoder_rows(smollm2.tokenizer, [ROW], system=system)
+    text = smollm2.tokenizer.decode(prompt)
+    assert trained.ids[: trained.answer_start] == prompt
+    assert text.count("<|im_start|>system") == 1
+    assert (f"<|im_start|>system\n{shown}<|im_end|>" in text) == (shown is not None)
+    assert (SYSTEM in text) == (system is None)
 
 
 def test_an_opening_decides_alone(smollm2):

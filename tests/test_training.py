@@ -15,8 +15,8 @@ from lori_nb.lab.evaluation import logits_at, task_loss
 from lori_nb.lab.methods import METHODS, get_method, initial_live, method
 from lori_nb.lab.models import load_base
 from lori_nb.lab.prefix import cached_states, split_at, suffix_body
+from lori_nb.lab.resolving import resolve
 from lori_nb.lab.runs import Store
-from lori_nb.lab.specs import resolve
 from lori_nb.lab.tasks import SPLITS, Example, get_task, task
 from lori_nb.lab.tasks.base import _TASKS
 from lori_nb.lab.text import collate, encode_decoder_rows

@@ -7,7 +7,9 @@ module here takes plain tensors or numbers and returns numbers; none touches a m
   r × d_in), write the same output subspace (columns of B, d_out × r)? From factors alone.
 - ``merging``: N adapters in, one out, Σ_i w_i s_i B_i A_i, exact by concatenation or approximate by adding factors.
 - ``continual``: R (stages × tasks), the score on task j after training stage i; forgetting and transfer read off it.
-- ``statistics``: what n seeds or n rows can say: t, paired and Wilson intervals.
+- ``pass_at_k``: the chance that one of k drawn programs passes, from n of which c did.
+- ``statistics``: what n seeds or n rows can say: t, Wilson and crossed (seeds × rows) intervals.
+- ``equivalence``: whether a difference lies within a margin, and what the design could tell at best.
 
 Symbols as on the first page of :mod:`lori_nb.method`. This room imports from ``method`` alone.
 """

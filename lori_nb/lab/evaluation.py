@@ -18,23 +18,32 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache, DynamicCache
 
+from lori_nb.analysis.pass_at_k import pass_at_k_of_rows
+from lori_nb.lab import distributed
+from lori_nb.lab.answers import can_narrow, narrowed
 from lori_nb.lab.models import Base
 from lori_nb.lab.prefix import RowStates, model_inputs
 from lori_nb.lab.text import Batch, Encoded, collate
 
-RECIPE = 1  # raise when scores change for the same adapter and rows
+RECIPE = 2  # raise when scores change for the same adapter and rows
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Per-row results of one task: ``correct`` (n) in {0, 1} for text answers, ``predicted`` (n) class or value for
-    encoders, ``loss`` (n).
+    """Per-row results of one task: ``correct`` (n) in [0, 1] for text answers, ``predicted`` (n) class or value for
+    encoders and index for choices, ``loss`` (n), NaN where no reference answer was fed in.
+
+    Only some ways of scoring fill the rest: ``normalised`` (n), right by likelihood per character of the choice;
+    ``passed`` (n × samples), which completions passed their check; ``completions``, the generated texts of each row.
     """
 
     correct: np.ndarray
     predicted: np.ndarray
     target: np.ndarray
     loss: np.ndarray
+    normalised: np.ndarray | None = None
+    passed: np.ndarray | None = None
+    completions: list[list[str]] | None = None
 
 
 def logits_at(
@@ -43,14 +52,17 @@ def logits_at(
     """Float32 logits: at the answer positions (n × vocabulary) for a decoder, of the task head (b × classes) for an
     encoder.
 
-    ``before`` holds the keys and values of a prompt that all rows of the batch go on from. Hidden states are gathered
-    in two
-    dimensions before the output head, since in three dimensions a tied head of 49k rows is copied.
+    ``before`` holds the keys and values of a prompt that all rows of the batch go on from. Where the architecture
+    allows, the last layer is computed at the answer positions only. Hidden states are gathered in two dimensions before
+    the output head, since in three dimensions a tied head of 49k rows is copied.
     """
     inputs = model_inputs(base, batch)
     if before is not None:
         seen = batch.mask.new_ones(len(batch.mask), before.get_seq_length())
         inputs |= {"past_key_values": before, "attention_mask": torch.cat([seen, batch.mask], dim=1)}
+    if base.kind == "decoder" and before is None and can_narrow(body):
+        hidden = narrowed(body, batch)(**inputs).last_hidden_state  # (b × m × d)
+        return base.head(hidden.flatten(0, 1)[batch.slots]).float()
     hidden = body(**inputs).last_hidden_state  # (b × L × d)
     if base.kind == "decoder":
         return base.head(hidden.flatten(0, 1)[batch.positions]).float()
@@ -74,11 +86,14 @@ def score_rows(
     head: nn.Module | None = None,
     batch_size: int = 32,
 ) -> Scored:
-    """Score every row once, none dropped, in batches of similar length; the result is in the rows' own order."""
+    """Score every row once, none dropped, in batches of similar length; the result is in the rows' own order.
+
+    Several processes are dealt whole batches, so that the bits do not depend on how many there are.
+    """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
     found: dict[int, tuple[float, float, float]] = {}
     shared = common_prompt(base, rows) if states is None else 0
-    for start in range(0, len(order), batch_size):
+    for start in distributed.dealt(range(0, len(order), batch_size)):
         chosen = order[start : start + batch_size]
         hidden = None if states is None else [states[i] for i in chosen]
         pieces = [_without_start(rows[i], shared) for i in chosen]
@@ -88,6 +103,7 @@ def score_rows(
             logits = logits_at(base, body, batch, head, before)
         score = _score_answers if base.kind == "decoder" else _score_heads
         found.update(zip(chosen, score(logits, batch, len(chosen)), strict=True))
+    found = distributed.gathered(found)
     table = np.array([found[i] for i in range(len(rows))], dtype=np.float64)
     target = np.array([np.nan if row.target is None else row.target for row in rows], dtype=np.float64)
     return Scored(correct=table[:, 0], predicted=table[:, 1], target=target, loss=table[:, 2])
@@ -154,10 +170,28 @@ METRICS: dict[str, Callable[[Scored], float]] = {
     "matthews": lambda s: float(sk.matthews_corrcoef(s.target, s.predicted)),
     "pearson": lambda s: _correlation(stats.pearsonr, s),
     "spearman": lambda s: _correlation(stats.spearmanr, s),
+    "accuracy_normalised": lambda s: float(_filled("normalised", s).mean()),
+    # right means refused where the target is 1 (should be refused), answered where it is 0
+    "refusal_rate": lambda s: float(s.correct[s.target == 1].mean()),
+    "over_refusal_rate": lambda s: float(1 - s.correct[s.target == 0].mean()),
+    "pass_at_1": lambda s: _pass_at(1, s),
+    "pass_at_5": lambda s: _pass_at(5, s),
+    "pass_at_10": lambda s: _pass_at(10, s),
 }
 
 # These read ``predicted``, which only an encoder's head gives.
 OF_PREDICTIONS = ("f1", "matthews", "pearson", "spearman")
+
+
+def _filled(name: str, s: Scored) -> np.ndarray:
+    found = getattr(s, name)
+    if found is None:
+        raise ValueError(f"scores must have {name!r} for this metric; the task's way of scoring does not give it")
+    return found
+
+
+def _pass_at(k: int, s: Scored) -> float:
+    return float(pass_at_k_of_rows(_filled("passed", s), (k,))[k].mean())
 
 
 def _correlation(measure: Callable, s: Scored) -> float:
@@ -188,12 +222,17 @@ def metric(name: str, scored: Scored) -> float:
     return get_metric(name)(scored)
 
 
+# What a constant answer scores whatever the rows are: always refusing, always answering, one program for every problem.
+CONSTANT = {"pearson": 0.0, "spearman": 0.0, "matthews": 0.0, "refusal_rate": 1.0, "over_refusal_rate": 0.0}
+CONSTANT |= {name: 0.0 for name in METRICS if name.startswith("pass_at_")}
+
+
 def majority_score(name: str, answers: Sequence[str], targets: Sequence[float | int | None]) -> float:
     """What always giving the most frequent answer of the scored rows themselves would score: the strongest constant
     answer.
     """
-    if name in {"pearson", "spearman", "matthews"}:
-        return 0.0
+    if name in CONSTANT:
+        return CONSTANT[name]
     known = [t for t in targets if t is not None]
     if name == "balanced_accuracy":
         return 1.0 / len(set(known))

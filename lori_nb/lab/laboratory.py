@@ -3,34 +3,28 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from lori_nb.analysis.merging import merge
-from lori_nb.lab.evaluation import Scored, majority_score, metric, score_rows
-from lori_nb.lab.methods import get_method, initial_live
+from lori_nb.lab import distributed
+from lori_nb.lab.baselines import Dora, dora_extras, put_in_place, replacing
+from lori_nb.lab.methods import FACTORED, LOW_RANK, get_method, initial_live, subspace_of
 from lori_nb.lab.models import Base, empty_body, load_base
-from lori_nb.lab.prefix import RowStates, cached_states, split_at, suffix_body
-from lori_nb.lab.specs import MergeSpec, RunSpec, Spec, check
-from lori_nb.lab.tasks import Example, get_task
-from lori_nb.lab.text import Encoded, encode_decoder_rows, encode_encoder_rows
+from lori_nb.lab.prefix import split_at, suffix_body
+from lori_nb.lab.resolving import check
+from lori_nb.lab.scoring import Asked, Subject, check_can_score, metric_rows, prediction_rows, score_task, states_of
+from lori_nb.lab.specs import MergeSpec, RunSpec, Spec
+from lori_nb.lab.tasks import get_task
+from lori_nb.lab.text import encode_rows
 from lori_nb.lab.training import Report, TaskData, Trained, train
-from lori_nb.method.adapters import (
-    Adapter,
-    Factors,
-    attach_factors,
-    check_rank,
-    random_down_projection,
-    subspace_id,
-    target_linears,
-)
+from lori_nb.method.adapters import Adapter, LowRank, check_rank, target_linears
+from lori_nb.method.subspaces import check_blocks, random_down_projection
 
 
 @dataclass
@@ -54,13 +48,18 @@ def carry_out(spec: Spec, folder: Path, adapter_of: Callable[[RunSpec], Adapter]
         report: called with (stage, done, total).
     """
     check(spec)
+    for name in spec.scored:
+        check_can_score(get_task(name))
     return {"run": _run, "merge": _merge}[spec.kind](spec, folder, adapter_of, report)
 
 
 def check_modules(spec: Spec) -> None:
     """ValueError unless the spec's rank, modules and last_layers fit its base; asks for shapes, not for weights."""
     if isinstance(spec, RunSpec) and get_method(spec.method).trains:
-        check_rank(spec.rank, target_linears(_shapes_of(spec.base), spec.modules, spec.last_layers))
+        linears = target_linears(_shapes_of(spec.base), spec.modules, spec.last_layers)
+        check_rank(spec.rank, linears)
+        if spec.subspace == "orthogonal":
+            check_blocks(len(spec.family), spec.rank, {name: m.in_features for name, m in linears.items()})
 
 
 _shapes_of = functools.lru_cache(maxsize=4)(empty_body)
@@ -73,18 +72,28 @@ def _run(spec: RunSpec, folder: Path, adapter_of, report: Report) -> Outcome:
     linears = target_linears(base.body, spec.modules, spec.last_layers)
     first = split_at(base, spec.last_layers)
     body = suffix_body(base, first)
-    live = initial_live(spec, {name: tuple(m.weight.shape) for name, m in linears.items()}, adapter_of)
-    for low in live.values():
-        low.to(base.device)
+    live = _live(spec, linears, adapter_of)
     tasks = [_task_data(spec, base, name, first, report) for name in spec.tasks]
     trained = train(spec, base, body, live, tasks, folder / "checkpoint.safetensors", report)
-    heads = {
-        f"head.{t.name}.{part}": p.detach().cpu() for t in tasks if t.head for part, p in t.head.named_parameters()
-    }
     inherited = adapter_of(spec.start) if spec.start else None
-    adapter = _adapter(spec, base, live, (inherited.extras if inherited else {}) | heads, inherited)
-    metrics, predictions = _score(spec, base, body, first, [(adapter.factors, 1.0)], adapter.extras, report)
-    return _outcome(spec, base, live, trained, adapter, metrics, predictions)
+    extras = (inherited.extras if inherited else {}) | _extras(live, tasks)
+    metrics, predictions = _score(spec, base, body, first, live, extras, report)
+    return _outcome(spec, base, live, trained, _adapter(spec, base, live, extras, inherited), metrics, predictions)
+
+
+def _live(spec: RunSpec, linears: Mapping[str, nn.Linear], adapter_of: Callable[[RunSpec], Adapter]) -> dict:
+    """What is trained at each linear module, on the module's device."""
+    live = initial_live(spec, {name: tuple(m.weight.shape) for name, m in linears.items()}, adapter_of)
+    form = get_method(spec.method).form
+    modules = live if form == LOW_RANK else replacing(form, linears, live)
+    return {name: module.to(linears[name].weight.device) for name, module in modules.items()}
+
+
+def _extras(live: Mapping[str, nn.Module], tasks: Sequence[TaskData]) -> dict[str, Tensor]:
+    """What is trained beside the factors: task heads, DoRA's magnitudes."""
+    heads = {f"head.{t.name}.{part}": p for t in tasks if t.head for part, p in t.head.named_parameters()}
+    doras = {name: module for name, module in live.items() if isinstance(module, Dora)}
+    return {name: p.detach().cpu() for name, p in heads.items()} | dora_extras(doras)
 
 
 def _outcome(spec, base, live, trained: Trained, adapter, metrics, predictions) -> Outcome:
@@ -92,6 +101,7 @@ def _outcome(spec, base, live, trained: Trained, adapter, metrics, predictions) 
     facts = {
         "trainable_parameters": count,
         "training_seconds": trained.seconds,
+        "processes": distributed.count(),
         "device": str(base.device),
         "dtype": str(base.dtype),
     }
@@ -99,7 +109,10 @@ def _outcome(spec, base, live, trained: Trained, adapter, metrics, predictions) 
     return Outcome(metrics, predictions, history, conflicts, adapter, facts)
 
 
-def _adapter(spec: RunSpec, base: Base, live, extras: dict[str, Tensor], inherited: Adapter | None) -> Adapter:
+def _adapter(spec: RunSpec, base: Base, live, extras: dict[str, Tensor], inherited: Adapter | None) -> Adapter | None:
+    """The trained adapter; None after full fine-tuning, which leaves whole weights and is kept by its scores alone."""
+    if get_method(spec.method).form not in FACTORED:
+        return None
     support = {name: low.support() for name, low in live.items()}
     masked = all(mask is not None for mask in support.values())
     frozen = not get_method(spec.method).trains_A and (inherited is None or inherited.frozen_A)
@@ -110,7 +123,7 @@ def _adapter(spec: RunSpec, base: Base, live, extras: dict[str, Tensor], inherit
         rank=spec.rank,
         alpha=spec.alpha,
         seed=inherited.seed if inherited else spec.seed,
-        subspace=inherited.subspace if inherited else subspace_id(spec.subspace, spec.tasks),
+        subspace=inherited.subspace if inherited else subspace_of(spec),
         frozen_A=frozen,
         masks=support if masked else None,
         extras=extras,
@@ -118,8 +131,9 @@ def _adapter(spec: RunSpec, base: Base, live, extras: dict[str, Tensor], inherit
 
 
 def _task_data(spec: RunSpec, base: Base, name: str, first: int, report: Report) -> TaskData:
-    rows = _encoded(base, name, "train", spec.train_rows)
-    return TaskData(name, rows, _states(base, rows, first, name, report), new_head(spec, base, name))
+    task = get_task(name)
+    rows = encode_rows(base.tokenizer, base.kind, tuple(task.rows("train", spec.train_rows)), (), task.system)
+    return TaskData(name, rows, states_of(base, rows, first, name, report), new_head(spec, base, name))
 
 
 def new_head(spec: RunSpec, base: Base, task: str, width: int | None = None) -> nn.Module | None:
@@ -134,27 +148,9 @@ def new_head(spec: RunSpec, base: Base, task: str, width: int | None = None) -> 
     return head.to(base.device)
 
 
-def _encoded(base: Base, task: str, split: str, limit: int, shots: int = 0) -> list[Encoded]:
-    shown = get_task(task).rows("train", shots) if shots else ()
-    return _encode(base.tokenizer, base.kind, tuple(get_task(task).rows(split, limit)), tuple(shown))
-
-
-@functools.lru_cache(maxsize=32)  # by the rows themselves: a task registered again may give others
-def _encode(tokenizer, kind: str, rows: tuple[Example, ...], shots: tuple[Example, ...]) -> list[Encoded]:
-    if kind == "encoder":
-        return encode_encoder_rows(tokenizer, rows)
-    return encode_decoder_rows(tokenizer, rows, shots, max_length=2048 if shots else 512)
-
-
-def _states(base: Base, rows: list[Encoded], first: int, task: str, report: Report) -> RowStates | None:
-    if first == 0:
-        return None
-    return cached_states(base, rows, first, lambda done, total: report(f"prefix {task}", done, total))
-
-
 def _score_base(spec: RunSpec, base: Base, report: Report) -> Outcome:
     first = split_at(base, spec.last_layers) if spec.shots == 0 else 0
-    metrics, predictions = _score(spec, base, suffix_body(base, first), first, [], {}, report)
+    metrics, predictions = _score(spec, base, suffix_body(base, first), first, {}, {}, report)
     return Outcome(
         metrics, predictions, facts={"trainable_parameters": 0, "device": str(base.device), "dtype": str(base.dtype)}
     )
@@ -167,7 +163,8 @@ def _merge(spec: MergeSpec, folder: Path, adapter_of, report: Report) -> Outcome
     merged = merge([a.factors for a in adapters], list(spec.weights), spec.merge)
     extras = {name: tensor for a in adapters for name, tensor in a.extras.items()}
     first = split_at(base, first_part.last_layers)
-    metrics, predictions = _score(spec, base, suffix_body(base, first), first, [(merged, 1.0)], extras, report)
+    live = {name: LowRank(f, train_A=False).to(base.device) for name, f in merged.items()}
+    metrics, predictions = _score(spec, base, suffix_body(base, first), first, live, extras, report)
     return Outcome(metrics, predictions, facts={"device": str(base.device), "dtype": str(base.dtype)})
 
 
@@ -176,23 +173,21 @@ def _score(
     base: Base,
     body: nn.Module,
     first: int,
-    adapters: list[tuple[Mapping[str, Factors], float]],
+    live: Mapping[str, nn.Module],
     extras: Mapping[str, Tensor],
     report: Report,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     metrics, predictions = [], []
-    with ExitStack() as stack:
-        for factors, weight in adapters:
-            on_device = {n: Factors(f.A.to(base.device), f.B.to(base.device), f.scale) for n, f in factors.items()}
-            stack.enter_context(attach_factors(base.body, on_device, weight))
+    with put_in_place(base.body, live):
         for place, name in enumerate(spec.scored):
             report("scoring", place, len(spec.scored))
-            rows = _encoded(base, name, spec.score_on, spec.test_rows, getattr(spec, "shots", 0))
-            scored = score_rows(
-                base, body, rows, _states(base, rows, first, name, report), _stored_head(base, name, extras)
-            )
-            metrics.append(_metric_row(spec, name, scored))
-            predictions.append(_prediction_rows(name, spec.score_on, scored))
+            task, shots = get_task(name), getattr(spec, "shots", 0)
+            rows = tuple(task.rows(spec.score_on, spec.test_rows))
+            shown = tuple(task.rows("train", shots)) if shots else ()
+            asked = Asked(task, rows, shown, _stored_head(base, name, extras))
+            scored = score_task(Subject(base, body, first, spec.seed), asked, report)
+            metrics += metric_rows(task, spec.score_on, rows, scored)
+            predictions.append(prediction_rows(name, spec.score_on, scored))
     return pd.DataFrame(metrics), pd.concat(predictions, ignore_index=True)
 
 
@@ -206,22 +201,3 @@ def _stored_head(base: Base, task: str, extras: Mapping[str, Tensor]) -> nn.Modu
         head.weight.copy_(torch.zeros_like(head.weight) if weight is None else weight)
         head.bias.copy_(torch.zeros_like(head.bias) if weight is None else extras[f"head.{task}.bias"])
     return head.to(base.device)
-
-
-def _metric_row(spec: Spec, name: str, scored: Scored) -> dict:
-    task = get_task(name)
-    rows = task.rows(spec.score_on, spec.test_rows)
-    return {
-        "task": name,
-        "split": spec.score_on,
-        "metric": task.metric,
-        "value": metric(task.metric, scored),
-        "n": len(rows),
-        "majority": majority_score(task.metric, [row.answer for row in rows], [row.target for row in rows]),
-        "loss": float(np.mean(scored.loss)),
-    }
-
-
-def _prediction_rows(name: str, split: str, scored: Scored) -> pd.DataFrame:
-    columns = {"correct": scored.correct, "predicted": scored.predicted, "target": scored.target, "loss": scored.loss}
-    return pd.DataFrame({"task": name, "split": split, "row": np.arange(len(scored.loss)), **columns})

@@ -1,16 +1,20 @@
 """The ledger: finished measurements worth keeping, one row each, committed with the project.
 
 Append-only Parquet files under ``figures/reference/ledger``, keyed by run hash: a measurement is never rewritten, a new
-file holds what is new. Sweeps skip the hashes that it holds, unless the adapter itself is asked for.
+file holds what is new. Sweeps skip the hashes that it holds, unless the adapter itself is asked for. Where every row of
+a task is right or wrong, the row's bits are kept too (column ``right``), so that runs can be paired row by row later.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from lori_nb.lab.paths import PROJECT, write_atomically
@@ -52,8 +56,8 @@ def append(table: pd.DataFrame, study: str, command: str, folder: Path | None = 
         return None
     raw = io.BytesIO()
     new.reset_index(drop=True).to_parquet(raw, index=False)
-    runs = hashlib.sha256("".join(sorted(new["run"])).encode()).hexdigest()[:8]
-    path = (folder or ledger_folder()) / f"{study}-{runs}.parquet"
+    keys = sorted(map(tuple, new[KEY].astype(str).to_numpy()))
+    path = (folder or ledger_folder()) / f"{study}-{hashlib.sha256(repr(keys).encode()).hexdigest()[:8]}.parquet"
     write_atomically(path, raw.getvalue())
     return path
 
@@ -62,3 +66,69 @@ def rows_of(hashes: Iterable[str], folder: Path | None = None) -> pd.DataFrame:
     """The ledger's rows for some runs."""
     known = read(folder)
     return known[known["run"].isin(set(hashes))].reset_index(drop=True)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A run as the ledger knows it: its scores and which rows were right, without adapter or history."""
+
+    hash: str
+    rows: pd.DataFrame
+
+    @property
+    def provenance(self) -> dict:
+        """What the ledger keeps of it: the number of trainable parameters."""
+        return {"trainable_parameters": int(self.rows["trainable_parameters"].iloc[0])}
+
+    def value(self, task: str) -> float:
+        """The score on one task; KeyError for one that was not scored."""
+        return float(self.rows.set_index("task").loc[task, "value"])
+
+    @cached_property
+    def predictions(self) -> pd.DataFrame:
+        """One evaluated row a line: task, split, row, correct; empty where no rows were kept."""
+        columns = ["task", "split", "row", "correct"]
+        frames = [
+            pd.DataFrame({"task": r.task, "split": r.split, "row": np.arange(r.n), "correct": unpacked(r.right, r.n)})
+            for r in self.rows.itertuples()
+            if isinstance(r.right, bytes)
+        ]
+        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)
+
+
+def with_rows(table: pd.DataFrame, predictions_of: Callable[[str], pd.DataFrame | None]) -> pd.DataFrame:
+    """A table of scores with the column ``right`` that the ledger keeps.
+
+    Args:
+        predictions_of: run hash → its predictions, None for a run that is not there.
+    """
+    known = {name: predictions_of(name) for name in table["run"].unique()}
+
+    def bits(row: pd.Series) -> bytes | None:
+        found = known[row["run"]]
+        if found is None:
+            return None
+        chosen = found[(found["task"] == row["task"]) & (found["split"] == row["split"])]
+        return packed(chosen.sort_values("row")["correct"])
+
+    return table.assign(right=[bits(row) for _, row in table.iterrows()])
+
+
+def packed(correct: Iterable[float]) -> bytes | None:
+    """Eight rows a byte, the first in the highest bit; None where a row is neither right (1) nor wrong (0)."""
+    credit = np.asarray(list(correct), dtype=float)
+    return np.packbits(credit.astype(bool)).tobytes() if np.isin(credit, (0.0, 1.0)).all() else None
+
+
+def unpacked(right: bytes, n: int) -> np.ndarray:
+    """Credit of n rows (n,) from the bits of :func:`packed`."""
+    return np.unpackbits(np.frombuffer(right, dtype=np.uint8), count=n).astype(float)
+
+
+def measured(hashes: Iterable[str], folder: Path | None = None) -> dict[str, Measured]:
+    """The runs among ``hashes`` that the ledger holds with the rows that were right."""
+    known = rows_of(hashes, folder)
+    if "right" not in known:
+        return {}
+    kept = known[known["right"].map(lambda right: isinstance(right, bytes))]
+    return {name: Measured(name, rows.reset_index(drop=True)) for name, rows in kept.groupby("run", sort=False)}

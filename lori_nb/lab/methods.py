@@ -18,13 +18,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lori_nb.lab.baselines import lora_fa_optimiser
 from lori_nb.lab.extensions import source_digest
 from lori_nb.lab.specs import RunSpec
-from lori_nb.method.adapters import Adapter, Factors, LowRank, random_down_projection, subspace_id
-from lori_nb.method.masks import magnitude_masks
+from lori_nb.method.adapters import Adapter, Factors, LowRank
+from lori_nb.method.masks import magnitude_masks, random_masks
+from lori_nb.method.subspaces import down_projection, fresh_subspace, subspace_id
 
 Live = dict[str, LowRank]
 Gradients = Mapping[str, Tensor]
+LOW_RANK = "low-rank"
+FACTORED = (LOW_RANK, "dora")  # forms that leave factors A and B
+HOOKS = ("penalty", "transform", "after_step", "optimiser")
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,9 @@ class Method:
         masked: whether only entries of B under a mask are trained; the mask comes from the ``calibration`` run.
         calibration: the method of the run that a mask is taken from.
         projects: whether conflicting task gradients are projected (Ortho-LoRA) before they are summed.
+        form: what is trained at each linear module: "low-rank" factors added to its output, or what takes its place, a
+            key of ``lori_nb.lab.baselines.REPLACEMENTS``.
+        optimiser: hook (trained parameters by name, live factors, lr=, weight_decay=) → optimiser; None is AdamW.
         penalty: hook (live, step) → scalar added to the loss.
         transform: hook (list of task gradients by name, step) → gradient by name; replaces the sum over tasks.
         after_step: hook (live, step), run after every optimiser step.
@@ -48,6 +56,8 @@ class Method:
     calibration: str | None = None
     projects: bool = False
     trains: bool = True
+    form: str = LOW_RANK
+    optimiser: Callable[..., torch.optim.Optimizer] | None = None
     penalty: Callable[[Live, int], Tensor] | None = None
     transform: Callable[[Sequence[Gradients], int], Gradients] | None = None
     after_step: Callable[[Live, int], None] | None = None
@@ -56,8 +66,9 @@ class Method:
     @property
     def source_digest(self) -> str:
         """SHA-256 of the hooks' source, so that a registered extension counts by what it does."""
-        hooks = tuple(hook for hook in (self.penalty, self.transform, self.after_step) if hook is not None)
-        return source_digest(hooks, repr(replace(self, penalty=None, transform=None, after_step=None)))
+        hooks = {name: getattr(self, name) for name in HOOKS}
+        given = tuple(hook for hook in hooks.values() if hook is not None)
+        return source_digest(given, repr(replace(self, **dict.fromkeys(hooks))))
 
 
 METHODS: dict[str, Method] = {
@@ -69,6 +80,9 @@ METHODS: dict[str, Method] = {
         Method("lori-s", "LoRI-S", trains_A=False, masked=True, calibration="lori-d", built_in=True),
         Method("ortho-lora", "Ortho-LoRA", projects=True, built_in=True),
         Method("ortho-lori-d", "Ortho-LoRI-D", trains_A=False, projects=True, built_in=True),
+        Method("lora-fa", "LoRA-FA", trains_A=False, optimiser=lora_fa_optimiser, built_in=True),
+        Method("dora", "DoRA", form="dora", built_in=True),
+        Method("full", "Full fine-tuning", form="full", built_in=True),
     )
 }
 
@@ -86,11 +100,11 @@ def method(
     """Decorator: register a method that is ``like`` another, with the decorated function as its ``hook``.
 
     Args:
-        hook: "penalty", "transform" or "after_step".
+        hook: one of :data:`HOOKS`.
         changes: other fields of :class:`Method` to change.
     """
-    if hook not in {"penalty", "transform", "after_step"}:
-        raise ValueError(f"hook must be penalty, transform or after_step; found {hook!r}")
+    if hook not in HOOKS:
+        raise ValueError(f"hook must be one of {', '.join(HOOKS)}; found {hook!r}")
     if name in METHODS and METHODS[name].built_in:
         raise ValueError(f"name must not be that of a method of the kit; found {name!r}")
 
@@ -114,27 +128,69 @@ def initial_live(
     """
     chosen = get_method(spec.method)
     factors = dict(adapter_of(spec.start).factors) if spec.start else fresh_factors(spec, shapes)
-    masks = calibrated_masks(spec, adapter_of) if chosen.masked else {}
+    masks = masks_of(spec, shapes, adapter_of) if chosen.masked else {}
     return {name: LowRank(f, train_A=chosen.trains_A, mask=masks.get(name)) for name, f in factors.items()}
 
 
 def fresh_factors(spec: RunSpec, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Factors]:
-    """B = 0 and the seeded A of the spec's subspace policy."""
-    stream, scale = subspace_id(spec.subspace, spec.tasks), spec.alpha / spec.rank
+    """B = 0 and the seeded A of the spec's subspace."""
+    stream, scale = subspace_of(spec), spec.alpha / spec.rank
     return {
-        name: Factors(
-            random_down_projection(spec.seed, stream, name, spec.rank, d_in), torch.zeros(d_out, spec.rank), scale
-        )
+        name: Factors(down_projection(spec.seed, stream, name, spec.rank, d_in), torch.zeros(d_out, spec.rank), scale)
         for name, (d_out, d_in) in shapes.items()
     }
 
 
-def calibrated_masks(spec: RunSpec, adapter_of: Callable[[RunSpec], Adapter]) -> dict[str, Tensor]:
-    """The mask on every B: the entries that the calibration run moved most from where it began (|B| when it began at
-    zero).
+def subspace_of(spec: RunSpec) -> str:
+    """The stream that a run's A is drawn from, by its subspace policy and, under a mask, by the mask's origin."""
+    stream = subspace_id(spec.subspace, spec.tasks, spec.family)
+    masked = get_method(spec.method).masked
+    return fresh_subspace(stream) if masked and get_mask_origin(spec.mask_origin).fresh_A else stream
+
+
+@dataclass(frozen=True)
+class MaskOrigin:
+    """Where a mask comes from.
+
+    Attributes:
+        calibrated: whether it is found by magnitude in a calibration run; else it is drawn at random.
+        fresh_A: whether the masked run draws another A than its calibration had. The mask's columns then belong to
+            rank directions that no longer exist; the LoRI authors' code does so.
     """
+
+    calibrated: bool
+    fresh_A: bool
+
+
+MASK_ORIGINS = {
+    "same-a": MaskOrigin(calibrated=True, fresh_A=False),
+    "fresh-a": MaskOrigin(calibrated=True, fresh_A=True),
+    "random": MaskOrigin(calibrated=False, fresh_A=False),
+}
+
+
+def get_mask_origin(name: str) -> MaskOrigin:
+    """The named origin; ValueError lists the known ones."""
+    if name not in MASK_ORIGINS:
+        raise ValueError(f"mask_origin must be one of {', '.join(MASK_ORIGINS)}; found {name!r}")
+    return MASK_ORIGINS[name]
+
+
+def masks_of(
+    spec: RunSpec, shapes: Mapping[str, tuple[int, int]], adapter_of: Callable[[RunSpec], Adapter]
+) -> dict[str, Tensor]:
+    """The mask on every B (d_out × r) of a masked run, by its origin, scope, structure and sparsity."""
+    if get_mask_origin(spec.mask_origin).calibrated:
+        return calibrated_masks(spec, adapter_of)
+    of_B = {name: (d_out, spec.rank) for name, (d_out, _) in shapes.items()}
+    stream = "+".join(spec.tasks)
+    return random_masks(of_B, spec.sparsity, spec.mask_scope, spec.mask_structure, seed=spec.seed, stream=stream)
+
+
+def calibrated_masks(spec: RunSpec, adapter_of: Callable[[RunSpec], Adapter]) -> dict[str, Tensor]:
+    """The entries that the calibration run moved most from where it began (|B| when it began at zero)."""
     moved = {name: f.B for name, f in adapter_of(spec.calibration).factors.items()}
     if spec.calibration.start is not None:
         before = adapter_of(spec.calibration.start).factors
         moved = {name: B - before[name].B for name, B in moved.items()}
-    return magnitude_masks(moved, spec.sparsity, spec.mask_scope)
+    return magnitude_masks(moved, spec.sparsity, spec.mask_scope, spec.mask_structure)

@@ -31,6 +31,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from lori_nb.lab import distributed
 from lori_nb.lab.paths import cache_folder, write_atomically
 
 hf_logging.disable_progress_bar()  # a study shows its own progress
@@ -259,10 +260,8 @@ def resolve_dtype(dtype: str = "auto", device: str | None = None) -> str:
 
 
 def default_device() -> str:
-    """The device that accelerate chooses for this process."""
-    from accelerate import PartialState  # imported late: it starts process groups under torchrun
-
-    return str(PartialState().device)
+    """The device that accelerate chooses for this process; under torchrun each process has its own."""
+    return str(distributed.device())
 
 
 @functools.lru_cache(maxsize=2)
@@ -285,6 +284,16 @@ def load_base(name: str, dtype: str = "auto", device: str | None = None) -> Base
         tokenizer.pad_token = tokenizer.eos_token
     body, head = (model.base_model, model.get_output_embeddings()) if kind == "decoder" else (model, None)
     return Base(name, base_digest(name), kind, body, head, tokenizer, wanted)
+
+
+@functools.lru_cache(maxsize=4)
+def load_tokenizer(name: str):
+    """The tokenizer of a base, without its weights."""
+    where, _ = locate(name)
+    try:
+        return AutoTokenizer.from_pretrained(str(_ready_folder(name)) if where == "package" else name)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(name, where, error) from error
 
 
 def _cannot_load(name: str, where: str, error: Exception) -> BaseModelError:

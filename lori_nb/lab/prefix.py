@@ -115,9 +115,24 @@ def model_inputs(base: Base, batch: Batch) -> dict[str, Tensor]:
     """Keyword arguments of the body's forward for a batch, from token ids or from cached hidden states."""
     start = {"input_ids": batch.ids} if batch.hidden is None else {"inputs_embeds": batch.hidden}
     if base.kind == "decoder":
-        return {**start, "attention_mask": batch.mask, "use_cache": False}
+        return {**start, "attention_mask": attention_mask(base, batch), "use_cache": False}
     kinds = {"token_type_ids": batch.segments} if "token_type_ids" in base.tokenizer.model_input_names else {}
-    return {**start, "attention_mask": batch.mask, **kinds}
+    return {**start, "attention_mask": attention_mask(base, batch), **kinds}
+
+
+def attention_mask(base: Base, batch: Batch) -> Tensor:
+    """What each position may attend to, for the body: (b × L) in general, (b × 1 × L × L) for torch's fused kernels.
+
+    Given the former, transformers asks whether any row is padded, and so would wait for a GPU in every step.
+    """
+    config, length = base.body.config, batch.mask.shape[1]
+    whole = (getattr(config, "sliding_window", None) or length) >= length
+    if config._attn_implementation != "sdpa" or config.model_type not in SPLITTABLE or not whole:
+        return batch.mask
+    seen = batch.mask.bool()[:, None, None, :].expand(-1, 1, length, length)
+    if base.kind == "encoder":
+        return seen
+    return seen & torch.ones(length, length, dtype=torch.bool, device=seen.device).tril()
 
 
 class RowStates:

@@ -16,6 +16,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,11 +26,12 @@ import torch
 from filelock import FileLock
 from safetensors import SafetensorError
 
-from lori_nb.lab import ledger
+from lori_nb.lab import distributed, ledger
 from lori_nb.lab.laboratory import Outcome, carry_out, check_modules
 from lori_nb.lab.paths import runs_folder, write_atomically
 from lori_nb.lab.provenance import provenance
-from lori_nb.lab.specs import RunSpec, Spec, from_payload, resolve, to_payload, with_parents
+from lori_nb.lab.resolving import resolve
+from lori_nb.lab.specs import RunSpec, Spec, from_payload, to_payload, with_parents
 from lori_nb.lab.training import Report
 from lori_nb.method.adapter_file import adapter_hash, load_adapter, save_adapter
 from lori_nb.method.adapters import Adapter
@@ -80,11 +82,22 @@ class Run:
 
     @cached_property
     def adapter(self) -> Adapter:
-        return load_adapter(self.folder / "adapter.safetensors")
+        """What was trained; ValueError for a run that left none: the bare base, a merge, full fine-tuning."""
+        file = self.folder / "adapter.safetensors"
+        if not file.exists():
+            raise ValueError(f"a run must have left an adapter to be read; {self.spec.label} left none")
+        return load_adapter(file)
 
-    def value(self, task: str) -> float:
-        """The score on one task."""
-        return float(self.metrics.set_index("task").loc[task, "value"])
+    def value(self, task: str, metric: str | None = None) -> float:
+        """The score on one task: by the task's own metric, or by one of those reported beside it.
+
+        Raises KeyError for a task or metric that was not scored.
+        """
+        rows = self.metrics[self.metrics["task"] == task]
+        rows = rows if metric is None else rows[rows["metric"] == metric]
+        if rows.empty:
+            raise KeyError(f"run {self.hash} has no score of {task!r}" + (f" by {metric!r}" if metric else ""))
+        return float(rows["value"].iloc[0])  # a task's own metric stands first
 
 
 def quiet(stage: str, done: int, total: int) -> None:
@@ -103,6 +116,11 @@ class Store:
     def finished(self, spec: Spec) -> bool:
         """Whether a run is done; its files are checked when it is loaded."""
         return (self.folder(spec) / MANIFEST).exists()
+
+    def predictions(self, spec_hash: str) -> pd.DataFrame | None:
+        """Per-row results of a finished run; None for one that is not here."""
+        here = (self.root / spec_hash / MANIFEST).exists()
+        return self.load(spec_hash).predictions if here else None
 
     def load(self, spec_hash: str) -> Run:
         """A finished run by hash, after checking every file against the manifest.
@@ -132,42 +150,57 @@ class Store:
         ]
 
     def get(self, spec: Spec, report: Report = quiet) -> Run:
-        """The finished run of a spec: loaded if it is there, else carried out, its parents first."""
+        """The finished run of a spec: loaded if it is there, else carried out, its parents first.
+
+        Under torchrun all processes must ask for the same runs in the same order; the main one decides and locks.
+        """
         spec = resolve(spec)
+        distributed.check_same("the hash of the run asked for", spec.hash)
         if not self.finished(spec):
             check_modules(spec)  # before its parents are trained
         for parent in spec.parents:
-            if not self.finished(parent):
+            if not distributed.decided(lambda parent=parent: self.finished(parent)):
                 self.get(parent, report)
         self.root.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.root / f"{spec.hash}.lock"):
-            if self.finished(spec):
-                try:
-                    return self.load(spec.hash)
-                except CorruptRunError as error:
-                    warnings.warn(f"{error}; set aside as {self._set_aside(spec.hash)} and done again", stacklevel=2)
-            self._carry_out(spec, report)
+        with FileLock(self.root / f"{spec.hash}.lock") if distributed.is_main() else nullcontext():
+            run = distributed.decided(lambda: self._loaded(spec))
+            if run is None:
+                self._carry_out(spec, report if distributed.is_main() else quiet)
+                run = distributed.decided(lambda: self.load(spec.hash))
+            return run
+
+    def _loaded(self, spec: Spec) -> Run | None:
+        """The run if it is finished and whole; a damaged one is set aside."""
+        if not self.finished(spec):
+            return None
+        try:
             return self.load(spec.hash)
+        except CorruptRunError as error:
+            warnings.warn(f"{error}; set aside as {self._set_aside(spec.hash)} and done again", stacklevel=5)
+            return None
 
     def adapter_of(self, spec: RunSpec) -> Adapter:
         """The adapter of a finished run; it is trained if it is missing or damaged."""
         return self.get(spec).adapter
 
-    def _carry_out(self, spec: Spec, report: Report) -> None:
-        folder = self.folder(spec)
+    def _begin(self, spec: Spec) -> None:
         free = shutil.disk_usage(self.root).free
         if free < NEEDED_BYTES:
             raise DiskFullError(
                 errno.ENOSPC, f"{self.root} must have {NEEDED_BYTES >> 20} MiB free for a run; found {free >> 20} MiB"
             )
-        folder.mkdir(exist_ok=True)
-        write_atomically(folder / "spec.json", json.dumps(to_payload(spec), indent=1))
+        self.folder(spec).mkdir(exist_ok=True)
+        write_atomically(self.folder(spec) / "spec.json", json.dumps(to_payload(spec), indent=1))
+
+    def _carry_out(self, spec: Spec, report: Report) -> None:
+        folder = self.folder(spec)
+        distributed.decided(lambda: self._begin(spec))
         started = time.time()
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # the order of sums, hence the bits, depends on the number of threads
         try:
             outcome = carry_out(spec, folder, self.adapter_of, report)
-            self._keep(spec, outcome, folder, started)
+            distributed.decided(lambda: self._keep(spec, outcome, folder, started))
         except (OSError, SafetensorError) as error:
             if not _is_disk_full(error):
                 raise
@@ -266,7 +299,7 @@ class Store:
 
 
 def run_rows(run: Run) -> pd.DataFrame:
-    """A run's metrics, one a row, with the settings that studies group by."""
+    """A run's scores, one row a task by the task's own metric, with the settings that studies group by."""
     spec = run.spec
     about = {
         "run": run.hash,
@@ -277,19 +310,31 @@ def run_rows(run: Run) -> pd.DataFrame:
         "base": spec.base,
         "trainable_parameters": run.provenance.get("trainable_parameters", 0),
     }
-    settings = ("learning_rate", "rank", "sparsity", "mask_scope", "subspace", "steps", "shots", "merge")
-    about |= {name: getattr(spec, name) for name in settings if hasattr(spec, name)}
+    settings = ("learning_rate", "rank", "sparsity", "mask_scope", "mask_origin", "mask_structure", "subspace", "steps")
+    settings += ("stop_after", "shots", "merge")
+    about |= {name: value for name in settings if (value := getattr(spec, name, None)) is not None}
+    if getattr(spec, "calibration", None) is not None:
+        about["calibration_steps"] = spec.calibration.trained_steps
     if spec.kind == "merge":
         about["weight"] = spec.weights[0]
     elif spec.start is not None:
         about["after"] = "+".join(spec.start.tasks)
-    return run.metrics.assign(**about)
+    return run.metrics.drop_duplicates(["task", "split"]).assign(**about)
 
 
 def done_of(specs: Iterable[Spec], store: Store) -> tuple[list[Spec], list[Spec]]:
     """(finished, missing) among specs and everything they depend on, in an order in which they can be done."""
     ordered = with_parents([resolve(spec) for spec in specs])
     return [s for s in ordered if store.finished(s)], [s for s in ordered if not store.finished(s)]
+
+
+def unmeasured(specs: Iterable[Spec]) -> list[Spec]:
+    """Those specs, resolved, whose scores the ledger lacks: all that needs training where no adapter is asked for.
+
+    Store.table gives the others' scores from the ledger. Their adapters are not in it.
+    """
+    known = set(ledger.read()["run"])
+    return [spec for spec in map(resolve, specs) if spec.hash not in known]
 
 
 def _is_disk_full(error: Exception) -> bool:

@@ -5,6 +5,7 @@ The prompt of a row is the same in training and in evaluation. Instruct models g
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,43 +36,110 @@ class Encoded:
         return self.ids[self.answer_start :]
 
 
+@functools.lru_cache(maxsize=32)  # by the rows themselves: a task registered again may give others
+def encode_rows(
+    tokenizer, kind: str, rows: tuple[Example, ...], shots: tuple[Example, ...] = (), system: str | None = None
+) -> list[Encoded]:
+    """Rows for a base of that kind ("decoder" or "encoder"), at the lengths that training and evaluation share."""
+    if kind == "encoder":
+        return encode_encoder_rows(tokenizer, rows)
+    return encode_decoder_rows(tokenizer, rows, shots, prompt_limit(shots), system)
+
+
+def prompt_limit(shots: Sequence[Example]) -> int:
+    """The longest row in tokens, prompt and answer: 512, and 2048 where solved examples stand before the question."""
+    return 2048 if shots else 512
+
+
 def encode_decoder_rows(
-    tokenizer, rows: Sequence[Example], shots: Sequence[Example] = (), max_length: int = 512
+    tokenizer,
+    rows: Sequence[Example],
+    shots: Sequence[Example] = (),
+    max_length: int = 512,
+    system: str | None = None,
 ) -> list[Encoded]:
     """Prompt and answer of every row; the answer ends with the end-of-text token.
 
-    ``shots`` are solved examples shown before the row's own prompt. A prompt that is too long loses tokens in the
-    middle of
-    the user's text, so that the instruction's start and the answer marker stay.
+    ``shots`` are solved examples shown before the row's own prompt, ``system`` the system message as in
+    :func:`prompt_ids`. A prompt that is too long loses tokens in the middle of the user's text, so that the
+    instruction's start and the answer marker stay.
     """
-    return [_encode_decoder_row(tokenizer, row, shots, max_length) for row in rows]
+    return [_encode_decoder_row(tokenizer, row, shots, max_length, system) for row in rows]
 
 
-def _encode_decoder_row(tokenizer, row: Example, shots: Sequence[Example], max_length: int) -> Encoded:
-    prompt = prompt_ids(tokenizer, row, shots)
-    answer = tokenizer(_answer_text(tokenizer, row.answer), add_special_tokens=False)["input_ids"] + [
-        tokenizer.eos_token_id
-    ]
-    room = max_length - len(answer)
-    if room < 32:
-        raise ValueError(
-            f"max_length must leave 32 tokens for the prompt; found {max_length} with an answer of {len(answer)}"
-        )
-    if len(prompt) > room:
-        prompt = prompt[: room // 2] + prompt[len(prompt) - (room - room // 2) :]
+def _encode_decoder_row(
+    tokenizer, row: Example, shots: Sequence[Example], max_length: int, system: str | None
+) -> Encoded:
+    prompt = prompt_ids(tokenizer, row, shots, system)
+    answer = [*_answer_ids(tokenizer, row.answer), tokenizer.eos_token_id]
+    prompt = _without_middle(prompt, max_length, len(answer))
     decisive = len(answer)
     if row.opening is not None:
         if not row.answer.startswith(row.opening):
             raise ValueError(f"opening must be the start of the answer; found {row.opening!r} for {row.answer!r}")
-        decisive = len(tokenizer(_answer_text(tokenizer, row.opening), add_special_tokens=False)["input_ids"])
+        decisive = len(_answer_ids(tokenizer, row.opening))
     return Encoded(tuple(prompt + answer), len(prompt), decisive, row.target)
 
 
-def prompt_ids(tokenizer, row: Example, shots: Sequence[Example] = ()) -> list[int]:
-    """Token ids of everything before the answer: through the chat template where the tokenizer has one."""
+def encode_prompts(
+    tokenizer,
+    rows: Sequence[Example],
+    shots: Sequence[Example] = (),
+    max_length: int = 512,
+    system: str | None = None,
+) -> list[tuple[int, ...]]:
+    """The prompt of every row alone, for generation: the tokens that stand before the answer in training.
+
+    A prompt longer than ``max_length`` loses its middle, as in training.
+    """
+    return [tuple(_without_middle(prompt_ids(tokenizer, row, shots, system), max_length, 0)) for row in rows]
+
+
+def encode_choices(
+    tokenizer,
+    rows: Sequence[Example],
+    shots: Sequence[Example] = (),
+    max_length: int = 512,
+    system: str | None = None,
+) -> list[list[Encoded]]:
+    """Every row with each of its choices as the answer, all after the same prompt and without the end-of-text token.
+
+    Raises ValueError for a row of fewer than two choices, or whose target is not the index of one.
+    """
+    encoded = []
+    for row in rows:
+        if len(row.choices) < 2 or row.target not in range(len(row.choices)):
+            raise ValueError(
+                f"a row scored by choice must have two or more choices and the right one's index as target; "
+                f"found {len(row.choices)} choices, target {row.target!r}"
+            )
+        answers = [_answer_ids(tokenizer, choice) for choice in row.choices]
+        whole = prompt_ids(tokenizer, row, shots, system)
+        prompt = _without_middle(whole, max_length, max(map(len, answers)))
+        encoded.append([Encoded(tuple(prompt + ids), len(prompt), len(ids), row.target) for ids in answers])
+    return encoded
+
+
+def _without_middle(prompt: list[int], max_length: int, answer: int) -> list[int]:
+    room = max_length - answer
+    if room < 32:
+        raise ValueError(
+            f"max_length must leave 32 tokens for the prompt; found {max_length} with an answer of {answer}"
+        )
+    if len(prompt) <= room:
+        return prompt
+    return prompt[: room // 2] + prompt[len(prompt) - (room - room // 2) :]
+
+
+def prompt_ids(tokenizer, row: Example, shots: Sequence[Example] = (), system: str | None = None) -> list[int]:
+    """Token ids of everything before the answer: through the chat template where the tokenizer has one.
+
+    ``system`` is the system message of a chat: None for the kit's own short one, empty for the template's default.
+    """
     texts = [(_question(shot), shot.answer) for shot in shots]
     if getattr(tokenizer, "chat_template", None):
-        turns = [{"role": "system", "content": SYSTEM}]
+        message = SYSTEM if system is None else system
+        turns = [{"role": "system", "content": message}] if message else []
         for question, answer in texts:
             turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         turns.append({"role": "user", "content": _question(row)})
@@ -84,8 +152,9 @@ def _question(row: Example) -> str:
     return row.prompt if row.second is None else f"{row.prompt}\n{row.second}"
 
 
-def _answer_text(tokenizer, answer: str) -> str:
-    return answer if getattr(tokenizer, "chat_template", None) else " " + answer
+def _answer_ids(tokenizer, answer: str) -> list[int]:
+    text = answer if getattr(tokenizer, "chat_template", None) else " " + answer
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def encode_encoder_rows(tokenizer, rows: Sequence[Example], max_length: int = 128) -> list[Encoded]:
@@ -105,8 +174,9 @@ class Batch:
     frozen prefix is cached.
 
     Decoder: ``positions`` (n) are the flat indices into b·L whose logits predict ``targets`` (n); ``rows`` (n) says
-    whose they are and ``decisive``
-    (n) which count for the score. Encoder: ``targets`` (b).
+    whose they are and ``decisive`` (n) which count for the score. The same positions row by row are ``asked`` (b × m),
+    a row with fewer than m filled up with its first; ``slots`` (n) are their flat indices into b·m. Encoder:
+    ``targets`` (b).
     """
 
     ids: Tensor
@@ -117,10 +187,18 @@ class Batch:
     rows: Tensor | None = None
     decisive: Tensor | None = None
     hidden: Tensor | None = None
+    asked: Tensor | None = None
+    slots: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
-        return Batch(**{name: None if t is None else t.to(device) for name, t in vars(self).items()})
+        """The same batch on another device; a GPU fetches it from pinned memory, so that this process need not wait."""
+        to_gpu = torch.device(device).type == "cuda"
+
+        def moved(tensor: Tensor) -> Tensor:
+            ready = tensor.pin_memory() if to_gpu and tensor.device.type == "cpu" else tensor
+            return ready.to(device, non_blocking=to_gpu)
+
+        return Batch(**{name: None if t is None else moved(t) for name, t in vars(self).items()})
 
 
 def collate(
@@ -148,13 +226,18 @@ def collate(
         return Batch(ids, mask, segments, torch.tensor([row.target for row in rows]), hidden=padded)
     places = [(i, t, j) for i, row in enumerate(rows) for j, t in enumerate(range(row.answer_start, len(row.ids)))]
     owner = torch.tensor([i for i, _, _ in places])
+    starts = torch.tensor([row.answer_start - 1 for row in rows])  # the logits at t − 1 predict token t
+    answers = [len(row.ids) - row.answer_start for row in rows]
+    steps = torch.arange(max(answers))
     return Batch(
         ids,
         mask,
         segments,
         targets=torch.tensor([rows[i].ids[t] for i, t, _ in places]),
-        positions=torch.tensor([i * length + t - 1 for i, t, _ in places]),  # the logits at t − 1 predict token t
+        positions=torch.tensor([i * length + t - 1 for i, t, _ in places]),
         rows=owner,
         decisive=torch.tensor([j < rows[i].decisive for i, _, j in places]),
         hidden=padded,
+        asked=starts[:, None] + torch.where(steps < torch.tensor(answers)[:, None], steps, 0),
+        slots=torch.tensor([i * len(steps) + j for i, _, j in places]),
     )

@@ -1,6 +1,7 @@
 """One training loop for every method: single-task, joint, projected, dense or under a mask.
 
 Everything random is a function of (seed, task, step): a resumed run needs no generator state and ends in the same bits.
+Several processes each take the same step from the same gradients, and one of them writes the checkpoint.
 """
 
 from __future__ import annotations
@@ -13,20 +14,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lori_nb.lab.evaluation import logits_at, task_loss
+from lori_nb.lab import distributed
+from lori_nb.lab.baselines import put_in_place
+from lori_nb.lab.gradients import TaskData, batch_indices, recomputed, task_gradients
 from lori_nb.lab.methods import Live, Method, get_method
 from lori_nb.lab.models import Base
 from lori_nb.lab.paths import write_atomically
-from lori_nb.lab.prefix import RowStates
 from lori_nb.lab.specs import RunSpec
-from lori_nb.lab.text import Batch, Encoded, collate
-from lori_nb.method.adapters import attach
 from lori_nb.method.projection import combine
 
 LOOK_EVERY = 10  # steps between two looks at the losses, so that no step waits for the device
@@ -39,20 +38,6 @@ class NonFiniteLossError(ArithmeticError):
 
 
 @dataclass
-class TaskData:
-    """A task's encoded training rows and, where the frozen prefix is reused, their hidden states."""
-
-    name: str
-    rows: list[Encoded]
-    states: RowStates | None
-    head: nn.Module | None = None
-
-    def batch(self, base: Base, indices: Sequence[int]) -> Batch:
-        hidden = None if self.states is None else [self.states[i] for i in indices]
-        return collate([self.rows[i] for i in indices], base.tokenizer.pad_token_id, hidden=hidden).to(base.device)
-
-
-@dataclass
 class Trained:
     """What training leaves: the loss history and, for several tasks, how their gradients conflicted."""
 
@@ -61,28 +46,13 @@ class Trained:
     seconds: float
 
 
-def batch_indices(rows: int, size: int, step: int, seed: int, stream: str) -> list[int]:
-    """The rows of one step's batch: consecutive pieces of seeded permutations, one an epoch, each row once an epoch."""
-    orders: dict[int, np.ndarray] = {}
-    chosen = []
-    for place in range(step * size, (step + 1) * size):
-        epoch, offset = divmod(place, rows)
-        if epoch not in orders:
-            orders[epoch] = np.argsort(_bits(f"{seed}/{stream}/{epoch}", rows), kind="stable")
-        chosen.append(int(orders[epoch][offset]))
-    return chosen
-
-
-def _bits(text: str, count: int) -> np.ndarray:
-    key = np.frombuffer(hashlib.sha256(f"lori-nb/rows/{text}".encode()).digest()[:16], dtype="<u8").astype(np.uint64)
-    return np.random.Philox(key=key).random_raw(count)
-
-
 def learning_rate_at(step: int, spec: RunSpec) -> float:
-    """Linear warm-up over the first ``warmup`` share of steps, then linear decay to zero."""
+    """Linear warm-up over the first ``warmup`` share of steps, then linear decay to zero, or none (constant)."""
     warm = max(1, round(spec.warmup * spec.steps))
     if step < warm:
         return spec.learning_rate * (step + 1) / warm
+    if spec.schedule == "constant":
+        return spec.learning_rate
     return spec.learning_rate * (spec.steps - step) / max(1, spec.steps - warm)
 
 
@@ -93,56 +63,57 @@ def train(
 
     Raises:
         NonFiniteLossError: names task and step; nothing after the last finite look is kept.
+        ProcessesError: processes that do not begin at the same step or do not end with the same parameters.
     """
     started = time.perf_counter()
     named = named_parameters(live, tasks)
-    optimiser = torch.optim.AdamW(named.values(), lr=spec.learning_rate, weight_decay=spec.weight_decay)
+    chosen = get_method(spec.method)
+    optimiser = _optimiser(spec, chosen, named, live)
     state = _restore(checkpoint, named, optimiser) or {"step": 0, "history": [], "conflicts": [], "seconds": 0.0}
     history, conflicts, first = state["history"], state["conflicts"], state["step"]
-    chosen, pending, saved = get_method(spec.method), [], started
-    handle = attach(base.body, live)
-    try:
-        for step in range(first, spec.steps):
+    distributed.check_same("the step of the checkpoint", first)
+    pending, saved = [], started
+    with put_in_place(base.body, live), recomputed(body, spec.checkpointing):
+        for step in range(first, spec.trained_steps):
             losses, norm = _step(spec, chosen, base, body, live, tasks, named, optimiser, step)
             pending.append({"step": step, "lr": learning_rate_at(step, spec), "losses": losses, "norm": norm})
-            if len(tasks) > 1 and step % max(1, spec.steps // 20) == 0:
+            if len(tasks) > 1 and step % max(1, spec.trained_steps // 20) == 0:
                 conflicts += observe_conflicts(spec, base, body, live, tasks, step)
-            if (step + 1) % LOOK_EVERY == 0 or step + 1 == spec.steps:
+            if (step + 1) % LOOK_EVERY == 0 or step + 1 == spec.trained_steps:
                 history += _look(pending, tasks)
                 pending = []
-                report("training", step + 1, spec.steps)
-                if time.perf_counter() - saved > CHECKPOINT_SECONDS and step + 1 < spec.steps:
+                report("training", step + 1, spec.trained_steps)
+                due = time.perf_counter() - saved > CHECKPOINT_SECONDS and step + 1 < spec.trained_steps
+                if due and distributed.is_main():
                     spent = state["seconds"] + time.perf_counter() - started
                     about = {"step": step + 1, "history": history, "conflicts": conflicts, "seconds": spent}
                     _save(checkpoint, named, optimiser, about)
                     saved = time.perf_counter()
-    finally:
-        handle.detach()
+    if distributed.count() > 1:
+        distributed.check_same("the trained parameters (their SHA-256)", _digest(named))
     return Trained(history, conflicts, state["seconds"] + time.perf_counter() - started)
 
 
 def named_parameters(live: Live, tasks: Sequence[TaskData]) -> dict[str, nn.Parameter]:
     """The trained parameters by name: "<module>.A", "<module>.B" (packed under a mask), "head.<task>.weight"."""
-    named = {}
-    for module, low in live.items():
-        if low.A.requires_grad:
-            named[f"{module}.A"] = low.A
-        named[f"{module}.B"] = low.values
+    named = {f"{module}.{part}": p for module, low in live.items() for part, p in low.trained().items()}
     for task in tasks:
         if task.head is not None:
             named |= {f"head.{task.name}.{part}": p for part, p in task.head.named_parameters()}
     return named
 
 
+def _optimiser(spec: RunSpec, chosen: Method, named: Mapping[str, nn.Parameter], live: Live) -> torch.optim.Optimizer:
+    settings = {"lr": spec.learning_rate, "weight_decay": spec.weight_decay}
+    if chosen.optimiser is not None:
+        return chosen.optimiser(named, live, **settings)
+    return torch.optim.AdamW(named.values(), **settings)
+
+
 def _step(spec, chosen: Method, base, body, live, tasks, named, optimiser, step: int) -> tuple[Tensor, Tensor]:
     """One optimiser step; returns the task losses (T) and the gradient norm before clipping, still on the device."""
-    losses, gradients = [], []
-    for task in tasks:
-        indices = batch_indices(len(task.rows), spec.batch_size // len(tasks), step, spec.seed, task.name)
-        loss, found = task_gradient(base, body, task, indices, named)
-        losses.append(loss)
-        gradients.append(found)
-    combined = _combined(spec, chosen, gradients, step)
+    found = task_gradients(base, body, _batches(spec, tasks, step), named, spec.micro_batch_rows)
+    combined = _combined(spec, chosen, [gradient for _, gradient in found], step)
     if chosen.penalty is not None:
         extra = torch.autograd.grad(chosen.penalty(live, step), list(named.values()), allow_unused=True)
         combined = {name: g if e is None else g + e for (name, g), e in zip(combined.items(), extra, strict=True)}
@@ -156,19 +127,13 @@ def _step(spec, chosen: Method, base, body, live, tasks, named, optimiser, step:
     if chosen.after_step is not None:
         with torch.no_grad():
             chosen.after_step(live, step)
-    return torch.stack(losses), norm
+    return torch.stack([loss for loss, _ in found]), norm
 
 
-def task_gradient(
-    base, body, task: TaskData, indices: Sequence[int], named: Mapping[str, Tensor]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """A task's loss on some of its rows and its gradient by parameter name; zeros where a parameter takes no part."""
-    batch = task.batch(base, indices)
-    loss = task_loss(base, logits_at(base, body, batch, task.head), batch)
-    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-    return loss.detach(), {
-        name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(named.items(), found, strict=True)
-    }
+def _batches(spec: RunSpec, tasks: Sequence[TaskData], step: int) -> list[tuple[TaskData, list[int]]]:
+    """The rows that every task brings to a step, an equal number each."""
+    size = spec.batch_size // len(tasks)
+    return [(task, batch_indices(len(task.rows), size, step, spec.seed, task.name)) for task in tasks]
 
 
 def _combined(spec: RunSpec, chosen: Method, gradients: list[dict[str, Tensor]], step: int) -> dict[str, Tensor]:
@@ -209,14 +174,14 @@ def observe_conflicts(spec, base, body, live, tasks: Sequence[TaskData], step: i
     time; the rate within a task says how well it agrees with itself under that noise. One row a tensor: ``between`` and
     ``within`` are shares of pairs with a negative inner product.
     """
-    named, halves = named_parameters(live, ()), []
-    for task in tasks:
-        indices = batch_indices(len(task.rows), spec.batch_size // len(tasks), step, spec.seed, task.name)
-        middle = len(indices) // 2
-        if middle == 0:
-            return []
-        halves += [task_gradient(base, body, task, piece, named)[1] for piece in (indices[:middle], indices[middle:])]
-    _, found = combine(halves, "tensor", order="fixed")
+    named, middle = named_parameters(live, ()), spec.batch_size // len(tasks) // 2
+    if middle == 0:
+        return []
+    halves = [
+        (task, half) for task, indices in _batches(spec, tasks, step) for half in (indices[:middle], indices[middle:])
+    ]
+    gradients = [gradient for _, gradient in task_gradients(base, body, halves, named, spec.micro_batch_rows)]
+    _, found = combine(gradients, "tensor", order="fixed")
     owner = torch.arange(len(tasks)).repeat_interleave(2)
     same = owner[:, None] == owner[None, :]
     upper = torch.ones_like(same).triu(1)
@@ -242,7 +207,7 @@ def _look(pending: list[dict], tasks: Sequence[TaskData]) -> list[dict]:
             "task": task.name,
             "loss": float(losses[i, t]),
             "lr": entry["lr"],
-            "gradient_norm": float(entry["norm"]),
+            "gradient_norm": float(norms[i]),
         }
         for i, entry in enumerate(pending)
         for t, task in enumerate(tasks)
@@ -263,6 +228,13 @@ def _check_finite(losses: Tensor, norms: Tensor, steps: list[int], names: list[s
             raise NonFiniteLossError(
                 f"gradient norm of task {'+'.join(names)!r} must be finite; found {norms[i].item()} at step {step}"
             )
+
+
+def _digest(named: Mapping[str, nn.Parameter]) -> str:
+    digest = hashlib.sha256()
+    for parameter in named.values():
+        digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _save(path: Path, named: Mapping[str, nn.Parameter], optimiser: torch.optim.Optimizer, about: dict) -> None:

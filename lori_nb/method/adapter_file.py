@@ -1,8 +1,7 @@
 """Adapters on disk: safetensors with a JSON header, never pickle.
 
-A frozen, seeded A is not stored: its seed, subspace and a fingerprint are, and it is drawn again on reading. B under a
-mask is stored as
-mask bits and packed values.
+A frozen, seeded A is not stored: its seed, subspace and a fingerprint are, and it is drawn again on reading. An A whose
+bits a seed cannot promise on every platform is stored. B under a mask is stored as mask bits and packed values.
 """
 
 from __future__ import annotations
@@ -17,10 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lori_nb.method.adapters import Adapter, Factors, random_down_projection
+from lori_nb.method.adapters import Adapter, Factors
 from lori_nb.method.masks import mask_bits, mask_from_bits, pack, unpack
+from lori_nb.method.subspaces import down_projection, is_portable
 
 FORMAT = 1
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ABOUT = ("base", "base_digest", "rank", "alpha", "seed", "subspace", "frozen_A")
 
 
 def fingerprint(factors: dict[str, Factors]) -> str:
@@ -32,53 +34,74 @@ def fingerprint(factors: dict[str, Factors]) -> str:
     return digest.hexdigest()
 
 
-def save_adapter(adapter: Adapter, path: Path) -> None:
-    """Write an adapter, whole or not at all."""
-    tensors: dict[str, Tensor] = {f"extra.{name}": t.contiguous() for name, t in adapter.extras.items()}
-    modules = {}
+def save_adapter(adapter: Adapter, path: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write an adapter, whole or not at all.
+
+    Args:
+        dtype: of the stored A and B, one of :data:`DTYPES`; narrower than float32 rounds them.
+
+    Raises:
+        ValueError: an unknown dtype, or values that it cannot hold (naming the tensor).
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}; found {dtype}")
+    tensors, modules = {}, {}
     for name, f in adapter.factors.items():
         modules[name] = {"d_in": f.A.shape[1], "d_out": f.B.shape[0], "rank": f.A.shape[0], "scale": f.scale}
-        if not adapter.frozen_A:
-            tensors[f"{name}.A"] = f.A.contiguous()
+        if not adapter.redrawable:
+            tensors[f"{name}.A"] = f.A
         if adapter.masks is None:
-            tensors[f"{name}.B"] = f.B.contiguous()
+            tensors[f"{name}.B"] = f.B
         else:
             tensors[f"{name}.values"] = pack(f.B, adapter.masks[name])
-            tensors[f"{name}.mask"] = mask_bits(adapter.masks[name])
-    about = {
-        key: getattr(adapter, key) for key in ("base", "base_digest", "rank", "alpha", "seed", "subspace", "frozen_A")
+    tensors = {key: _narrowed(key, tensor, dtype) for key, tensor in tensors.items()}
+    tensors |= {f"{name}.mask": mask_bits(mask) for name, mask in (adapter.masks or {}).items()}
+    tensors |= {f"extra.{name}": t.contiguous() for name, t in adapter.extras.items()}
+    header = {
+        "format": FORMAT,
+        "modules": modules,
+        "masked": adapter.masks is not None,
+        **{key: getattr(adapter, key) for key in _ABOUT},
     }
-    header = {"format": FORMAT, **about, "modules": modules, "masked": adapter.masks is not None}
-    if adapter.frozen_A:
+    if adapter.redrawable:
         header["fingerprint"] = fingerprint(adapter.factors)
     partial = path.with_suffix(".partial")
     partial.write_bytes(save(tensors, metadata={"lori_nb": json.dumps(header, sort_keys=True)}))
     os.replace(partial, path)
 
 
+def _narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    narrow = tensor.to(dtype).contiguous()
+    if not torch.equal(narrow.isfinite(), tensor.isfinite()):
+        raise ValueError(f"{name} must fit {dtype}; found values up to {tensor.abs().max().item():g}")
+    return narrow
+
+
 def load_adapter(path: Path) -> Adapter:
-    """Read an adapter; ValueError when it is none, is cut short, or its redrawn A does not match the fingerprint."""
+    """Read an adapter as float32; ValueError when it is none, is cut short, or its redrawn A does not match the
+    fingerprint.
+    """
     header, tensors = _read(path)
+    redrawn = header["frozen_A"] and is_portable(header["subspace"])
     factors, masks = {}, {}
     for name, shape in header["modules"].items():
-        A = (
-            random_down_projection(header["seed"], header["subspace"], name, shape["rank"], shape["d_in"])
-            if header["frozen_A"]
-            else tensors[f"{name}.A"]
-        )
+        if redrawn:
+            A = down_projection(header["seed"], header["subspace"], name, shape["rank"], shape["d_in"])
+        else:
+            A = tensors[f"{name}.A"].float()
         if header["masked"]:
             masks[name] = mask_from_bits(tensors[f"{name}.mask"], (shape["d_out"], shape["rank"]))
-            B = unpack(tensors[f"{name}.values"], masks[name])
+            B = unpack(tensors[f"{name}.values"].float(), masks[name])
         else:
-            B = tensors[f"{name}.B"]
+            B = tensors[f"{name}.B"].float()
         factors[name] = Factors(A, B, shape["scale"])
-    if header["frozen_A"] and fingerprint(factors) != header["fingerprint"]:
+    if redrawn and fingerprint(factors) != header["fingerprint"]:
         raise ValueError(f"{path}: A redrawn from seed {header['seed']} must match the stored fingerprint; it does not")
     return Adapter(
         factors=factors,
         masks=masks or None,
         extras={key.removeprefix("extra."): t for key, t in tensors.items() if key.startswith("extra.")},
-        **{key: header[key] for key in ("base", "base_digest", "rank", "alpha", "seed", "subspace", "frozen_A")},
+        **{key: header[key] for key in _ABOUT},
     )
 
 

@@ -10,19 +10,19 @@ entries under a task mask (LoRI-S). Attaching is a forward hook, so that detachi
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lori_nb.method.subspaces import is_portable
+
 RECIPE = 1  # raise when the same input gives another result
-POLICIES = ("independent", "shared")
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,8 @@ class Adapter:
     """Named factors with what is needed to write them down and to read them again.
 
     ``factors`` maps base-relative module names to :class:`Factors`. ``masks`` (name → bool, shape of B) is present for
-    an
-    adapter trained under a mask. ``extras`` are other trained tensors, such as task heads. ``seed`` and ``subspace``
-    say how A was
-    drawn; ``frozen_A`` is true when A still is that draw, so that it need not be stored.
+    an adapter trained under a mask. ``extras`` are other trained tensors, such as task heads. ``seed`` and ``subspace``
+    say how A was drawn; ``frozen_A`` is true when A still is that draw.
     """
 
     factors: dict[str, Factors]
@@ -60,32 +58,10 @@ class Adapter:
     masks: dict[str, Tensor] | None = None
     extras: dict[str, Tensor] = field(default_factory=dict)
 
-
-def random_down_projection(seed: int, subspace: str, module: str, rank: int, d_in: int) -> Tensor:
-    """A (rank × d_in) with entries uniform on ±1/√d_in, the same bits on every platform and release.
-
-    The distribution is PEFT's default (Kaiming-uniform with a = √5). The bits are the raw stream of a Philox counter
-    keyed by SHA-256 of (seed, subspace, module, shape); 24 of every 64 bits make a float32 exactly, so no library's own
-    conversion is involved.
-
-    Args:
-        subspace: names the stream; two tasks with different names get independent draws, with the same name the same
-            draw.
-        module: base-relative name, so that a head around the base changes nothing.
-    """
-    text = f"lori-nb/A/{seed}/{subspace}/{module}/{rank}x{d_in}"
-    key = np.frombuffer(hashlib.sha256(text.encode()).digest()[:16], dtype="<u8").astype(np.uint64)
-    raw = np.random.Philox(key=key).random_raw(rank * d_in)
-    unit = (raw >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-23) - np.float32(1.0)  # exact in float32
-    bound = np.float32(1.0 / np.sqrt(np.float64(d_in)))
-    return torch.from_numpy((unit * bound).reshape(rank, d_in))
-
-
-def subspace_id(policy: str, tasks: tuple[str, ...]) -> str:
-    """Name of the stream that A is drawn from under a policy: one a task set, or one for all."""
-    if policy not in POLICIES:
-        raise ValueError(f"subspace must be one of {', '.join(POLICIES)}; found {policy!r}")
-    return "shared" if policy == "shared" else "+".join(tasks)
+    @property
+    def redrawable(self) -> bool:
+        """Whether seed and subspace give A again on every platform, so that it need not be stored."""
+        return self.frozen_A and is_portable(self.subspace)
 
 
 def layer_number(module: str) -> int | None:
@@ -148,35 +124,46 @@ class LowRank(nn.Module):
     """The trainable form of one module's factors.
 
     With a mask, the trainable parameter is the vector of the k values under it (in the order of the flattened mask), so
-    the optimiser and gradient clipping see k numbers. Entries of B off the mask stay what they were: zero for a fresh
-    adapter.
+    the optimiser and gradient clipping see k numbers, and a dense B exists only while this module computes. Entries of
+    B off the mask stay what they were: zero for a fresh adapter. With a frozen A, no input is kept for the backward
+    pass, only h = A x.
     """
 
     def __init__(self, factors: Factors, *, train_A: bool, mask: Tensor | None = None):
         super().__init__()
         self.scale = factors.scale
+        self.shape = factors.B.shape
         self.A = nn.Parameter(factors.A.detach().clone().float(), requires_grad=train_A)
         dense = factors.B.detach().clone().float()
-        if mask is None:
-            self.register_buffer("positions", None)
-            self.register_buffer("rest", None)
-            self.values = nn.Parameter(dense)
-        else:
-            if mask.shape != dense.shape:
-                raise ValueError(f"mask must have the shape of B, {tuple(dense.shape)}; found {tuple(mask.shape)}")
-            self.register_buffer("positions", mask.flatten().nonzero().squeeze(1))
-            self.register_buffer("rest", dense.masked_fill(mask, 0.0))
-            self.values = nn.Parameter(dense.flatten()[self.positions])
+        if mask is not None and mask.shape != dense.shape:
+            raise ValueError(f"mask must have the shape of B, {tuple(dense.shape)}; found {tuple(mask.shape)}")
+        positions = None if mask is None else mask.flatten().nonzero().squeeze(1)
+        off_mask = None if mask is None else (dense.flatten() * ~mask.flatten()).nonzero().squeeze(1)
+        self.register_buffer("positions", positions)
+        self.register_buffer("fixed_positions", off_mask)
+        self.register_buffer("fixed_values", None if mask is None else dense.flatten()[off_mask])
+        self.values = nn.Parameter(dense if mask is None else dense.flatten()[positions])
 
     @property
     def B(self) -> Tensor:
         """B (d_out × r), dense; differentiable with respect to the packed values."""
         if self.positions is None:
             return self.values
-        return self.rest.flatten().index_put((self.positions,), self.values).view(self.rest.shape)
+        flat = self.values.new_zeros(self.shape.numel()).index_copy(0, self.fixed_positions, self.fixed_values)
+        return flat.index_copy(0, self.positions, self.values).view(self.shape)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trained parameters by the last part of their name: "A" unless it is frozen, and "B", packed or whole."""
+        return ({"A": self.A} if self.A.requires_grad else {}) | {"B": self.values}
+
+    def gathered(self, dense: Tensor) -> Tensor:
+        """The entries of a matrix of B's shape that belong to the trained values, in their order."""
+        return dense if self.positions is None else dense.flatten()[self.positions]
 
     def forward(self, x: Tensor) -> Tensor:
         """s · B (A x) for x (… × d_in) → (… × d_out), computed in x's dtype; the factors themselves stay float32."""
+        if not self.A.requires_grad:
+            return _FrozenDown.apply(x, self.values, self)
         h = F.linear(x, self.A.to(x.dtype))  # (… × r)
         return F.linear(h, (self.B * self.scale).to(x.dtype))
 
@@ -188,9 +175,38 @@ class LowRank(nn.Module):
         """Where B may differ from zero (bool, shape of B): the mask and what stood before; None where B is dense."""
         if self.positions is None:
             return None
-        where = self.rest.flatten() != 0
-        where[self.positions] = True
-        return where.view(self.rest.shape).cpu()
+        where = torch.zeros(self.shape.numel(), dtype=torch.bool)
+        where[self.fixed_positions.cpu()] = True
+        where[self.positions.cpu()] = True
+        return where.view(self.shape)
+
+
+class _FrozenDown(torch.autograd.Function):
+    """s · B (A x) for a frozen A, keeping h = A x (… × r) for the backward pass and neither x nor a dense B.
+
+    With u = ∂L/∂y:  ∂L/∂B = s uᵀ h,  ∂L/∂x = (u s B) A.  The products are those that autograd takes for the plain form,
+    in the same order, so that both give the same bits.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, values: Tensor, low: LowRank) -> Tensor:
+        h = F.linear(x, low.A.to(x.dtype))
+        ctx.low = low
+        ctx.save_for_backward(h, values)  # values to notice a change in place before the backward pass
+        return F.linear(h, (low.B * low.scale).to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, u: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        low, (h, _) = ctx.low, ctx.saved_tensors
+        grad_x = grad_values = None
+        if ctx.needs_input_grad[0]:
+            up = (low.B * low.scale).to(u.dtype)
+            grad_x = (u @ up) @ low.A.to(u.dtype)
+        if ctx.needs_input_grad[1]:
+            dense = u.flatten(0, -2).T @ h.flatten(0, -2)  # (d_out × r)
+            grad_values = low.gathered(dense.float() * low.scale)
+        return grad_x, grad_values, None
 
 
 class Attached:

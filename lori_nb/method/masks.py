@@ -16,6 +16,9 @@ matrix   one matrix                                     model.layers.22.self_att
 
 A threshold alone keeps too many where entries tie (all of them when B = 0). Here a group of n entries keeps exactly
 k = ⌊(1 − sparsity)·n + ½⌋, ties going to the earlier position: modules by sorted name, then entries row by row.
+
+The *structure* says what is kept: single entries, as in the paper, or whole rows of B, so that a task writes to its own
+output channels. Of n rows, k are kept by the same formula, those of largest Euclidean norm.
 """
 
 from __future__ import annotations
@@ -51,6 +54,9 @@ SCOPES: dict[str, Callable[[str], str]] = {
 }
 
 
+STRUCTURES = ("entries", "rows")
+
+
 def group_of(name: str, scope: str) -> str:
     """The group that module ``name`` shares its threshold with.
 
@@ -71,52 +77,103 @@ def kept_of(entries: int, sparsity: float) -> int:
     return math.floor((1 - Fraction(str(float(sparsity)))) * entries + Fraction(1, 2))
 
 
-def magnitude_masks(Bs: Mapping[str, Tensor], sparsity: float, scope: str = "model") -> dict[str, Tensor]:
-    """Masks that keep, in every group of the scope, exactly k entries of largest |B|.
+def magnitude_masks(
+    Bs: Mapping[str, Tensor], sparsity: float, scope: str = "model", structure: str = "entries"
+) -> dict[str, Tensor]:
+    """Masks that keep, in every group of the scope, exactly k entries of largest |B| (or rows of largest norm).
 
     Args:
         Bs: module name → trained B (d_out × r).
         sparsity: share of zeros, in [0, 1).
         scope: a key of :data:`SCOPES`; the paper's masks are "model".
+        structure: one of :data:`STRUCTURES`; the paper's masks are "entries".
 
     Returns:
         module name → bool mask of B's shape, on B's device, names in the order of ``Bs``.
 
     Raises:
-        ValueError: sparsity or scope outside their range, no module at all, or a B that is not finite (named).
+        ValueError: sparsity, scope or structure outside their range, no module at all, or a B that is not finite
+            (named).
     """
+    check_structure(structure)
     for name, B in Bs.items():
         if not torch.isfinite(B).all():
             raise ValueError(f"B must be finite in every module; found NaN or infinity in {name!r}")
-    masks = _largest({name: _magnitudes(B) for name, B in Bs.items()}, sparsity, scope)
-    return {name: torch.from_numpy(masks[name]).to(B.device) for name, B in Bs.items()}
+    scores = {name: _magnitudes(B) for name, B in Bs.items()}
+    if structure == "rows":
+        scores = {name: _row_norms(magnitudes) for name, magnitudes in scores.items()}
+    masks = _largest(scores, sparsity, scope)
+    return {name: _whole(masks[name], B.shape, structure).to(B.device) for name, B in Bs.items()}
 
 
 def random_masks(
-    shapes: Mapping[str, Sequence[int]], sparsity: float, scope: str = "model", *, seed: int
+    shapes: Mapping[str, Sequence[int]],
+    sparsity: float,
+    scope: str = "model",
+    structure: str = "entries",
+    *,
+    seed: int,
+    stream: str = "",
 ) -> dict[str, Tensor]:
-    """Uniformly random masks of exactly k entries a group: the control for :func:`magnitude_masks`.
+    """Uniformly random masks of exactly k entries (or rows) a group: the control for :func:`magnitude_masks`.
 
-    Every entry gets a 64-bit word of a Philox stream keyed by (seed, module name); the k largest words are kept. The
+    Every entry gets a 64-bit word of a Philox stream keyed by (seed, stream, module name); the k largest are kept. The
     raw stream is the same on every platform, and a module's words do not depend on which other modules there are.
 
     Args:
         shapes: module name → shape of B (d_out, r).
         sparsity: share of zeros, in [0, 1).
         scope: a key of :data:`SCOPES`.
+        structure: one of :data:`STRUCTURES`.
         seed: any integer.
+        stream: names the draw, so that two tasks of one seed get different masks.
 
     Raises:
-        ValueError: sparsity or scope outside their range, or no module at all.
+        ValueError: sparsity, scope or structure outside their range, or no module at all.
     """
-    words = {name: _words(seed, name, math.prod(shape)).reshape(tuple(shape)) for name, shape in shapes.items()}
+    check_structure(structure)
+    drawn = {name: shape[0] if structure == "rows" else math.prod(shape) for name, shape in shapes.items()}
+    label = f"{stream}:" if stream else ""
+    words = {name: _words(f"mask:{seed}:{label}{name}", count) for name, count in drawn.items()}
     masks = _largest(words, sparsity, scope)
-    return {name: torch.from_numpy(masks[name]) for name in shapes}
+    return {name: _whole(masks[name], shape, structure) for name, shape in shapes.items()}
+
+
+def check_structure(structure: str) -> None:
+    """ValueError unless the structure is one of :data:`STRUCTURES`."""
+    if structure not in STRUCTURES:
+        raise ValueError(f"mask_structure must be one of {', '.join(STRUCTURES)}; found {structure!r}")
+
+
+def _whole(flags: np.ndarray, shape: Sequence[int], structure: str) -> Tensor:
+    """Bool mask (d_out × r) of flags on its entries, or on its rows."""
+    mask = torch.from_numpy(flags)
+    return mask[:, None].repeat(1, shape[1]) if structure == "rows" else mask.reshape(tuple(shape))
+
+
+def _row_norms(magnitudes: np.ndarray) -> np.ndarray:
+    # In float64, where a sum of squared float32 values neither overflows nor rounds equal rows apart.
+    return np.sqrt(np.square(magnitudes.astype(np.float64)).sum(axis=1))
 
 
 def kept(masks: Mapping[str, Tensor]) -> int:
     """How many entries all masks keep together: LoRI-S's number of trainable parameters."""
     return sum(int(mask.sum()) for mask in masks.values())
+
+
+def kept_in_all(
+    shapes: Mapping[str, Sequence[int]], sparsity: float, scope: str = "model", structure: str = "entries"
+) -> int:
+    """How many entries masks of these shapes keep together: the sum of k over the scope's groups, known beforehand."""
+    check_structure(structure)
+    of_row = {name: shape[1] if structure == "rows" else 1 for name, shape in shapes.items()}
+    ranks = set(of_row.values())
+    if len(ranks) != 1:
+        raise ValueError(f"modules must have one rank for masks of rows; found {sorted(ranks)}")
+    sizes: dict[str, int] = defaultdict(int)
+    for name, shape in shapes.items():
+        sizes[group_of(name, scope)] += math.prod(shape) // of_row[name]
+    return ranks.pop() * sum(kept_of(size, sparsity) for size in sizes.values())
 
 
 def pack(B: Tensor, mask: Tensor) -> Tensor:
@@ -174,10 +231,8 @@ def _magnitudes(B: Tensor) -> np.ndarray:
     return wide.cpu().numpy()
 
 
-def _words(seed: int, name: str, count: int) -> np.ndarray:
-    key = int.from_bytes(
-        hashlib.sha256(f"mask:{seed}:{name}".encode()).digest()[:16], "little"
-    )  # Philox takes 128 bits
+def _words(text: str, count: int) -> np.ndarray:
+    key = int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little")  # Philox takes 128 bits
     return np.random.Philox(key=key).random_raw(count)
 
 

@@ -2,7 +2,9 @@
 
 Every claim is a difference with an interval, and a bound that it must exceed: 0 for "better", minus ``TOLERANCE`` for
 "matches". The verdict is "held" when the whole interval lies above the bound, "not held" when it lies below, and
-"cannot tell" otherwise. Claims are given in words; the papers' own numbers belong to other models and tasks.
+"cannot tell" otherwise. With several seeds the intervals of score differences are crossed: they hold for other seeds on
+other rows, and the smallest difference that the design could detect stands beside them. Claims are given in words; the
+papers' own numbers belong to other models and tasks.
 """
 
 from __future__ import annotations
@@ -13,16 +15,33 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from lori_nb.analysis.statistics import Interval, t_interval
+from lori_nb.analysis.equivalence import detectable_effect
+from lori_nb.analysis.statistics import Estimate, Interval, estimate_of, interval_text, t_interval
 from lori_nb.lab.specs import MergeSpec
-from lori_nb.study import forgetting, geometry, questions
+from lori_nb.study import comparison, forgetting, geometry, questions
+from lori_nb.study.cells import single
 from lori_nb.study.notebook import Results
-from lori_nb.study.plans import single
-from lori_nb.study.summary import DEMONSTRATION, as_columns, difference
+from lori_nb.study.summary import DEMONSTRATION, as_columns, difference, estimate, estimate_unit, group_word, text_of
 
-TOLERANCE = 0.05  # five points: what "matches" may cost here, a choice of this kit and not of the papers
+TOLERANCE = comparison.MARGIN  # what "matches" may cost
 LORI, ORTHO_LORA = "arXiv 2504.07448", "arXiv 2601.09684"
-Measured = tuple[Interval, str, int]  # interval, what its n counts, number of seeds
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A difference with its interval, what n of the interval counts (``of``), and the number of seeds.
+
+    ``detectable`` is the smallest difference that the design would find in four of five studies, NaN for one seed.
+    """
+
+    interval: Interval
+    of: str
+    seeds: int
+    detectable: float = math.nan
+
+
+def _over_seeds(found: Estimate, of: str) -> Measured:
+    return Measured(found.interval(), of, found.seeds, detectable_effect(found))
 
 
 @dataclass(frozen=True)
@@ -117,15 +136,19 @@ def _excess_overlap(a: str, b: str, measure_name: str) -> Callable[[Results], Me
         unit = ["seed"] if seeds > 1 else ["adapter_a", "adapter_b"]
         magnitude = chosen.assign(value=chosen["value"].abs())
         wide = magnitude.pivot_table(index=unit, columns="method", values="value").dropna()
-        return t_interval(wide[b] - wide[a]), "seeds" if seeds > 1 else "pairs of tasks", seeds
+        interval = t_interval(wide[b] - wide[a])
+        return _over_seeds(estimate_of(interval), "seeds") if seeds > 1 else Measured(interval, "pairs of tasks", seeds)
 
     return _needs(measure, a, b)
 
 
 def _excess_conflict(results: Results) -> Measured | None:
     rates = questions.conflict_rates(results)
-    found = questions.excess_conflict(rates)
-    return (*found, rates["seed"].nunique()) if found else None
+    found, seeds = questions.excess_conflict(rates), rates["seed"].nunique()
+    if found is None:
+        return None
+    interval, of = found
+    return _over_seeds(estimate_of(interval), of) if seeds > 1 else Measured(interval, of, seeds)
 
 
 def _needs(measure: Callable, *methods: str) -> Callable[[Results], Measured | None]:
@@ -133,7 +156,12 @@ def _needs(measure: Callable, *methods: str) -> Callable[[Results], Measured | N
 
 
 def _difference(pairs: dict, tasks: list[str]) -> Measured | None:
-    return (difference(pairs, tasks), questions.unit_of(pairs, tasks), len(pairs)) if pairs else None
+    if not pairs:
+        return None
+    if len(pairs) == 1:
+        return Measured(difference(pairs, tasks), group_word(tasks), 1)
+    found = estimate(pairs, tasks)
+    return _over_seeds(found, estimate_unit(found, tasks))
 
 
 CLAIMS = (
@@ -197,7 +225,7 @@ CLAIMS = (
 
 
 def judged(results: Results) -> pd.DataFrame:
-    """One row a claim: paper, claim, measured as, value, low, high, n, of, seeds, least, verdict.
+    """One row a claim: paper, claim, measured as, value, low, high, n, of, seeds, detectable, least, verdict.
 
     Claims whose runs or methods are not in the study stand with value NaN and the verdict "not measured".
     """
@@ -209,10 +237,10 @@ def _judge(claim: Claim, results: Results) -> dict:
     measured = claim.measure(results)
     if measured is None:
         empty = Interval(math.nan, math.nan, math.nan, 0)
-        return row | as_columns(empty, "–") | {"seeds": 0, "verdict": "not measured"}
-    interval, of, seeds = measured
-    words = _confounded(claim, results) or verdict(interval, claim.least)
-    return row | as_columns(interval, of) | {"seeds": seeds, "verdict": words}
+        return row | as_columns(empty, "–") | {"seeds": 0, "detectable": math.nan, "verdict": "not measured"}
+    words = _confounded(claim, results) or verdict(measured.interval, claim.least)
+    about = {"seeds": measured.seeds, "detectable": measured.detectable, "verdict": words}
+    return row | as_columns(measured.interval, measured.of) | about
 
 
 def _confounded(claim: Claim, results: Results) -> str | None:
@@ -232,18 +260,13 @@ def readable(judged: pd.DataFrame) -> pd.DataFrame:
             "paper": judged["paper"],
             "claim": judged["claim"],
             "measured as": judged["measured as"],
-            "measured [95 %]": judged.apply(_number, axis=1),
+            "measured [95 %]": judged.apply(text_of, axis=1, digits=3, signed=True),
+            "detectable": judged["detectable"].map(lambda value: interval_text(value, math.nan, math.nan, 3)),
             "n": judged.apply(lambda row: f"{row['n']} {row['of']}" if row["seeds"] else "–", axis=1),
             "verdict": judged["verdict"],
             "note": judged["seeds"].map(lambda seeds: DEMONSTRATION if seeds == 1 else ""),
         }
     )
-
-
-def _number(row: pd.Series) -> str:
-    if math.isnan(row["value"]):
-        return "–"
-    return f"{row['value']:+.3f}" + ("" if math.isnan(row["low"]) else f" [{row['low']:+.3f}, {row['high']:+.3f}]")
 
 
 def counted(judged: pd.DataFrame) -> str:

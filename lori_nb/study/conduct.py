@@ -12,15 +12,17 @@ import pandas as pd
 from lori_nb.lab.methods import get_method
 from lori_nb.lab.models import BaseModelError, locate
 from lori_nb.lab.paths import PROJECT, data_folder
+from lori_nb.lab.resolving import check, resolve
 from lori_nb.lab.runs import Store
-from lori_nb.lab.specs import Spec, check, resolve
+from lori_nb.lab.specs import Spec
 from lori_nb.lab.tasks.hub import HubUnreachableError
+from lori_nb.study.cells import base_runs, joint, single
 from lori_nb.study.cost import Cost, cost_of, prefix_seconds
 from lori_nb.study.display import Display, clock
 from lori_nb.study.execute import Executed, execute_notebook, side_by_side
 from lori_nb.study.notebook import figures_folder, slug
 from lori_nb.study.parameters import read_parameters
-from lori_nb.study.plans import PLANS, base_runs, joint, single
+from lori_nb.study.plans import PLANS
 from lori_nb.study.pool import train_all
 from lori_nb.study.profiles import NOTEBOOKS, Settings, as_parameters
 from lori_nb.study.summary import readable, summarise

@@ -42,16 +42,20 @@ def trainable_parameters(
 ) -> int:
     """Numbers that the optimiser sees, counted on the meta device.
 
-    r·(d_in + d_out) a module for LoRA, r·d_out for LoRI-D, and the kept share of those for LoRI-S.
+    r·(d_in + d_out) a module for LoRA, r·d_out for LoRI-D, and the kept share of those for LoRI-S; d_out more than LoRA
+    for DoRA, d_in·d_out for full fine-tuning.
     """
     chosen = get_method(method)
     if not chosen.trains:
         return 0
     linears = target_linears(empty_body(base), modules, last_layers)
     check_rank(rank, linears)
+    if chosen.form == "full":
+        return sum(m.weight.numel() for m in linears.values())
     up = sum(rank * m.weight.shape[0] for m in linears.values())
     down = sum(rank * m.weight.shape[1] for m in linears.values()) if chosen.trains_A else 0
-    return down + (kept_of(up, sparsity) if chosen.masked else up)
+    magnitudes = sum(m.weight.shape[0] for m in linears.values()) if chosen.form == "dora" else 0
+    return down + magnitudes + (kept_of(up, sparsity) if chosen.masked else up)
 
 
 def cost_of(spec: Spec) -> Cost:
@@ -67,9 +71,9 @@ def cost_of(spec: Spec) -> Cost:
         shown = sizes.layers / above if spec.shots else 1  # few-shot prompts run through the whole model
         return Cost(0, 0, scored * shown / FLOPS_PER_SECOND)
     # forward and backward of the layers with adapters; the frozen weights have no gradient of their own
-    trained = spec.steps * spec.batch_size * TOKENS_PER_ROW * 4 * per_layer * above
+    trained = spec.trained_steps * spec.batch_size * TOKENS_PER_ROW * 4 * per_layer * above
     parameters = trainable_parameters(spec.base, spec.method, spec.rank, spec.modules, spec.last_layers, spec.sparsity)
-    return Cost(parameters, spec.steps, (trained + scored) / FLOPS_PER_SECOND)
+    return Cost(parameters, spec.trained_steps, (trained + scored) / FLOPS_PER_SECOND)
 
 
 def prefix_seconds(specs: list[Spec]) -> float:

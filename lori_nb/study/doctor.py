@@ -18,7 +18,7 @@ from lori_nb.lab.provenance import git_state
 from lori_nb.lab.runs import NEEDED_BYTES
 from lori_nb.lab.tasks import get_task, task_names
 from lori_nb.lab.tasks.hub import hub_is_reachable, offline_task_names
-from lori_nb.lab.tasks.reading import data_folder as source_folder
+from lori_nb.lab.tasks.reading import source_folder
 
 Finding = tuple[str, bool, str]  # what was looked at, whether it is as needed, what was found and what to do
 

@@ -68,10 +68,16 @@ def metric_label(metrics: Iterable[str]) -> str:
 
 
 def points(
-    ax: Axes, x: Sequence[float], part: pd.DataFrame, name: str, label: str | None = None, line: bool = True
+    ax: Axes,
+    x: Sequence[float],
+    part: pd.DataFrame,
+    name: str,
+    label: str | None = None,
+    line: bool = True,
+    look: Mapping[str, object] | None = None,
 ) -> Axes:
-    """One series with its intervals, in the look of ``name``."""
-    look = look_of(name)
+    """One series with its intervals, in the look of ``name`` unless one is given."""
+    look = dict(look or look_of(name))
     if not line:
         look["linestyle"] = "none"
     reach = np.array([part["value"] - part["low"], part["high"] - part["value"]])

@@ -10,8 +10,8 @@ import pandas as pd
 from lori_nb.analysis.statistics import proportion_interval, t_interval
 from lori_nb.lab.specs import RunSpec
 from lori_nb.lab.tasks import get_task
+from lori_nb.study.cells import single
 from lori_nb.study.notebook import Results
-from lori_nb.study.plans import single
 from lori_nb.study.profiles import Settings
 from lori_nb.study.questions import run_pairs, unit_of
 from lori_nb.study.style import title_of

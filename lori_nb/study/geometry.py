@@ -7,7 +7,7 @@ random dense B. A shared draw of A alone moves the overlap of rows from near r /
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pandas as pd
@@ -15,12 +15,16 @@ import torch
 
 from lori_nb.analysis.overlap import overlap_table, principal_angles
 from lori_nb.analysis.statistics import t_interval
-from lori_nb.lab.methods import get_method
+from lori_nb.lab.methods import FACTORED, get_method
 from lori_nb.lab.runs import Run
-from lori_nb.method.adapters import Adapter, Factors, layer_number, random_down_projection
-from lori_nb.method.masks import kept, kept_of
+from lori_nb.lab.specs import RunSpec
+from lori_nb.method.adapters import Adapter, Factors, layer_number
+from lori_nb.method.masks import kept, kept_in_all
+from lori_nb.method.subspaces import down_projection, random_down_projection
+from lori_nb.study.arms import arm_spec, arms_of, get_arm
+from lori_nb.study.cells import single
 from lori_nb.study.notebook import Results
-from lori_nb.study.plans import plan_masks, single
+from lori_nb.study.plans import sparsity_specs
 from lori_nb.study.style import title_of
 from lori_nb.study.summary import as_columns
 
@@ -52,7 +56,7 @@ def mask_shares(results: Results) -> pd.DataFrame:
     """
     settings = results.settings
     sparsity = shown_sparsity(results)
-    chosen = [s for s in plan_masks(settings) if s.sparsity == sparsity]
+    chosen = [s for s in sparsity_specs(settings) if s.sparsity == sparsity]
     runs = [run for run in map(results.run, chosen) if run is not None]
     shares: dict[str, list[float]] = {}
     for run in runs:
@@ -74,8 +78,9 @@ def shown_sparsity(results: Results) -> float:
 
 
 def trained_runs(results: Results) -> list[Run]:
-    """The runs that left an adapter: neither a merge nor the bare base."""
-    return [run for run in results.runs.values() if run.spec.kind == "run" and get_method(run.spec.method).trains]
+    """The runs that left an adapter: no merge, not the bare base, not full fine-tuning."""
+    chosen = {run.hash: get_method(run.spec.method) for run in results.runs.values() if run.spec.kind == "run"}
+    return [results.runs[name] for name, method in chosen.items() if method.trains and method.form in FACTORED]
 
 
 def masks_are_exact(results: Results) -> bool:
@@ -84,14 +89,13 @@ def masks_are_exact(results: Results) -> bool:
     An adapter that was trained on keeps the entries of its first mask beside those of the second.
     """
     masked = [run for run in trained_runs(results) if run.spec.sparsity > 0 and run.spec.start is None]
-    return all(_is_exact(run.adapter, run.spec.sparsity, run.spec.mask_scope) for run in masked)
+    return all(_is_exact(run.adapter, run.spec) for run in masked)
 
 
-def _is_exact(adapter: Adapter, sparsity: float, scope: str) -> bool:
+def _is_exact(adapter: Adapter, spec: RunSpec) -> bool:
     off = all(not f.B[~adapter.masks[name]].any() for name, f in adapter.factors.items())
-    entries = sum(mask.numel() for mask in adapter.masks.values())
-    # A narrower scope rounds k in every group of its own, so only the whole model has one exact k.
-    return off and (scope != "model" or kept(adapter.masks) == kept_of(entries, sparsity))
+    shapes = {name: tuple(mask.shape) for name, mask in adapter.masks.items()}
+    return off and kept(adapter.masks) == kept_in_all(shapes, spec.sparsity, spec.mask_scope, spec.mask_structure)
 
 
 def null_adapter(adapter: Adapter, task: str) -> dict[str, Factors]:
@@ -99,7 +103,7 @@ def null_adapter(adapter: Adapter, task: str) -> dict[str, Factors]:
     null = {}
     for name, f in adapter.factors.items():
         rank, d_in = f.A.shape
-        A = random_down_projection(adapter.seed, adapter.subspace, name, rank, d_in)
+        A = down_projection(adapter.seed, adapter.subspace, name, rank, d_in)
         B = random_down_projection(adapter.seed, f"null/{task}", name, len(f.B), rank)
         null[name] = Factors(A, B, f.scale)
     return null
@@ -117,15 +121,29 @@ def adapter_sets(results: Results, seed: int) -> dict[str, dict[str, dict[str, F
     return {name: sets[name] for name in (*settings.method, NULL) if len(sets.get(name, ())) > 1}
 
 
-def overlaps(results: Results) -> pd.DataFrame:
+def policy_sets(results: Results, seed: int) -> dict[str, dict[str, dict[str, Factors]]]:
+    """Arm → task → factors of one seed: the methods, and those whose A is drawn by another policy."""
+    settings = results.settings
+    sets: dict[str, dict[str, dict[str, Factors]]] = {}
+    for arm, task in itertools.product((*settings.method, *arms_of(settings, "subspace")), settings.arm_tasks):
+        run = results.run(arm_spec(settings, arm, task, seed))
+        if run is not None:
+            sets.setdefault(get_arm(arm).title, {})[task] = run.adapter.factors
+    return {title: adapters for title, adapters in sets.items() if len(adapters) > 1}
+
+
+def overlaps(results: Results, sets_of: Callable[[Results, int], dict] = adapter_sets) -> pd.DataFrame:
     """Overlap of every pair of tasks' adapters, module by module.
+
+    Args:
+        sets_of: :func:`adapter_sets` or :func:`policy_sets`.
 
     Columns method (or "null"), seed, adapter_a and adapter_b (tasks), module, measure (a name of ``MEASURES``), value.
     """
     frames = [
         overlap_table(adapters).assign(method=method, seed=seed)
         for seed in results.settings.seed
-        for method, adapters in adapter_sets(results, seed).items()
+        for method, adapters in sets_of(results, seed).items()
     ]
     columns = ["method", "seed", "adapter_a", "adapter_b", "module", "measure", "value"]
     return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
@@ -173,7 +191,7 @@ def frozen_A_is_its_draw(results: Results) -> bool:
     """Whether every LoRI adapter's A still is, bit for bit, what its seed makes."""
     adapters = [run.adapter for run in trained_runs(results) if run.adapter.frozen_A]
     return all(
-        torch.equal(f.A, random_down_projection(a.seed, a.subspace, name, *f.A.shape))
+        torch.equal(f.A, down_projection(a.seed, a.subspace, name, *f.A.shape))
         for a in adapters
         for name, f in a.factors.items()
     )

@@ -17,9 +17,10 @@ from lori_nb.analysis.merging import MERGE_METHODS
 from lori_nb.lab.methods import get_method
 from lori_nb.lab.own_code import load_extensions
 from lori_nb.lab.paths import PROJECT
+from lori_nb.lab.specs import SCHEDULES
 from lori_nb.lab.tasks import expand_tasks, get_task
-from lori_nb.method.adapters import POLICIES
 from lori_nb.method.masks import SCOPES
+from lori_nb.method.subspaces import POLICIES
 
 NOTEBOOKS = ("01_lori", "02_masks", "03_ortho_lora", "04_interference", "05_merging", "06_forgetting", "07_report")
 
@@ -61,6 +62,11 @@ class Settings:
     merges: tuple[str, ...]
     first: str
     dtype: str
+    arms: tuple[str, ...] = ()  # beside the methods: keys of lori_nb.study.arms.ARMS, or other methods
+    arm_tasks: tuple[str, ...] = ()  # what they are trained on; empty takes mask_tasks
+    schedule: str = "linear"  # of the learning rate after the warm-up; or constant
+    micro_batch_rows: int | None = None  # rows of a task computed at a time; none takes them all
+    checkpointing: bool = False  # activations are computed again in the backward pass, not kept
 
 
 _LISTS = {
@@ -120,8 +126,9 @@ def load_settings(profile: str = "quick", **changes: Any) -> Settings:
     tasks = expand_tasks(_as_list(changes.get("tasks", values["tasks"])))
     if all(get_task(task).reads == "encoder" for task in tasks):
         values |= encoder
-    if "tasks" in changes and "mask_tasks" not in changes:
-        values["mask_tasks"] = [task for task in values["mask_tasks"] if task in tasks] or [tasks[0]]
+    for name in ("mask_tasks", "arm_tasks") if "tasks" in changes else ():
+        if values.get(name):
+            values[name] = [task for task in values[name] if task in tasks] or [tasks[0]]
     values |= changes
     if Path(str(values["base"])).expanduser().is_dir():  # a notebook's kernel works in another folder
         values["base"] = str(Path(values["base"]).expanduser().resolve())
@@ -141,17 +148,28 @@ def _checked(values: dict[str, Any]) -> Settings:
         key: _number(f"learning_rate of {key}", v, float) for key, v in dict(values["learning_rate"]).items()
     }
     values["mask_tasks"] = expand_tasks(values["mask_tasks"])
+    values["arms"] = tuple(_as_list(values.get("arms", ())))
+    from lori_nb.study.arms import get_arm  # arms build on settings
+
+    for name in values["arms"]:
+        get_arm(name)
+    values["arm_tasks"] = expand_tasks(_as_list(values.get("arm_tasks") or values["mask_tasks"]))
     for name in values["method"]:
         get_method(name)
     for name in values["merges"]:
         _among("merge", name, tuple(MERGE_METHODS))
     _among("subspace", values["subspace"], POLICIES)
+    _among("schedule", values.get("schedule", "linear"), SCHEDULES)
     _among("mask_scope", values["mask_scope"], tuple(SCOPES))
     for sparsity in (values["sparsity"], *values["sparsities"]):
         if not 0 <= sparsity < 1:
             raise ValueError(f"sparsity must be in [0, 1); found {sparsity}")
     if values["last_layers"] is not None:
         values["last_layers"] = _number("last_layers", values["last_layers"], int)
+    if values.get("micro_batch_rows") is not None:
+        values["micro_batch_rows"] = _number("micro_batch_rows", values["micro_batch_rows"], int)
+    if not isinstance(values.get("checkpointing", False), bool):
+        raise ValueError(f"checkpointing must be true or false; found {values['checkpointing']!r}")
     if values["first"] == "auto":
         safety = [task for task in values["tasks"] if get_task(task).domain == "safety"]
         values["first"] = (safety or list(values["tasks"]))[0]

@@ -6,6 +6,7 @@ run hashes.
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
@@ -14,10 +15,12 @@ import pandas as pd
 from lori_nb.lab import ledger
 from lori_nb.lab.methods import METHODS
 from lori_nb.lab.paths import PROJECT, data_folder, write_atomically
-from lori_nb.study import claims, questions
+from lori_nb.lab.runs import Store
+from lori_nb.study import claims, comparison, questions
 from lori_nb.study.notebook import Results, collect, figures_folder, slug
 from lori_nb.study.profiles import NOTEBOOKS, Settings
 from lori_nb.study.stored import publish as copy_outputs
+from lori_nb.study.summary import text_of
 
 START, END = "<!-- results -->", "<!-- /results -->"
 REFERENCES = {"majority": "most frequent answer", "few_shot": "base, four examples"}
@@ -47,17 +50,26 @@ def publish(settings: Settings, root: Path = PROJECT) -> list[Path]:
         shutil.copy2(path, folder / path.name) for path in sorted((figures_folder() / slug(settings)).glob("*.*"))
     ]
     command = f"lori-nb study --profile {slug(settings)}"
-    added = ledger.append(results.table.drop(columns="study"), f"study-{slug(settings)}", command)
+    measured = ledger.with_rows(results.table.drop(columns="study"), Store().predictions)
+    added = ledger.append(measured, f"study-{slug(settings)}", command)
     write_readme(root / "README.md", folder)
     return [*tables, *map(Path, figures), *([added] if added else []), root / "README.md"]
 
 
 def write_tables(results: Results, folder: Path) -> list[Path]:
-    """The tables that README is rendered from: single-task scores and the judged claims, with the runs behind them."""
+    """Tables worth committing, with the runs behind them: single-task scores and the judged claims, which README is
+    rendered from, differences to tuned LoRA, and what training costs.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     reference = questions.reference_scores(results).reset_index().melt("task", list(REFERENCES), "method", "value")
     scores = pd.concat([reference, questions.method_scores(results)], ignore_index=True)
-    paths = {"scores": scores, "claims": claims.judged(results), "runs": results.table}
+    paths = {
+        "scores": scores,
+        "claims": claims.judged(results),
+        "comparison": comparison.compared(results),
+        "costs": comparison.costs(results),
+        "runs": results.table,
+    }
     for name, table in paths.items():
         write_atomically(folder / f"{name}.csv", table.to_csv(index=False, float_format="%.10g"))
     return [folder / f"{name}.csv" for name in paths]
@@ -71,7 +83,7 @@ def rendered(folder: Path) -> str:
     lines = ["| task | " + " | ".join(titles) + " | n |", "|---" * (len(titles) + 2) + "|"]
     for task, part in scores.groupby("task", sort=False):
         cells = part.set_index("method")
-        measured = [_cell(cells.loc[name]) for name in (*REFERENCES, *methods)]
+        measured = [text_of(cells.loc[name]) for name in (*REFERENCES, *methods)]
         n = cells.loc[methods[0]]
         lines.append(f"| `{task}` | " + " | ".join(measured) + f" | {int(n['n'])} {n['of']} |")
     sizes = scores.dropna(subset="trainable_parameters").groupby("method", sort=False)["trainable_parameters"].first()
@@ -93,24 +105,14 @@ def rendered(folder: Path) -> str:
     )
 
 
-def _cell(row: pd.Series) -> str:
-    if pd.isna(row["value"]):
-        return "–"
-    if pd.isna(row["low"]):
-        return f"{row['value']:.2f}"
-    return f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
-
-
 def _claim_line(row: pd.Series) -> str:
     claim, about = f"{row['claim']} ({row['paper']})", row["measured as"].replace("|", "\\|")
     if pd.isna(row["value"]):
         return f"| {claim} | {about} | – | {row['verdict']} |"
-    value = (
-        f"{row['value']:+.3f}"
-        if pd.isna(row["low"])
-        else f"{row['value']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
-    )
-    return f"| {claim} | {about} | {value}, n = {int(row['n'])} {row['of']} | {row['verdict']} |"
+    value = f"{text_of(row, digits=3, signed=True)}, n = {int(row['n'])} {row['of']}"
+    if not pd.isna(row.get("detectable", math.nan)):
+        value += f", detectable {row['detectable']:.3f}"
+    return f"| {claim} | {about} | {value} | {row['verdict']} |"
 
 
 def write_readme(path: Path, folder: Path) -> None:

@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 
-from lori_nb.analysis.statistics import Interval, t_interval
+from lori_nb.analysis.statistics import Interval, interval_text, t_interval
 from lori_nb.lab.specs import RunSpec
+from lori_nb.study.cells import base_runs, joint, single
 from lori_nb.study.geometry import module_kinds
 from lori_nb.study.notebook import Results
-from lori_nb.study.plans import base_runs, joint, plan_interference, plan_masks, plan_merging, single
+from lori_nb.study.plans import method_specs, plan_merging, sparsity_specs
 from lori_nb.study.profiles import Settings
 from lori_nb.study.style import title_of
 from lori_nb.study.summary import Pair, as_columns, difference, group_word, summarise
@@ -29,7 +30,7 @@ ARRANGEMENTS = ("single", "joint", "ortho-lora")
 
 def single_scores(results: Results) -> pd.DataFrame:
     """Table rows of the single-task adapters of every method."""
-    return results.rows_of(plan_interference(results.settings))
+    return results.rows_of(method_specs(results.settings))
 
 
 def method_scores(results: Results) -> pd.DataFrame:
@@ -94,14 +95,16 @@ def has_learned(results: Results, method: str) -> bool:
 
 def sparsity_scores(results: Results) -> pd.DataFrame:
     """Score of LoRI at every sparsity on every task of the sweep; sparsity 0 is LoRI-D."""
-    rows = results.rows_of(plan_masks(results.settings))
+    rows = results.rows_of(sparsity_specs(results.settings))
     return summarise(rows, ["task", "sparsity"]).sort_values(["task", "sparsity"], ignore_index=True)
 
 
 def training_losses(results: Results) -> pd.DataFrame:
     """Loss at every step of the sweep's first task and seed: columns step, loss, sparsity, run."""
     settings = results.settings
-    chosen = [s for s in plan_masks(settings) if s.tasks[0] == settings.mask_tasks[0] and s.seed == settings.seed[0]]
+    chosen = [
+        s for s in sparsity_specs(settings) if s.tasks[0] == settings.mask_tasks[0] and s.seed == settings.seed[0]
+    ]
     runs = [run for run in map(results.run, chosen) if run is not None]
     frames = [run.history[["step", "loss"]].assign(sparsity=run.spec.sparsity, run=run.hash) for run in runs]
     return pd.concat(frames, ignore_index=True)
@@ -221,7 +224,7 @@ def conflict_line(rates: pd.DataFrame) -> str:
     told = {True: "more often than", False: "less often than"}[interval.mean > 0]
     if interval.low <= 0 <= interval.high:
         told = "about as often as"
-    bounds = f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}] (n = {interval.n} {of})"
+    bounds = f"{interval_text(interval.mean, interval.low, interval.high, 3, signed=True)} (n = {interval.n} {of})"
     return f"Gradients of different tasks conflict {told} unrelated ones would: rate between tasks − ½ = {bounds}."
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import matplotlib as mpl
@@ -82,6 +83,14 @@ def look_of(name: str) -> dict:
         others = [known for known in METHODS if known not in _LOOKS]
         look = _SPARE[(others.index(name) if name in others else len(others)) % len(_SPARE)]
     return dict(zip(("color", "marker", "linestyle"), look, strict=True))
+
+
+def looks_of(names: Iterable[str]) -> dict[str, dict]:
+    """Name → look, for names that stand in one plot: those without a look of their own get different spare ones."""
+    names = list(dict.fromkeys(names))
+    spare = itertools.cycle(_SPARE)
+    keys = ("color", "marker", "linestyle")
+    return {name: look_of(name) if name in _LOOKS else dict(zip(keys, next(spare), strict=True)) for name in names}
 
 
 def title_of(name: str) -> str:

@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from lori_nb.analysis.statistics import Interval, proportion_interval, t_interval
+from lori_nb.analysis.statistics import (
+    Estimate,
+    Interval,
+    crossed_estimate,
+    interval_text,
+    paired_estimate,
+    proportion_interval,
+    t_interval,
+)
 from lori_nb.lab.runs import Run
 from lori_nb.lab.tasks import Example, get_task
 from lori_nb.lab.tasks.refusal import refusal_splits
@@ -105,22 +114,52 @@ def difference(pairs: dict[int, list[Pair]], tasks: Sequence[str]) -> Interval:
         Several seeds: a t interval over seeds. One seed: the difference of the metrics ± t · standard error of the
         paired differences of rows (group by group, tasks as strata); NaN bounds where a metric is no share of rows.
     """
-    values = [
-        float(np.mean([a.value(t) - b.value(t) for (a, b), t in zip(ps, tasks, strict=True)])) for ps in pairs.values()
-    ]
+    values = list(seed_differences(pairs, tasks).values())
     if len(values) != 1:
         return t_interval(values)
     (only,) = pairs.values()
-    differences: dict[str, list[np.ndarray]] = {}
-    for (a, b), task in zip(only, tasks, strict=True):
-        differences.setdefault(task, []).append(_group_differences(a, b, task))
-    strata = [np.mean(several, axis=0) for several in differences.values()]  # a task asked twice has its rows once
+    strata = _row_differences(only, tasks)
     n = sum(len(d) for d in strata)
     if not {get_task(task).metric for task in tasks} <= SHARES or min(len(d) for d in strata) < 2:
         return Interval(values[0], math.nan, math.nan, n)
     error = math.sqrt(sum(float(np.var(d, ddof=1)) / len(d) for d in strata)) / len(strata)
     reach = float(stats.t.ppf(0.975, n - len(strata))) * error
     return Interval(values[0], values[0] - reach, values[0] + reach, n)
+
+
+def estimate(pairs: dict[int, list[Pair]], tasks: Sequence[str]) -> Estimate:
+    """:func:`difference` as an estimate over seeds and rows, which holds for other seeds on other rows of the tasks.
+
+    Crossed where all metrics are shares of rows, else over seeds alone. Its rows count groups of rows.
+    """
+    values = seed_differences(pairs, tasks)
+    over_seeds = paired_estimate(list(values.values()))
+    if not {get_task(task).metric for task in tasks} <= SHARES:
+        return over_seeds
+    by_seed = [_row_differences(several, tasks) for several in pairs.values()]
+    crossed = crossed_estimate([np.stack(each) for each in zip(*by_seed, strict=True)])
+    return replace(crossed, mean=over_seeds.mean)  # of the metrics themselves: classes may weigh more than rows
+
+
+def estimate_unit(found: Estimate, tasks: Iterable[str]) -> str:
+    """What n of an estimate's interval counts, for tables: "seeds × 1,000 rows"."""
+    return f"seeds × {found.rows:,} {group_word(tasks)}" if found.rows else "seeds"
+
+
+def seed_differences(pairs: dict[int, list[Pair]], tasks: Sequence[str]) -> dict[int, float]:
+    """Seed → mean over tasks of score a − score b."""
+    return {
+        seed: float(np.mean([a.value(t) - b.value(t) for (a, b), t in zip(several, tasks, strict=True)]))
+        for seed, several in pairs.items()
+    }
+
+
+def _row_differences(pairs: list[Pair], tasks: Sequence[str]) -> list[np.ndarray]:
+    """For every task once, the mean difference of correctness in every group of rows (groups,)."""
+    found: dict[str, list[np.ndarray]] = {}
+    for (a, b), task in zip(pairs, tasks, strict=True):
+        found.setdefault(task, []).append(_group_differences(a, b, task))
+    return [np.mean(several, axis=0) for several in found.values()]  # a task asked twice has its rows once
 
 
 def _group_differences(a: Run, b: Run, task: str) -> np.ndarray:
@@ -131,12 +170,9 @@ def _group_differences(a: Run, b: Run, task: str) -> np.ndarray:
     return np.bincount(groups, gap) / np.bincount(groups)
 
 
-def text_of(row: pd.Series, digits: int = 2) -> str:
-    """ "0.66 [0.59, 0.72]"; the bare value where there is no interval, "–" where there is no value."""
-    if pd.isna(row["value"]):
-        return "–"
-    value = f"{row['value']:.{digits}f}"
-    return value if pd.isna(row["low"]) else f"{value} [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
+def text_of(row: pd.Series, digits: int = 2, signed: bool = False) -> str:
+    """:func:`interval_text` of a row of any table here."""
+    return interval_text(row["value"], row["low"], row["high"], digits, signed)
 
 
 def readable(summary: pd.DataFrame, rows: str | Sequence[str], columns: str, digits: int = 2) -> pd.DataFrame:

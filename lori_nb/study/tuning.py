@@ -14,36 +14,64 @@ from pathlib import Path
 import pandas as pd
 
 from lori_nb.lab import ledger
+from lori_nb.lab.methods import METHODS, get_method
 from lori_nb.lab.paths import write_atomically
-from lori_nb.lab.runs import Store
-from lori_nb.lab.specs import RunSpec, resolve
-from lori_nb.study.plans import joint, single
+from lori_nb.lab.runs import Store, unmeasured
+from lori_nb.lab.specs import RunSpec
+from lori_nb.study.cells import joint, like_of, single
 from lori_nb.study.pool import train_all
 from lori_nb.study.profiles import Settings
 
 FACTOR = 2.0
 TUNE_ROWS = 128
+# Of the LoRI authors' scripts at rank 32, for 8B models: AdamW, constant schedule.
+PAPER_RATES = {"lori-d": 5e-5, "lori-s": 5e-4}
 ROUNDS = 4  # how often a grid may be widened
 RATES = 5  # learning rates a method begins with
-# Centres of the grids: frozen A and sparse B want larger steps. LoRI-S comes after LoRI-D, which calibrates it at its
-# chosen rate.
+# Centres of the grids: frozen A and sparse B want larger steps, whole weights smaller ones. An extension begins where
+# the method most like it does.
 CENTRES = {"lora": 2e-3, "lori-d": 3.2e-2, "lori-s": 6.4e-2, "joint": 2e-3, "ortho-lora": 2e-3}
+OTHER_CENTRES = {"lora-fa": 3.2e-2, "dora": 2e-3, "full": 2e-4}
 
 
 def first_grids(arms: Sequence[str] = tuple(CENTRES)) -> dict[str, list[float]]:
-    """Arm → the rates that its grid begins with; ValueError for an arm that has no centre."""
-    unknown = [arm for arm in arms if arm not in CENTRES]
+    """Arm → the rates that its grid begins with, a method after the one that calibrates it, at whose rate it does so.
+
+    Args:
+        arms: "joint" for LoRA on all tasks at once, and any method that trains, own ones too.
+
+    Raises:
+        ValueError: another name; it lists the known ones.
+    """
+    known = list(dict.fromkeys((*CENTRES, *(name for name, method in METHODS.items() if method.trains))))
+    unknown = [arm for arm in arms if arm not in known]
     if unknown:
-        raise ValueError(f"methods must be among {', '.join(CENTRES)}; found {unknown[0]!r}")
+        raise ValueError(f"methods must be among {', '.join(known)}; found {unknown[0]!r}")
+    ordered = sorted((arm for arm in known if arm in arms), key=_is_calibrated)
     steps = range(-(RATES // 2), RATES // 2 + 1)
-    return {arm: [CENTRES[arm] * FACTOR**step for step in steps] for arm in CENTRES if arm in arms}
+    return {arm: [centre_of(arm) * FACTOR**step for step in steps] for arm in ordered}
+
+
+def _is_calibrated(arm: str) -> bool:
+    return arm in METHODS and METHODS[arm].calibration is not None
+
+
+def centre_of(arm: str) -> float:
+    """The middle of an arm's first grid: its own, or that of the built-in method most like it."""
+    known = CENTRES | OTHER_CENTRES
+    return known[arm] if arm in known else known[like_of(arm)[0]]
+
+
+def is_joint(arm: str) -> bool:
+    """Whether an arm is tuned on all tasks at once: joint LoRA, and the methods that project task gradients."""
+    return arm == "joint" or get_method(arm).projects
 
 
 def tune(settings: Settings, grids: dict[str, list[float]], jobs: int = 2, store: Store | None = None) -> pd.DataFrame:
     """Run the grids and return one measurement a row: arm, learning_rate, task, seed, value, n, run, chosen.
 
     Args:
-        grids: method, or "joint" for LoRA on all tasks at once → the rates to begin with, ascending.
+        grids: as :func:`first_grids` gives them.
     """
     store = store or Store()
     chosen = dict(settings.learning_rate)
@@ -57,18 +85,17 @@ def tune(settings: Settings, grids: dict[str, list[float]], jobs: int = 2, store
 
 
 def _tune_one(settings: Settings, name: str, rates: list[float], jobs: int, store: Store) -> tuple[pd.DataFrame, float]:
-    for _ in range(ROUNDS):
+    for widened in range(ROUNDS + 1):
         specs = [spec for rate in rates for spec in tuning_specs(settings, name, rate)]
-        train_all(_not_in_ledger(specs), store, jobs)
+        train_all(unmeasured(specs), store, jobs)
         table = store.table(specs).assign(arm=name)
         means = table.groupby("learning_rate")["value"].mean()
         best = float(means.idxmax())
-        if best == min(rates):
-            rates = [best / FACTOR, *rates]
-        elif best == max(rates):
-            rates = [*rates, best * FACTOR]
-        else:
+        if best not in (min(rates), max(rates)):
             break
+        if widened == ROUNDS:
+            print(f"{name}: the best rate, {best:g}, is still at the edge of its grid", flush=True)
+        rates = [best / FACTOR, *rates] if best == min(rates) else [*rates, best * FACTOR]
     return table, best
 
 
@@ -76,7 +103,7 @@ def tuning_specs(settings: Settings, name: str, rate: float) -> list[RunSpec]:
     """The runs of one method at one rate: each task alone, or one joint run, scored on the tuning split."""
     held_out = {"score_on": "tune", "test_rows": TUNE_ROWS}
     fixed = replace(settings, learning_rate={**settings.learning_rate, name: rate})
-    if name in {"joint", "ortho-lora"}:
+    if is_joint(name):
         method = "lora" if name == "joint" else name
         return [replace(joint(fixed, method, seed), **held_out) for seed in settings.seed]
     singles = [single(fixed, name, task, seed) for task in settings.tasks for seed in settings.seed]
@@ -88,12 +115,6 @@ def _held_out(calibration: RunSpec | None, held_out: dict) -> RunSpec | None:
     return None if calibration is None else replace(calibration, **held_out)
 
 
-def _not_in_ledger(specs: list[RunSpec]) -> list[RunSpec]:
-    resolved = [resolve(spec) for spec in specs]
-    known = set(ledger.read()["run"])
-    return [spec for spec in resolved if spec.hash not in known]
-
-
 def publish(table: pd.DataFrame, profile: str) -> list[Path]:
     """Append the grids to the ledger and write the table that people read; returns the files."""
     folder = ledger.ledger_folder().parent
@@ -103,3 +124,10 @@ def publish(table: pd.DataFrame, profile: str) -> list[Path]:
     csv = folder / f"tuning-{profile}.csv"
     write_atomically(csv, table[columns].sort_values(columns[:4]).to_csv(index=False))
     return [path for path in (added, csv) if path is not None]
+
+
+def published(profile: str) -> pd.DataFrame:
+    """The committed table of learning rates tried for a profile; that of "quick" where it has none of its own."""
+    folder = ledger.ledger_folder().parent
+    own = folder / f"tuning-{profile}.csv"
+    return pd.read_csv(own if own.exists() else folder / "tuning-quick.csv")

@@ -1,6 +1,6 @@
 """Tasks: rows, prompts and metrics, one file a family."""
 
-from lori_nb.lab.tasks import folder, generated, refusal  # noqa: F401  (importing registers their tasks)
+from lori_nb.lab.tasks import code, folder, generated, refusal  # noqa: F401  (importing registers their tasks)
 from lori_nb.lab.tasks.base import (
     SPLITS,
     Example,

@@ -28,10 +28,10 @@ class Example:
 
     ``prompt`` is what the model reads; ``second`` is the second text of a sentence pair (encoders read the pair
     as two segments). ``answer`` is what a decoder is trained to write. ``opening`` is the part of the answer, at its
-    start,
-    that decides the score; None means the whole answer and the end of text after it. ``target`` is the class index or
-    the
-    regression value; text answers with no classes leave it None.
+    start, that decides the score; None means the whole answer and the end of text after it. ``target`` is the class
+    index or the regression value; text answers with no classes leave it None. ``choices`` are the answers that a task
+    scored by likelihood compares, ``target`` being the index of the right one. ``check`` is the program that a
+    completion of a code task must pass.
     """
 
     prompt: str
@@ -39,6 +39,8 @@ class Example:
     second: str | None = None
     target: float | int | None = None
     opening: str | None = None
+    choices: tuple[str, ...] = ()
+    check: str = ""
 
     @property
     def key(self) -> str:
@@ -52,7 +54,12 @@ class Task:
 
     ``metric`` names an entry of ``lori_nb.lab.evaluation.METRICS``. ``labels`` are the class words in the order of
     ``Example.target``, empty for free answers and for regression. ``reads`` says which kind of base model the rows are
-    written for: "decoder" or "encoder".
+    written for: "decoder" or "encoder". ``scoring`` says how a decoder's answers are scored: "forced" by teacher
+    forcing (exact match without generating), "choice" by the likelihood of each of the row's choices, "generate" by
+    ``judge``(row, completion) → credit in [0, 1], "execute" by running the completion against the row's ``check``.
+    ``also`` names further metrics of the same scores. ``system`` is the system message of a chat model: None for the
+    kit's own short one, empty for what the model's template puts there. ``extra`` holds the settings of a generator,
+    or of generation: max_new_tokens (required then), samples (1), temperature (0, greedy), stop (no strings).
     """
 
     name: str
@@ -64,6 +71,10 @@ class Task:
     labels: tuple[str, ...] = ()
     reads: str = "decoder"
     group: str = ""
+    scoring: str = "forced"
+    judge: Callable[[Example, str], float] | None = None
+    also: tuple[str, ...] = ()
+    system: str | None = None
     extra: dict = field(default_factory=dict)
 
     def rows(self, split: str, limit: int) -> list[Example]:
@@ -82,15 +93,25 @@ class Task:
 
     @property
     def source_digest(self) -> str:
-        """SHA-256 of the loader's source, metric and labels; a task registered outside the package counts by it."""
-        return source_digest((self.load,), f"{self.metric}|{self.labels}|{self.reads}")
+        """SHA-256 of the loader's source, metric and labels, and of how its answers are scored where that is not by
+        teacher forcing; a task registered outside the package counts by it.
+        """
+        functions = (self.load,) if self.judge is None else (self.load, self.judge)
+        about = f"{self.metric}|{self.labels}|{self.reads}"
+        if self.scoring != "forced" or self.system is not None:
+            about += f"|{self.scoring}|{self.system}|{sorted(self.extra.items())}"
+        return source_digest(functions, about)
 
 
 def rows_digest(rows: Iterable[Example]) -> str:
-    """SHA-256 over the rows as canonical JSON; it changes when any text, target or the order does."""
+    """SHA-256 over the rows as canonical JSON; it changes when any text, target or the order does.
+
+    Choices and check count where a row has them, so that rows without them keep the digest they always had.
+    """
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(json.dumps(asdict(row), sort_keys=True, ensure_ascii=True).encode())
+        plain = {k: v for k, v in asdict(row).items() if v or k not in {"choices", "check"}}
+        digest.update(json.dumps(plain, sort_keys=True, ensure_ascii=True).encode())
         digest.update(b"\n")
     return digest.hexdigest()
 

@@ -1,9 +1,10 @@
 """Tasks over published data sets: rows from a folder or from the hub, one schema, splits that share no prompt.
 
 Every data set here has one or two text columns and a label column, and an official train and test part (the labelled
-validation part where the official test is not labelled). The official test part is the task's test split, in file
-order. The official train part is divided into train and tune by a hash of each row's key, so the division depends on
-the row alone, never on the file's order or on a seed. Rows whose key also stands in the test part are left out.
+validation part where the official test is not labelled); a set for evaluation only has the test part alone. The
+official test part is the task's test split, in file order. The official train part is divided into train and tune by a
+hash of each row's key, so the division depends on the row alone, never on the file's order or on a seed. Rows whose
+key also stands in the test part are left out.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from lori_nb.lab.tasks.base import Example, Task, register
 from lori_nb.lab.tasks.hub import load_from_hub
-from lori_nb.lab.tasks.reading import data_file, data_folder, read_rows
+from lori_nb.lab.tasks.reading import DATA_VARIABLE, data_file, read_rows, source_folder
 
 PARTS = ("train", "test")
 TUNE_SHARE = 10  # one row of this many of the official train part is held out for tuning
@@ -28,8 +29,12 @@ class DataSet:
 
     ``train_file`` and ``test_file`` are relative to the folder. ``columns`` are the text columns, then the label
     column; ``header`` names all columns of a file without a header line. ``label`` gives (answer, target) of a label
-    as the folder holds it, or raises ValueError in words that follow the column's name. ``hub_columns`` stand in the
-    order of ``columns``; ``hub_text`` and ``hub_label`` turn the hub's values into the folder's.
+    as the folder holds it, or raises ValueError in words that follow the column's name; so does ``finish``, which
+    completes an example (its choices, say). ``folder_row`` makes a row of ``columns`` out of a row of the files that
+    has others. ``hub_columns`` stand in the order of ``columns``, ``hub_text`` and ``hub_label`` turn the hub's values
+    into the folder's; where a row of the hub is made otherwise, ``hub_row`` gives the folder's row for it.
+
+    An empty ``train_file`` says that the set is for evaluation only; an empty ``hub_id``, that no hub holds it.
     """
 
     train_file: str
@@ -43,10 +48,18 @@ class DataSet:
     hub_text: Callable[[str], str] = str
     hub_label: Callable[[object], object] = str
     header: tuple[str, ...] = ()
+    folder_row: Callable[[dict], dict] | None = None
+    hub_row: Callable[[dict], dict] | None = None
+    finish: Callable[[Example], Example] | None = None
 
     def file(self, part: str) -> str:
         """The file of an official part, relative to the folder."""
         return {"train": self.train_file, "test": self.test_file}[part]
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files of all parts that there are."""
+        return tuple(file for file in (self.train_file, self.test_file) if file)
 
     def hub_split(self, part: str) -> str:
         """The hub's name of an official part."""
@@ -61,6 +74,8 @@ def official_task(name: str, data: DataSet, **about) -> Task:
     _DATA_SETS[name] = data
 
     def load(split: str) -> Iterable[Example]:
+        if split == "test":
+            return official_rows(name, "test")
         return split_rows(split, official_rows(name, "train"), official_rows(name, "test"))
 
     return register(Task(name=name, load=load, source="folder or hub", **about))
@@ -71,14 +86,22 @@ def official_rows(name: str, part: str) -> Sequence[Example]:
 
     They come from the folder that ``LORI_NB_DATA`` names, from the hub where it is unset.
 
-    Raises ValueError for an unknown name or part, a missing column or a value outside its set (naming file, row and
-    column); FileNotFoundError for a missing folder or file; HubUnreachableError without a network.
+    Raises ValueError for an unknown name or part, the train part of a set for evaluation only, a missing column or a
+    value outside its set (naming file, row and column); FileNotFoundError for a missing folder or file;
+    HubUnreachableError without a network.
     """
     if name not in _DATA_SETS:
         raise ValueError(f"name must be one of {', '.join(sorted(_DATA_SETS))}; found {name!r}")
     if part not in PARTS:
         raise ValueError(f"part must be one of {', '.join(PARTS)}; found {part!r}")
-    data, folder = _DATA_SETS[name], data_folder()
+    data, folder = _DATA_SETS[name], source_folder()
+    if not data.file(part):
+        raise ValueError(f"split must be test for {name!r}, a set for evaluation only; found its {part} part asked for")
+    if folder is None and not data.hub_id:
+        raise FileNotFoundError(
+            f"{DATA_VARIABLE} must name a folder that holds {' and '.join(data.files)}, which no hub holds for "
+            f"{name!r}; found none named"
+        )
     if folder is None:
         return _rows_from_hub(data, part)
     path = data_file(folder, data.file(part))
@@ -116,6 +139,9 @@ def examples_from_hub(data: DataSet, table: dict[str, list], where: str) -> tupl
     missing = [name for name in data.hub_columns if name not in table]
     if missing:
         raise ValueError(f"{where}: column {missing[0]!r} is required; found columns {', '.join(table) or 'none'}")
+    if data.hub_row is not None:
+        columns = zip(*(table[name] for name in data.hub_columns), strict=True)
+        return examples(data, (data.hub_row(dict(zip(data.hub_columns, row, strict=True))) for row in columns), where)
     converters = [data.hub_text] * (len(data.columns) - 1) + [data.hub_label]
     lists = [map(convert, table[name]) for convert, name in zip(converters, data.hub_columns, strict=True)]
     rows = (dict(zip(data.hub_columns, values, strict=True)) for values in zip(*lists, strict=True))
@@ -130,24 +156,25 @@ def _example(data: DataSet, row: dict[str, object], where: str) -> Example:
     for name in texts:
         if not isinstance(row[name], str) or not row[name].strip():
             raise ValueError(f"{where}: column {name!r} must be text that is not blank; found {row[name]!r}")
+    prompt, *second = (row[name].strip() for name in texts)
     try:
         answer, target = data.label(row[label_name])
+        made = Example(prompt=prompt, second=second[0] if second else None, answer=answer, target=target)
+        return made if data.finish is None else data.finish(made)
     except ValueError as error:
         raise ValueError(f"{where}: column {label_name!r} {error}") from None
-    prompt, *second = (row[name].strip() for name in texts)
-    return Example(prompt=prompt, second=second[0] if second else None, answer=answer, target=target)
 
 
 @lru_cache(maxsize=32)
 def _rows_from_file(data: DataSet, path: Path, mtime_ns: int, size: int) -> tuple[Example, ...]:
     """Time of change and size are part of the cache's key, so that an edited file is read again."""
-    return examples(data, read_rows(path, data.header), str(path))
+    return examples(data, map(data.folder_row or dict, read_rows(path, data.header)), str(path))
 
 
 @lru_cache(maxsize=32)
 def _rows_from_hub(data: DataSet, part: str) -> tuple[Example, ...]:
     split = data.hub_split(part)
-    table = load_from_hub(data.hub_id, data.hub_config, split, (data.train_file, data.test_file))
+    table = load_from_hub(data.hub_id, data.hub_config, split, data.files)
     return examples_from_hub(data, table.to_dict(), " ".join(filter(None, (data.hub_id, data.hub_config, split))))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 DATA_VARIABLE = "LORI_NB_DATA"
 
 
-def data_folder() -> Path | None:
+def source_folder() -> Path | None:
     """The folder that ``LORI_NB_DATA`` names, None where it is unset or empty.
 
     Raises FileNotFoundError when it names something that is not a folder.
@@ -37,11 +37,14 @@ def data_file(folder: Path, name: str) -> Path:
 
 
 def read_rows(path: Path, header: tuple[str, ...] = ()) -> Iterator[dict[str, object]]:
-    """Rows of a .tsv, .json (a list of objects) or .jsonl file as dictionaries, in file order.
+    """Rows of a .tsv, .csv, .json or .jsonl file as dictionaries, in file order.
 
-    ``header`` names the columns of a .tsv without a header line. Tabs separate the fields and quote marks are text:
-    the GLUE files hold unpaired quotes. Raises ValueError naming the file (and the row, where there is one) when the
-    text is not UTF-8, not of the file's format, or a row has another number of fields than the header.
+    ``header`` names the columns of a .tsv without a header line. Tabs separate its fields and quote marks are text:
+    the GLUE files hold unpaired quotes. In a .csv, quote marks enclose fields. A .json file holds a list of objects, or
+    an object of columns, each a list; a column that is empty is left out.
+
+    Raises ValueError naming the file (and the row, where there is one) when the text is not UTF-8, not of the file's
+    format, or a row has another number of fields than the header.
     """
     if path.suffix not in _READERS:
         raise ValueError(f"{path} must end in one of {', '.join(_READERS)}; found {path.suffix!r}")
@@ -52,8 +55,16 @@ def read_rows(path: Path, header: tuple[str, ...] = ()) -> Iterator[dict[str, ob
 
 
 def _read_tsv(path: Path, header: tuple[str, ...]) -> Iterator[dict[str, object]]:
+    yield from _read_table(path, header, delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+def _read_csv(path: Path, header: tuple[str, ...]) -> Iterator[dict[str, object]]:
+    yield from _read_table(path, header)
+
+
+def _read_table(path: Path, header: tuple[str, ...], **form) -> Iterator[dict[str, object]]:
     with path.open(encoding="utf-8-sig", newline="") as file:  # the MRPC files start with a byte order mark
-        lines = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        lines = csv.reader(file, **form)
         names = list(header) or next(lines, [])
         for number, fields in enumerate(lines, start=1):
             if len(fields) != len(names):
@@ -64,6 +75,12 @@ def _read_tsv(path: Path, header: tuple[str, ...]) -> Iterator[dict[str, object]
 
 def _read_json(path: Path, header: tuple[str, ...]) -> Iterator[dict[str, object]]:
     rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    if isinstance(rows, dict) and rows and all(isinstance(column, list) for column in rows.values()):
+        columns = {name: column for name, column in rows.items() if column}
+        if len({len(column) for column in columns.values()}) > 1:
+            sizes = ", ".join(f"{name} {len(column)}" for name, column in columns.items())
+            raise ValueError(f"{path} must hold columns of one length; found {sizes}")
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     if not isinstance(rows, list):
         raise ValueError(f"{path} must hold a list of objects; found {type(rows).__name__}")
     yield from (_object(path, number, row) for number, row in enumerate(rows, start=1))
@@ -83,6 +100,7 @@ def _object(path: Path, number: int, row: object) -> dict[str, object]:
 
 _READERS: dict[str, Callable[[Path, tuple[str, ...]], Iterator[dict[str, object]]]] = {
     ".tsv": _read_tsv,
+    ".csv": _read_csv,
     ".json": _read_json,
     ".jsonl": _read_jsonl,
 }

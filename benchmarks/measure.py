@@ -1,0 +1,123 @@
+"""What the benchmarks share: counts that do not depend on the machine, interleaved timings, and the results file."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lori_nb.analysis.statistics import t_interval
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "transformers", "peft")
+Work = Callable[[], object]
+
+
+def flops(work: Work) -> int:
+    """Floating-point operations of the matrix products in one call."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def saved_bytes(forward: Work, exclude: Sequence[torch.Tensor] = ()) -> int:
+    """Bytes of all tensors that a forward pass keeps for the backward pass, each storage once.
+
+    Args:
+        exclude: tensors that are there anyway, such as parameters.
+    """
+    known = {t.untyped_storage().data_ptr() for t in exclude}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage  # holding it, so that its address is not given to another
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = forward()
+    total = sum(storage.nbytes() for storage in kept.values())
+    del result
+    return total
+
+
+def seconds(work: Work) -> float:
+    """Wall time of one call."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def wall_ratio(ours: Work, peer: Work, pairs: int) -> dict:
+    """Ratio of wall times from interleaved pairs, the order alternating: geometric mean with a 95 % t interval."""
+    ours(), peer()  # the first call allocates
+    logs = []
+    for pair in range(pairs):
+        both = (ours, peer) if pair % 2 == 0 else (peer, ours)
+        times = [seconds(work) for work in both]
+        mine, theirs = times if pair % 2 == 0 else times[::-1]
+        logs.append((np.log(mine), np.log(theirs)))
+    table = np.array(logs)
+    interval = t_interval(table[:, 0] - table[:, 1])
+    ratio, low, high = (float(np.exp(x)) for x in (interval.mean, interval.low, interval.high))
+    medians = np.exp(np.median(table, axis=0))
+    return {
+        "ours": float(medians[0]),
+        "peer": float(medians[1]),
+        "ratio": ratio,
+        "low": low,
+        "high": high,
+        "n": pairs,
+        "unit": "s",
+    }
+
+
+def counted_ratio(ours: float, peer: float, unit: str) -> dict:
+    """A ratio of two counts."""
+    return {"ours": ours, "peer": peer, "ratio": ours / peer, "unit": unit}
+
+
+def judged(name: str, target: float | None, measured: dict) -> dict:
+    """A row with its target: met when the ratio is at most the target, a timed one by its upper bound; None: stated."""
+    reached = None if target is None else measured.get("high", measured["ratio"]) <= target
+    return {"name": name, **measured, "target": target, "met": reached}
+
+
+def circumstances(command: str) -> dict:
+    """What every row carries: versions, processor, threads and the command."""
+    return {
+        "versions": {name: version(name) for name in PACKAGES},
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "command": command,
+    }
+
+
+def processor() -> str:
+    """The processor's name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def publish(rows: Sequence[dict], file: str, command: str) -> None:
+    """Write the rows to ``results/<file>`` and print them as a table."""
+    RESULTS.mkdir(exist_ok=True)
+    about = circumstances(command)
+    (RESULTS / file).write_text(json.dumps([{**row, **about} for row in rows], indent=1) + "\n")
+    print(f"{'measured':<66} {'ours':>12} {'peer':>12} {'ratio':>18} {'target':>7}  met")
+    for row in rows:
+        bounds = f" [{row['low']:.3f}, {row['high']:.3f}]" if "low" in row else ""
+        target = "–" if row["target"] is None else f"≤ {row['target']:.2f}"
+        met = {None: "stated", True: "yes", False: "NO"}[row["met"]]
+        ratio = f"{row['ratio']:.3f}{bounds}"
+        print(f"{row['name']:<66} {row['ours']:>12.4g} {row['peer']:>12.4g} {ratio:>22} {target:>7}  {met}")

@@ -1,0 +1,160 @@
+"""What a PEFT LoRA folder says, read with suspicion: it is somebody else's.
+
+Only safetensors are read, only plain LoRA is understood, and every module has its whole pair of finite matrices. What
+else a folder holds or asks for is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+TOP, HEAD = "base_model.model.", "classifier"  # what every key begins with; the module that a task head is
+_READABLE = (torch.float32, torch.float16, torch.bfloat16)  # float32 holds each of them exactly
+# Initialisations that leave the base as it is; pissa, olora, corda, loftq and their like change its weights.
+_BASE_KEPT = (True, False, "gaussian", "eva", "orthogonal")
+# Settings of a LoRA folder that change nothing in W x + s · B A x, or that are read; any other one must be unset.
+_UNDERSTOOD = {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "bias", "modules_to_save"}
+_UNDERSTOOD |= {"auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version"}
+_UNDERSTOOD |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout"}
+_UNDERSTOOD |= {"fan_in_fan_out", "megatron_config", "megatron_core", "init_lora_weights", "eva_config"}
+_UNDERSTOOD |= {"loftq_config", "corda_config", "lora_ga_config", "qalora_group_size", "ensure_weight_tying"}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration of a folder; ValueError where there is none or it is no JSON object."""
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"folder must be a PEFT folder with {CONFIG}; found none in {folder}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON; found: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold an object; found {type(config).__name__}")
+    return config
+
+
+def check_plain(config: Mapping[str, Any], own_head: bool) -> None:
+    """ValueError for the first setting that makes the folder something else than y = W x + s · B A x.
+
+    Args:
+        own_head: whether the folder carries the head of an adapter that this kit exported.
+    """
+    heads = ([HEAD],) if own_head else ()
+    checks: dict[str, tuple[bool, str]] = {
+        "peft_type": (config.get("peft_type") == "LORA", "LORA"),
+        "bias": (config.get("bias", "none") == "none", "none"),
+        "init_lora_weights": (
+            config.get("init_lora_weights", True) in _BASE_KEPT,
+            "a start that leaves the base's weights as they are",
+        ),
+        "modules_to_save": (
+            not config.get("modules_to_save") or config["modules_to_save"] in heads,
+            "unset, or the head of an adapter that this kit exported",
+        ),
+        "r": (isinstance(config.get("r"), int) and _is_number(config["r"]) and config["r"] > 0, "an integer above 0"),
+        "lora_alpha": (_is_number(config.get("lora_alpha")), "a finite number"),
+        "use_rslora": (config.get("use_rslora") in (None, True, False), "true or false"),
+    }
+    for name in ("rank_pattern", "alpha_pattern"):
+        values = config.get(name) or {}
+        good = isinstance(values, dict) and all(map(_is_number, values.values()))
+        checks[name] = (good, "finite numbers by module name")
+    checks |= {name: (not value, "unset") for name, value in config.items() if name not in _UNDERSTOOD}
+    for name, (good, requirement) in checks.items():
+        if not good:
+            raise ValueError(f"{name} of a plain LoRA folder must be {requirement}; found {config.get(name)!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a folder, and what this kit wrote about them; {} for a folder of somebody else's."""
+    path = folder / WEIGHTS
+    if not path.is_file():
+        beside = (
+            f"{PICKLED}, a pickle file, which can run code when it is read" if (folder / PICKLED).exists() else "none"
+        )
+        raise ValueError(f"folder must hold {WEIGHTS}; found {beside}, in {folder}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = (file.metadata() or {}).get("lori_nb", "{}")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+        about = json.loads(about)
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} must be a whole safetensors file; found: {error}") from error
+    for key, tensor in tensors.items():
+        if tensor.dtype not in _READABLE:
+            raise ValueError(f"tensors must be float32, float16 or bfloat16; found {tensor.dtype} in {key!r}")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"tensors must be finite; found NaN or infinity in {key!r}")
+    return {key: tensor.float() for key, tensor in tensors.items()}, about if isinstance(about, dict) else {}
+
+
+def sorted_out(
+    tensors: Mapping[str, Tensor], prefix: str, task: Any
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """({module: {"A": …, "B": …}}, {"head.<task>.<part>": …}) of a folder's tensors.
+
+    Args:
+        prefix: the body's own, which keys of a body that was wrapped without a head lack.
+        task: whose head the folder carries; None where it carries none.
+
+    Raises:
+        ValueError: a name that is neither, a module without both matrices, twice there, or none at all.
+    """
+    pairs: dict[str, dict[str, Tensor]] = {}
+    heads: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        own_head = re.fullmatch(rf"{re.escape(TOP + HEAD)}\.(weight|bias)", key)
+        found = re.fullmatch(rf"{re.escape(TOP)}((?:\w+\.)*\w+)\.lora_([AB])\.weight", key)
+        if own_head and isinstance(task, str):
+            heads[f"head.{task}.{own_head.group(1)}"] = tensor
+        elif found:
+            pair = pairs.setdefault(found.group(1).removeprefix(f"{prefix}."), {})
+            if found.group(2) in pair:
+                raise ValueError(f"a module must stand once in the file; found {key!r} and another spelling of it")
+            pair[found.group(2)] = tensor
+        else:
+            raise ValueError(f"tensors must be named {TOP}<module>.lora_A.weight or .lora_B.weight; found {key!r}")
+    for name, pair in pairs.items():
+        if len(pair) != 2 or any(each.ndim != 2 for each in pair.values()):
+            raise ValueError(f"every module needs two matrices, lora_A and lora_B; found {sorted(pair)} for {name!r}")
+    if heads and len(heads) != 2:
+        raise ValueError(f"a head needs its weight and its bias; found {', '.join(heads)}")
+    if not pairs:
+        raise ValueError(f"{WEIGHTS} must hold the factors of at least one module; found none")
+    return pairs, heads
+
+
+def scale_of(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """α / r of a module, or α / √r; ValueError where the file's rank is not the one that the configuration says."""
+    said = _by_pattern(config.get("rank_pattern"), module, config["r"])
+    if said != rank:
+        raise ValueError(f"A of {module} must have the rank that {CONFIG} says, {said}; found {rank}")
+    alpha = _by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, module: str, usual: Any) -> Any:
+    """The value of the first pattern that matches a module's name or its end, as PEFT looks it up."""
+    for pattern, value in (patterns or {}).items():
+        try:
+            matched = re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module)
+        except re.error as error:
+            raise ValueError(f"patterns must be regular expressions; found {pattern!r}: {error}") from error
+        if matched:
+            return value
+    return usual

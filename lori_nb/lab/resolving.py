@@ -1,0 +1,210 @@
+"""A spec made ready to be carried out: its settings checked, its dtype settled, and the digests of base, rows, recipes
+and extensions filled in, so that equal hashes mean equal results.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import replace
+
+from lori_nb.analysis import merging
+from lori_nb.analysis.merging import MERGE_METHODS
+from lori_nb.lab import baselines, evaluation, generation, prefix, scoring, text
+from lori_nb.lab.extensions import is_own, source_digest
+from lori_nb.lab.methods import LOW_RANK, METHODS, get_mask_origin, get_method, subspace_of
+from lori_nb.lab.models import base_digest, base_kind, resolve_dtype
+from lori_nb.lab.specs import SCHEDULES, MergeSpec, RunSpec, Spec
+from lori_nb.lab.tasks import SPLITS, Task, get_task, rows_digest
+from lori_nb.lab.tasks.reading import DATA_VARIABLE
+from lori_nb.method import adapters, masks, projection, subspaces
+from lori_nb.method.masks import SCOPES, STRUCTURES
+from lori_nb.method.subspaces import POLICIES, subspace_id
+
+RECIPE = 2  # of the training loop; raise when the same spec gives another adapter
+OPTIONS = ("grouping", "reduction", "order", "reference")  # switches of Ortho-LoRA
+
+
+def recipes() -> dict[str, int]:
+    """The recipe number of every module that decides a result, as far as the hash shows it.
+
+    A module of the upper rooms, or one younger than the first runs, is named from recipe 2 on: recipe 1 is what every
+    hash without its name stands for.
+    """
+    below = {"training": RECIPE, "prefix": prefix.RECIPE, "evaluation": evaluation.RECIPE, "text": text.RECIPE}
+    above = {"adapters": adapters, "masks": masks, "projection": projection, "merging": merging}
+    younger = {"subspaces": subspaces, "baselines": baselines, "generation": generation, "scoring": scoring}
+    return below | {name: module.RECIPE for name, module in (above | younger).items() if module.RECIPE > 1}
+
+
+def resolve(spec: Spec) -> Spec:
+    """The spec with its parents resolved, dtype settled, and the digests of base, rows and recipes filled in."""
+    if spec.digests:
+        return spec
+    check(spec)
+    if isinstance(spec, MergeSpec):
+        parts = tuple(resolve(part) for part in spec.parts)
+        digests = (*_rows_digests(spec, ()), *_recipe_digests(), *_extension_digests(spec))
+        return replace(spec, parts=parts, digests=digests)
+    start = resolve(spec.start) if spec.start else None
+    calibration = resolve(spec.calibration) if spec.calibration else None
+    digests = (
+        ("base", base_digest(spec.base)),
+        *_rows_digests(spec, spec.tasks),
+        *_recipe_digests(),
+        *_extension_digests(spec),
+    )
+    return replace(spec, dtype=resolve_dtype(spec.dtype), start=start, calibration=calibration, digests=digests)
+
+
+def _rows_digests(spec: Spec, trained: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    trains = getattr(spec, "steps", 0) > 0 or getattr(spec, "shots", 0) > 0
+    needed = max(getattr(spec, "train_rows", 0), getattr(spec, "shots", 0))  # few-shot examples are training rows
+    train = [(f"train:{name}", _digest_of_rows(name, "train", needed)) for name in trained if trains]
+    return (
+        *train,
+        *((f"{spec.score_on}:{name}", _digest_of_rows(name, spec.score_on, spec.test_rows)) for name in spec.scored),
+    )
+
+
+def _digest_of_rows(name: str, split: str, limit: int) -> str:
+    return _rows_digest_from(name, split, limit, get_task(name).load, os.environ.get(DATA_VARIABLE))
+
+
+@functools.lru_cache(maxsize=1024)  # keyed by the loader too: a task may be registered again
+def _rows_digest_from(name: str, split: str, limit: int, load: Callable, folder: str | None) -> str:
+    return rows_digest(get_task(name).rows(split, limit))
+
+
+def _recipe_digests() -> tuple[tuple[str, str], ...]:
+    return tuple((f"recipe:{name}", str(number)) for name, number in recipes().items())
+
+
+def _scoring_digest(task: Task) -> str:
+    """SHA-256 of how a task's answers are asked for and scored; a judge of the kit's own counts by its recipe."""
+    judge = source_digest((task.judge,)) if task.judge is not None and not is_own(task.judge) else ""
+    settings = (task.metric, task.also, task.scoring, task.labels, task.system, sorted(task.extra.items()), judge)
+    return hashlib.sha256(repr(settings).encode()).hexdigest()
+
+
+def _extension_digests(spec: Spec) -> tuple[tuple[str, str], ...]:
+    """How every task is scored, and digests of the source of what was registered from outside the package.
+
+    The kit's own functions count by recipe.
+    """
+    tasks = [get_task(name) for name in dict.fromkeys((*spec.tasks, *spec.scored))]
+    functions = {f"metric:{task.metric}": evaluation.get_metric(task.metric) for task in tasks}
+    found = [(f"scored:{task.name}", _scoring_digest(task)) for task in tasks]
+    found += [(f"task:{task.name}", task.source_digest) for task in tasks if not is_own(task.load)]
+    if isinstance(spec, MergeSpec):
+        functions[f"merge:{spec.merge}"] = MERGE_METHODS[spec.merge]
+    elif not get_method(spec.method).built_in:
+        found.append(("method", get_method(spec.method).source_digest))
+    return (*found, *((label, source_digest((f,))) for label, f in functions.items() if not is_own(f)))
+
+
+def check(spec: Spec) -> None:
+    """ValueError for a setting outside its range, before any work: names the setting, what was required and found."""
+    {"run": _check_run, "merge": _check_merge}[spec.kind](spec)
+    _require("test_rows", spec.test_rows, spec.test_rows >= 1, "at least 1")
+    _require("score_on", spec.score_on, spec.score_on in SPLITS, f"one of {', '.join(SPLITS)}")
+    _check_tasks(spec)
+
+
+def _require(name: str, found: object, good: bool, wanted: str) -> None:
+    if not good:
+        raise ValueError(f"{name} must be {wanted}; found {found!r}")
+
+
+def _check_run(spec: RunSpec) -> None:
+    for name in ("rank", "batch_size", "train_rows"):
+        _require(name, getattr(spec, name), getattr(spec, name) >= 1, "at least 1")
+    for name in ("steps", "shots", "seed", "weight_decay"):
+        _require(name, getattr(spec, name), getattr(spec, name) >= 0, "at least 0")
+    for name in ("alpha", "clip") if spec.method == "base" else ("learning_rate", "alpha", "clip"):
+        _require(name, getattr(spec, name), getattr(spec, name) > 0, "above 0")
+    _require("schedule", spec.schedule, spec.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
+    _require("warmup", spec.warmup, 0 <= spec.warmup <= 1, "in [0, 1], a share of the steps")
+    _require("sparsity", spec.sparsity, 0 <= spec.sparsity < 1, "in [0, 1)")
+    known_words = {"subspace": POLICIES, "mask_scope": tuple(SCOPES), "mask_structure": STRUCTURES}
+    for name, known in known_words.items():
+        _require(name, getattr(spec, name), getattr(spec, name) in known, f"one of {', '.join(known)}")
+    if spec.subspace == "orthogonal":
+        subspace_id(spec.subspace, spec.tasks, spec.family)
+    if spec.stop_after is not None:
+        _require(
+            "stop_after", spec.stop_after, 1 <= spec.stop_after <= spec.steps, f"between 1 and {spec.steps}, steps"
+        )
+    rows = spec.micro_batch_rows
+    _require("micro_batch_rows", rows, rows is None or rows >= 1, "at least 1, or none")
+    for name, _ in spec.options:
+        _require("options", name, name in OPTIONS, f"among {', '.join(OPTIONS)}")
+    _require("tasks", spec.tasks, len(spec.tasks) >= 1, "at least one")
+    least = len(spec.tasks)
+    _require("batch_size", spec.batch_size, spec.batch_size >= least, f"at least one row a task, {least}")
+    _check_parents(spec)
+
+
+def _check_parents(spec: RunSpec) -> None:
+    if get_method(spec.method).masked:
+        _check_mask_origin(spec)
+    for place in ("start", "calibration"):
+        parent = getattr(spec, place)
+        if parent is not None:
+            _require_low_rank(f"method of the {place} run", parent)
+    if spec.start is not None:
+        _require_low_rank("method of a run that goes on from another", spec)
+    same = ("base", "rank", "modules", "last_layers")
+    for place, parent, names in (("start", spec.start, (*same, "alpha")), ("calibration", spec.calibration, same)):
+        for name in names if parent is not None else ():
+            own, theirs = getattr(spec, name), getattr(parent, name)
+            _require(f"{name} of the {place} run", theirs, own == theirs, f"that of the run itself, {own!r}")
+
+
+def _check_mask_origin(spec: RunSpec) -> None:
+    origin, start = get_mask_origin(spec.mask_origin), spec.start
+    wanted = "a run" if origin.calibrated else f"None with mask_origin {spec.mask_origin}"
+    found = spec.calibration
+    _require(f"calibration of method {spec.method}", found, origin.calibrated == bool(found), wanted)
+    _require("start", start, start is None or not origin.fresh_A, "None with fresh-a, which draws another A")
+    if origin.calibrated:
+        _require("tasks of the calibration run", found.tasks, found.tasks == spec.tasks, f"the run's own, {spec.tasks}")
+    if origin.calibrated and not origin.fresh_A and start is None:
+        own, theirs = ((each.seed, subspace_of(each)) for each in (spec, found))
+        _require("seed and subspace of the calibration run", theirs, own == theirs, f"the run's own, {own}, for one A")
+
+
+def _require_low_rank(name: str, spec: RunSpec) -> None:
+    low_rank = [known for known, chosen in METHODS.items() if chosen.form == LOW_RANK and chosen.trains]
+    get_method(spec.method)
+    _require(name, spec.method, spec.method in low_rank, f"one whose update is s·B A ({', '.join(low_rank)})")
+
+
+def _check_merge(spec: MergeSpec) -> None:
+    _require("parts", spec.parts, len(spec.parts) >= 1, "at least one run")
+    _require("weights", spec.weights, len(spec.weights) == len(spec.parts), f"{len(spec.parts)} numbers, one a part")
+    _require("merge", spec.merge, spec.merge in MERGE_METHODS, f"one of {', '.join(sorted(MERGE_METHODS))}")
+    for part in spec.parts:
+        _require_low_rank("method of a merge's parts", part)
+    bases = {(part.base, part.last_layers) for part in spec.parts}
+    _require("parts", sorted(map(str, bases)), len(bases) == 1, "runs with one base and the same last_layers")
+
+
+def _check_tasks(spec: Spec) -> None:
+    kind = base_kind(spec.base)
+    for name in dict.fromkeys((*spec.tasks, *spec.scored)):
+        task = get_task(name)
+        for metric in (task.metric, *task.also):
+            evaluation.get_metric(metric)
+        if kind == "encoder" and task.reads != "encoder":
+            raise ValueError(
+                f"task {name!r} must be a classification or regression task for the encoder {spec.base}; "
+                "it has free answers"
+            )
+        if kind == "decoder" and task.metric in evaluation.OF_PREDICTIONS:
+            raise ValueError(
+                f"task {name!r} must have a metric of right and wrong answers for the decoder {spec.base}; "
+                f"{task.metric} needs an encoder's predictions"
+            )

@@ -1,0 +1,356 @@
+"""PEFT folders: peft gives our logits from what we export, and what we import is what peft wrote."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny import gaussian, tiny_spec
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+from typer.testing import CliRunner
+
+from lori_nb import cli
+from lori_nb.lab.interop import IMPORTED, PooledClassifier, export_peft, import_peft
+from lori_nb.lab.models import _ready_folder, load_base
+from lori_nb.lab.runs import Store
+from lori_nb.method.adapter_file import adapter_hash, load_adapter
+from lori_nb.method.adapters import Adapter, Factors, attach_factors, target_linears
+from lori_nb.method.subspaces import random_down_projection
+
+RANK, ALPHA = 4, 6.0  # α / r = 1.5: powers of two would hide errors of scale
+TOKENS = torch.arange(3, 27).view(2, 12) * 5
+WHOLE = torch.ones_like(TOKENS)
+PADDED = torch.tensor([[1] * 12, [1] * 7 + [0] * 5])
+PARTS = {"weight": (32,), "bias": ()}  # of a head on the tiny encoder, below its classes
+FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+
+
+def adapter_on(name: str, last_layers: int | None = None, extras: dict | None = None) -> Adapter:
+    """An adapter whose update is about as large as the weights that it is added to."""
+    base = load_base(name, "float32")
+    factors = {
+        module: Factors(
+            random_down_projection(3, "chain_sum", module, RANK, m.in_features),
+            gaussian(m.out_features, RANK, seed=place) * 0.05,
+            ALPHA / RANK,
+        )
+        for place, (module, m) in enumerate(target_linears(base.body, last_layers=last_layers).items())
+    }
+    return Adapter(factors, name, base.digest, RANK, ALPHA, 3, "chain_sum", True, extras=extras or {})
+
+
+@pytest.fixture
+def adapter(tiny_decoder, home) -> Adapter:
+    return adapter_on(str(tiny_decoder))
+
+
+@pytest.fixture
+def exported(adapter, tmp_path):
+    return export_peft(adapter, tmp_path / "peft")
+
+
+def our_logits(adapter: Adapter, tokens=TOKENS, mask=WHOLE, weight: float = 1.0) -> torch.Tensor:
+    base = load_base(adapter.base, "float32")
+    with torch.no_grad(), attach_factors(base.body, adapter.factors, weight):
+        return base.head(base.body(input_ids=tokens, attention_mask=mask).last_hidden_state)
+
+
+def decoder(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+
+
+def peft_logits(model, folder, tokens=TOKENS, mask=WHOLE) -> torch.Tensor:
+    with torch.no_grad():
+        return PeftModel.from_pretrained(model, folder).eval()(input_ids=tokens, attention_mask=mask).logits
+
+
+def relative_distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+# Out: peft's logits are ours
+
+
+def test_a_llama_gives_the_same_logits_through_peft(adapter, exported):
+    found = peft_logits(decoder(adapter.base), exported)
+    assert relative_distance(found, our_logits(adapter)) <= 1e-5
+    assert relative_distance(found, our_logits(adapter, weight=0.0)) > 0.1
+    assert relative_distance(found, our_logits(adapter, weight=1.01)) > 1e-4  # so that an error of scale would be seen
+
+
+def test_an_encoder_gives_the_same_task_logits_through_peft(tiny_encoder, home, tmp_path):
+    name = str(tiny_encoder)
+    head = {"head.rte.weight": gaussian(3, 32, seed=9), "head.rte.bias": gaussian(3, seed=10)}
+    adapter = adapter_on(name, extras=head)
+    folder = export_peft(adapter, tmp_path / "peft")
+    body = AutoModel.from_pretrained(name, dtype=torch.float32, attn_implementation="eager")
+    model = PeftModel.from_pretrained(PooledClassifier(body, 3), folder).eval()
+    base = load_base(name, "float32")
+    with torch.no_grad(), attach_factors(base.body, adapter.factors):
+        hidden = base.body(input_ids=TOKENS, attention_mask=PADDED).last_hidden_state
+        pooled = torch.stack([hidden[0].mean(0), hidden[1, :7].mean(0)])
+        expected = pooled @ head["head.rte.weight"].T + head["head.rte.bias"]
+        found = model(input_ids=TOKENS, attention_mask=PADDED)
+    assert relative_distance(found, expected) <= 1e-5
+    back = import_peft(folder, name)
+    assert adapter_hash(back) == adapter_hash(adapter) and set(back.extras) == set(head)
+
+
+def test_an_encoder_s_keys_fit_a_model_with_another_head(tiny_encoder, home, tmp_path):
+    name = str(tiny_encoder)
+    adapter = adapter_on(name)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # of the other head, which the folder lacks
+        model = AutoModelForMaskedLM.from_pretrained(name, dtype=torch.float32, attn_implementation="eager").eval()
+    with attach_factors(model.bert, adapter.factors), torch.no_grad():
+        expected = model(input_ids=TOKENS, attention_mask=PADDED).logits
+    found = peft_logits(model, export_peft(adapter, tmp_path / "peft"), mask=PADDED)
+    assert relative_distance(found, expected) <= 1e-5
+
+
+def test_the_embedded_decoder_gives_the_same_logits_through_peft(smollm2, home, tmp_path):
+    adapter = adapter_on(smollm2.name, last_layers=4)
+    rows = smollm2.tokenizer(["What is 17 plus 25?", "Reverse the words: red green"], return_tensors="pt", padding=True)
+    expected = our_logits(adapter, rows.input_ids, rows.attention_mask)
+    model = decoder(_ready_folder(smollm2.name))
+    found = peft_logits(model, export_peft(adapter, tmp_path / "peft"), rows.input_ids, rows.attention_mask)
+    seen = rows.attention_mask.bool()
+    assert relative_distance(found[seen], expected[seen]) <= 1e-5
+    bare = our_logits(adapter, rows.input_ids, rows.attention_mask, weight=0.0)
+    assert relative_distance(found[seen], bare[seen]) > 0.01
+
+
+def test_a_weight_scales_the_update_and_leaves_the_bits_of_the_factors(adapter, tmp_path):
+    folder = export_peft(adapter, tmp_path / "peft", weight=0.4)
+    found = peft_logits(decoder(adapter.base), folder)
+    assert relative_distance(found, our_logits(adapter, weight=0.4)) <= 1e-5
+    back = import_peft(folder, adapter.base)
+    assert adapter_hash(back) == adapter_hash(adapter)
+    assert {f.scale for f in back.factors.values()} == {0.4 * 1.5}
+
+
+def test_modules_of_another_rank_and_scale_go_into_patterns(adapter, tmp_path):
+    name = "layers.1.mlp.up_proj"
+    A, B = adapter.factors[name].A, adapter.factors[name].B
+    other = Factors(torch.cat([A, -A[:2]]), torch.cat([B, B[:, 2:]], dim=1), 0.7)
+    mixed = replace(adapter, factors=adapter.factors | {name: other}, frozen_A=False)
+    folder = export_peft(mixed, tmp_path / "peft")
+    assert relative_distance(peft_logits(decoder(adapter.base), folder), our_logits(mixed)) <= 1e-5
+    back = import_peft(folder, adapter.base)
+    # doubles near α = 4.2 lie further apart than six times those near 0.7: the nearest quotient may miss the last bit
+    assert abs(back.factors[name].scale - 0.7) <= math.ulp(0.7)
+    assert all(f.scale == 1.5 for n, f in back.factors.items() if n != name)
+    assert adapter_hash(back) == adapter_hash(mixed)
+
+
+# And back
+
+
+def test_import_gives_back_the_adapter(adapter, exported):
+    back = import_peft(exported, adapter.base)
+    for name, f in adapter.factors.items():
+        assert torch.equal(back.factors[name].A, f.A) and torch.equal(back.factors[name].B, f.B)
+        assert back.factors[name].scale == f.scale
+    for field in ("base", "base_digest", "rank", "alpha", "seed", "subspace", "frozen_A"):
+        assert getattr(back, field) == getattr(adapter, field), field
+
+
+def test_an_A_that_no_seed_gives_is_not_called_a_draw(adapter, tmp_path):
+    name, f = next(iter(adapter.factors.items()))
+    trained = replace(adapter, factors=adapter.factors | {name: replace(f, A=f.A + 1e-3)}, frozen_A=False)
+    back = import_peft(export_peft(trained, tmp_path / "peft"), adapter.base)
+    assert not back.frozen_A and back.subspace == IMPORTED
+    assert adapter_hash(back) == adapter_hash(trained) != adapter_hash(adapter)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": {"q_proj": 3, "layers.1.mlp.*": 2}, "alpha_pattern": {"q_proj": 5, "o_proj": 7}},
+    ],
+    ids=["plain", "rslora", "patterns"],
+)
+def test_what_peft_saves_is_read_with_peft_s_logits(tiny_decoder, home, tmp_path, settings):
+    config = LoraConfig(r=RANK, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM", **settings)
+    model = get_peft_model(decoder(tiny_decoder), config).eval()
+    with torch.no_grad():
+        plain = model(input_ids=TOKENS, attention_mask=WHOLE).logits
+        for place, (key, p) in enumerate(model.named_parameters()):
+            if "lora_B" in key:
+                p.copy_(gaussian(*p.shape, seed=place) * 0.05)
+        expected = model(input_ids=TOKENS, attention_mask=WHOLE).logits
+    model.save_pretrained(tmp_path / "theirs")
+    back = import_peft(tmp_path / "theirs", str(tiny_decoder))
+    assert relative_distance(our_logits(back), expected) <= 1e-5 < relative_distance(plain, expected)
+    assert len(back.factors) == 4 * 7 and back.subspace == IMPORTED
+    again = import_peft(export_peft(back, tmp_path / "again"), str(tiny_decoder))
+    assert adapter_hash(again) == adapter_hash(back)
+    assert all(abs(f.scale - again.factors[n].scale) <= math.ulp(f.scale) for n, f in back.factors.items())
+
+
+def test_an_adapter_of_another_base_is_read_with_a_warning(adapter, tmp_path):
+    folder = export_peft(replace(adapter, base_digest="another"), tmp_path / "peft")
+    with pytest.warns(UserWarning, match="trained on another base"):
+        import_peft(folder, adapter.base)
+
+
+# What is refused
+
+
+def test_a_folder_with_something_in_it_is_left_alone(adapter, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes").write_text("mine")
+    with pytest.raises(ValueError, match="folder must be new or empty"):
+        export_peft(adapter, tmp_path / "full")
+    (tmp_path / "empty").mkdir()
+    export_peft(adapter, tmp_path / "empty")
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "home") == ["empty", "full"]
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["notes"]
+
+
+def test_a_failed_export_leaves_nothing(adapter, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lori_nb.lab.interop.os.replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_peft(adapter, tmp_path / "peft")
+    assert [p.name for p in tmp_path.iterdir() if p.name != "home"] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"extras": {"magnitude.layers.0.mlp.up_proj": torch.ones(2)}}, "low-rank factors and heads alone"),
+        ({"factors": {"lm_head": Factors(torch.ones(1, 2), torch.ones(2, 1), 1.0)}}, "a linear module of LlamaModel"),
+        ({"factors": {"layers.0.mlp.up_proj": Factors(torch.ones(1, 2), torch.ones(2, 1), 1.0)}}, "must have shapes"),
+    ],
+)
+def test_an_adapter_that_is_no_lora_of_its_base_is_not_exported(adapter, tmp_path, changes, said):
+    with pytest.raises(ValueError, match=said):
+        export_peft(replace(adapter, **changes), tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()
+
+
+def test_one_of_several_heads_must_be_named(tiny_encoder, home, tmp_path):
+    heads = {f"head.{task}.{part}": torch.ones(2, *rest) for task in ("rte", "sst2") for part, rest in PARTS.items()}
+    adapter = adapter_on(str(tiny_encoder), extras=heads)
+    with pytest.raises(ValueError, match=r"head must be one of the adapter's \(rte, sst2\); found None"):
+        export_peft(adapter, tmp_path / "peft")
+    back = import_peft(export_peft(adapter, tmp_path / "peft", head="sst2"), adapter.base)
+    assert sorted(back.extras) == ["head.sst2.bias", "head.sst2.weight"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("peft_type", "LOHA"),
+        ("use_dora", True),
+        ("bias", "all"),
+        ("lora_bias", True),
+        ("modules_to_save", ["lm_head"]),
+        ("modules_to_save", ["classifier"]),
+        ("init_lora_weights", "pissa"),
+        ("layer_replication", [[0, 2]]),
+        ("a_setting_of_tomorrow", 1),
+        ("r", 0),
+        ("r", 4.0),
+        ("lora_alpha", "6"),
+        ("lora_alpha", float("inf")),
+        ("rank_pattern", {"q_proj": None}),
+    ],
+)
+def test_what_is_not_plain_lora_is_refused_by_name(adapter, exported, setting, value):
+    path = exported / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {setting: value}))
+    with pytest.raises(ValueError, match=f"{setting} of a plain LoRA folder must be"):
+        import_peft(exported, adapter.base)
+
+
+def rewritten(folder, change) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def rename(old: str, new: str):
+    return lambda tensors: tensors.update({new: tensors.pop(old)})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.pop(FIRST.format("B")), r"needs two matrices, lora_A and lora_B; found \['A'\]"),
+        (lambda t: t.pop(FIRST.format("A")), r"needs two matrices, lora_A and lora_B; found \['B'\]"),
+        (lambda t: t[FIRST.format("A")].mul_(float("nan")), "tensors must be finite"),
+        (lambda t: t[FIRST.format("B")].fill_(float("inf")), "tensors must be finite"),
+        (lambda t: t.update({FIRST.format("A"): torch.ones(RANK, 63)}), "must have shapes"),
+        (lambda t: t.update({FIRST.format("A"): torch.ones(5, 64), FIRST.format("B"): torch.ones(64, 5)}), "the rank"),
+        (lambda t: t.update({FIRST.format("A"): torch.ones(64)}), "two matrices"),
+        (lambda t: t.update({FIRST.format("A"): torch.ones(RANK, 64, dtype=torch.int64)}), "must be float32, float16"),
+        (rename(FIRST.format("A"), "base_model.model.../../x.lora_A.weight"), "tensors must be named"),
+        (rename(FIRST.format("A"), "/etc/x.lora_A.weight"), "tensors must be named"),
+        (lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(2)}), "must be named"),
+        (lambda t: t.update({FIRST.format("A").replace("model.model.model", "model.model"): torch.ones(1)}), "once"),
+        (lambda t: t.clear(), "at least one module"),
+    ],
+)
+def test_bad_tensors_are_refused(adapter, exported, change, said):
+    rewritten(exported, change)
+    with pytest.raises(ValueError, match=said):
+        import_peft(exported, adapter.base)
+
+
+def test_a_module_that_the_base_lacks_is_refused(adapter, exported):
+    for part in "AB":
+        rewritten(exported, rename(FIRST.format(part), f"base_model.model.lm_head.lora_{part}.weight"))
+    with pytest.raises(ValueError, match="adapter module must be a linear module of LlamaModel; found 'lm_head'"):
+        import_peft(exported, adapter.base)
+
+
+def test_files_that_are_cut_or_lie_about_sizes_are_refused(adapter, exported):
+    path = exported / "adapter_model.safetensors"
+    whole = path.read_bytes()
+    longer = whole.replace(b'"shape":[4,64]', b'"shape":[9,64]', 1)
+    assert longer != whole
+    huge = (2**40).to_bytes(8, "little") + whole[8:]
+    for damaged in (whole[:-5], whole[:20], b"", longer, huge):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="must be a whole safetensors file"):
+            import_peft(exported, adapter.base)
+
+
+def test_pickles_are_never_read(adapter, exported):
+    (exported / "adapter_model.safetensors").rename(exported / "adapter_model.bin")
+    with pytest.raises(ValueError, match="a pickle file, which can run code"):
+        import_peft(exported, adapter.base)
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]"])
+def test_a_folder_without_a_configuration_is_refused(adapter, exported, text):
+    path = exported / "adapter_config.json"
+    path.unlink() if text is None else path.write_text(text)
+    with pytest.raises(ValueError, match="adapter_config.json"):
+        import_peft(exported, adapter.base)
+
+
+# From the command line
+
+
+def test_export_and_import_from_the_command_line(tiny_decoder, home, tmp_path):
+    run = Store().get(tiny_spec(tiny_decoder, "lori-d", alpha=ALPHA, steps=2, test_rows=2))
+    folder, file = tmp_path / "peft", tmp_path / "back" / "adapter.safetensors"
+    said = CliRunner().invoke(cli.app, ["export", run.hash[:8], str(folder)])
+    assert said.exit_code == 0 and said.stdout.strip() == str(folder)
+    said = CliRunner().invoke(cli.app, ["import", str(folder), str(file), "--base", str(tiny_decoder)])
+    assert said.exit_code == 0, said.output
+    assert adapter_hash(load_adapter(file)) == adapter_hash(run.adapter)
+    refused = CliRunner().invoke(cli.app, ["import", str(folder), str(file), "--base", str(tiny_decoder)])
+    assert refused.exit_code == 2 and "FILE must be new" in refused.stderr

@@ -1,0 +1,99 @@
+"""Learning rates: grids for every method, growth at the edge, and nothing run that the ledger holds."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+import pytest
+
+from lori_nb.lab import ledger
+from lori_nb.lab.methods import METHODS, method
+from lori_nb.lab.resolving import resolve
+from lori_nb.lab.runs import Store, unmeasured
+from lori_nb.study import tuning
+from lori_nb.study.profiles import load_settings
+
+
+@pytest.fixture
+def settings(tiny_decoder):
+    changes = {"last_layers": 2, "rank": 2, "steps": 2, "joint_steps": 2, "train_rows": 16}
+    return load_settings("smoke", base=str(tiny_decoder), dtype="float32", tasks=["chain_sum"], **changes)
+
+
+@pytest.fixture
+def own_ledger(tmp_path, monkeypatch):
+    """A ledger with nothing in it."""
+    monkeypatch.setattr(ledger, "ledger_folder", lambda: tmp_path / "ledger")
+    return tmp_path / "ledger"
+
+
+@pytest.fixture
+def own_method():
+    @method("lori-d-own", like="lori-d", title="own")
+    def penalty(live, step):
+        return sum(low.B.square().sum() for low in live.values())
+
+    yield "lori-d-own"
+    METHODS.pop("lori-d-own")
+
+
+def test_every_method_that_trains_has_a_grid_around_that_of_its_like(own_method):
+    trained = [name for name, chosen in METHODS.items() if chosen.trains]
+    grids = tuning.first_grids([*trained, "joint"])
+    assert set(grids) == {*trained, "joint"} and {len(rates) for rates in grids.values()} == {tuning.RATES}
+    for arm, rates in grids.items():
+        middle = rates[tuning.RATES // 2]
+        assert middle == tuning.centre_of(arm) and rates == [middle * 2.0**step for step in range(-2, 3)]
+    assert grids[own_method] == grids["lori-d"] != grids["lora"] == grids["dora"]
+    assert max(grids["full"]) < max(grids["lora"])
+
+
+def test_a_method_comes_after_the_one_that_calibrates_it():
+    grids = list(tuning.first_grids(["lori-s", "lora", "lori-d"]))
+    assert grids.index("lori-s") > grids.index("lori-d")
+
+
+@pytest.mark.parametrize("name", ["base", "lorax", "lora "])
+def test_what_cannot_be_tuned_is_named(name):
+    with pytest.raises(ValueError, match=f"methods must be among lora, .*joint.*dora.*; found '{name}'"):
+        tuning.first_grids(["lora", name])
+
+
+def test_methods_that_project_are_tuned_on_all_tasks_at_once():
+    settings = load_settings("quick")
+    for arm in ("joint", "ortho-lora", "ortho-lori-d"):
+        (spec,) = tuning.tuning_specs(settings, arm, 1e-3)
+        assert spec.tasks == settings.tasks and spec.learning_rate == 1e-3
+        assert spec.method == ("lora" if arm == "joint" else arm)
+    assert len(tuning.tuning_specs(settings, "dora", 1e-3)) == len(settings.tasks)
+
+
+def test_a_choice_at_the_edge_widens_the_grid_and_one_inside_does_not(settings, home, own_ledger):
+    """All scores are in the ledger, with a peak at 4e-3, so that nothing has to be trained."""
+    specs = [spec for step in range(-3, 7) for spec in tuning.tuning_specs(settings, "lora", 1e-3 * 2.0**step)]
+    about = {"task": "chain_sum", "metric": "exact_match", "split": "tune", "seed": 0, "n": 10}
+    scores = [
+        {"run": resolve(spec).hash, "learning_rate": spec.learning_rate}
+        | {"value": 1 - abs(math.log10(spec.learning_rate / 4e-3))}
+        | about
+        for spec in specs
+    ]
+    ledger.append(pd.DataFrame(scores), "tuning", "command")
+    for first, tried in {
+        (1e-3, 2e-3): [1e-3, 2e-3, 4e-3, 8e-3],
+        (8e-3, 1.6e-2): [2e-3, 4e-3, 8e-3, 1.6e-2],
+        (2e-3, 4e-3, 8e-3): [2e-3, 4e-3, 8e-3],
+    }.items():
+        table = tuning.tune(settings, {"lora": list(first)}, store=Store())
+        assert sorted(table["learning_rate"].unique()) == tried
+        assert table.loc[table["chosen"], "learning_rate"].unique() == [4e-3]
+    assert not Store().hashes(), "what the ledger holds is not run"
+
+
+def test_unmeasured_specs_are_those_that_the_ledger_lacks(settings, home, own_ledger):
+    specs = tuning.tuning_specs(settings, "lora", 1e-3) + tuning.tuning_specs(settings, "lora", 2e-3)
+    assert unmeasured(specs) == [resolve(spec) for spec in specs]
+    row = {"run": resolve(specs[0]).hash, "task": "chain_sum", "metric": "exact_match", "split": "tune"}
+    ledger.append(pd.DataFrame([row | {"value": 0.5, "n": 10}]), "one", "command")
+    assert unmeasured(specs) == [resolve(specs[1])]
