@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from measure import counted_ratio, flops, judged, publish, saved_bytes, seconds, wall_ratio
+from measure import PAIRS, counted_ratio, flops, judged, publish, saved_bytes, seconds, wall_ratio
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -205,7 +205,7 @@ def prefix_rows(dtype: str, rows: Sequence[Encoded], pairs: int) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--pairs", type=int, default=30, help="interleaved pairs of every timing; at least 30 to publish"
+        "--pairs", type=int, default=PAIRS, help=f"interleaved pairs of every timing; {PAIRS} are judged"
     )
     parser.add_argument("--dtype", default="auto", help="of the frozen base, on both sides")
     arguments = parser.parse_args()

@@ -17,6 +17,7 @@ from lori_nb.analysis.statistics import t_interval
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "peft")
+PAIRS = 30  # the fewest that a timed row is judged by
 Work = Callable[[], object]
 
 
@@ -86,8 +87,12 @@ def counted_ratio(ours: float, peer: float, unit: str) -> dict:
 
 
 def judged(name: str, target: float | None, measured: dict) -> dict:
-    """A row with its target: met when the ratio is at most the target, a timed one by its upper bound; None: stated."""
-    reached = None if target is None else measured.get("high", measured["ratio"]) <= target
+    """A row with its target: met when the ratio is at most the target, a timed one by its upper bound.
+
+    Neither met nor missed (None) where there is no target, or where a time has too few pairs.
+    """
+    decides = target is not None and measured.get("n", PAIRS) >= PAIRS
+    reached = measured.get("high", measured["ratio"]) <= target if decides else None
     return {"name": name, **measured, "target": target, "met": reached}
 
 

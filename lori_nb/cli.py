@@ -152,12 +152,15 @@ def measure(
     jobs: Jobs = 2,
 ) -> None:
     """Train what the ledger lacks of a profile's runs, and add their scores to the ledger as they come."""
+    from lori_nb.study import measuring
     from lori_nb.study.conduct import chosen_notebooks
-    from lori_nb.study.measuring import measure as carry_out
     from lori_nb.study.profiles import load_settings
 
-    for path in carry_out(load_settings(profile), chosen_notebooks(_names(notebooks)), jobs):
+    settings, chosen = load_settings(profile), chosen_notebooks(_names(notebooks))
+    for path in measuring.measure(settings, chosen, jobs):
         print(path)
+    for name in chosen:
+        print(measuring.results_of(name, settings).line)
 
 
 @app.command()

@@ -165,7 +165,19 @@ def test_the_doctor_looks_at_everything(home, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("LORI_NB_DATA", str(home / "none"))
     result = invoke("doctor")
-    for name in ("python", "packages", "device", "precision", "smollm2", "all-minilm", "hub", "data", "disk", "git"):
+    for name in (
+        "python",
+        "packages",
+        "device",
+        "precision",
+        "smollm2",
+        "all-minilm",
+        "hub",
+        "data",
+        "code",
+        "disk",
+        "git",
+    ):
         assert name in result.stdout
     missing = [line for line in result.stdout.splitlines() if line.startswith("MISSING")]
     assert any("LORI_NB_DATA must name a folder" in line for line in missing) and result.exit_code == 1

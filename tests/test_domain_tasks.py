@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 
@@ -166,6 +167,25 @@ def test_what_the_tasks_say_of_themselves():
         check_can_score(get_task(name))
         assert all(get_metric(found) for found in (get_task(name).metric, *get_task(name).also))
     assert len({get_task(name).source_digest for name in ("boolq", "boolq_generated", "gsm8k", "xstest")}) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("boolq", {"metric": "pass_at_1"}, "metric pass_at_1 of task 'boolq' must have scoring 'execute' of 1 or more"),
+        (
+            "gsm8k",
+            {"also": ("accuracy_normalised",)},
+            "must have scoring 'choice' of 1 or more .*'generate'",
+        ),
+        ("gsm8k", {"extra": {"max_new_tokens": 5, "samples": 3}}, "samples must be 1 at temperature 0"),
+        ("gsm8k", {"extra": {}}, "extra of task 'gsm8k' must state max_new_tokens"),
+        ("mbpp", {"extra": {"max_new_tokens": 5, "samples": 5, "temperature": 0.2}}, "execute' of 10 or more .* of 5"),
+    ],
+)
+def test_what_cannot_be_scored_is_said_before_any_work(name, change, words):
+    with pytest.raises(ValueError, match=words):
+        check_can_score(replace(get_task(name), **change))
 
 
 # Rows of our own in the hub's schema, for what the folder lacks

@@ -118,7 +118,8 @@ def test_a_method_without_a_rate_is_an_error():
 )
 def test_trainable_parameters_of_llama_3_8b_are_the_papers(method, sparsity, count):
     assert LLAMA in KNOWN_CONFIGS
-    assert trainable_parameters(LLAMA, method, 32, "all-linear", None, sparsity) == count
+    spec = RunSpec(method, ("chain_sum",), base=LLAMA, rank=32, last_layers=None, sparsity=sparsity)
+    assert trainable_parameters(spec) == count
 
 
 def test_the_cost_of_a_run_grows_with_its_steps_and_layers():

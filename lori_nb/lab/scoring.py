@@ -6,7 +6,7 @@ Each way is a function of (subject, asked) to :class:`Scored`; the dictionary at
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -25,6 +25,9 @@ from lori_nb.lab.tasks.code import score_completions
 from lori_nb.lab.text import Encoded, encode_choices, encode_prompts, encode_rows, prompt_limit
 
 RECIPE = 1  # raise when choices, or the judges of generated answers, score otherwise
+
+# Metrics that only one way of scoring can give, and the samples of every row that they take.
+NEEDS = {"accuracy_normalised": ("choice", 1)} | {f"pass_at_{k}": ("execute", k) for k in (1, 5, 10)}
 
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
 
@@ -68,6 +71,14 @@ def check_can_score(task: Task) -> None:
         raise ValueError(f"scoring of task {task.name!r} must be one of {known}; found {task.scoring!r}")
     if task.scoring in ("generate", "execute") and "max_new_tokens" not in task.extra:
         raise ValueError(f"extra of task {task.name!r} must state max_new_tokens, since its answers are generated")
+    samples = _settings(task).samples if task.scoring in ("generate", "execute") else 1
+    for name in (task.metric, *task.also):
+        scoring, least = NEEDS.get(name, (task.scoring, 1))
+        if scoring != task.scoring or samples < least:
+            raise ValueError(
+                f"metric {name} of task {task.name!r} must have scoring {scoring!r} of {least} or more samples; "
+                f"found {task.scoring!r} of {samples}"
+            )
     if task.scoring == "generate" and task.judge is None:
         raise ValueError(f"judge of task {task.name!r} must be a function of row and completion; found None")
     if task.scoring == "execute":
@@ -196,10 +207,14 @@ def _scored(rows: Sequence[Example], credit: np.ndarray, **more) -> Scored:
 
 def _completions(subject: Subject, asked: Asked, report: Progress) -> list[list[str]]:
     task, base = asked.task, subject.base
-    names = ("max_new_tokens", "samples", "temperature", "stop", "batch_size")
-    settings = Settings(seed=subject.seed, **{name: task.extra[name] for name in names if name in task.extra})
+    settings = replace(_settings(task), seed=subject.seed)
     prompts = encode_prompts(base.tokenizer, asked.rows, asked.shots, prompt_limit(asked.shots), task.system)
     return generate(base, prompts, settings, lambda done, n: report(f"generating {task.name}", done, n))
+
+
+def _settings(task: Task) -> Settings:
+    names = ("max_new_tokens", "samples", "temperature", "stop", "batch_size")
+    return Settings(**{name: task.extra[name] for name in names if name in task.extra})
 
 
 SCORERS: dict[str, Callable[[Subject, Asked, Progress], Scored]] = {

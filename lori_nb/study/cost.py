@@ -9,7 +9,7 @@ from lori_nb.lab.methods import get_method
 from lori_nb.lab.models import empty_body
 from lori_nb.lab.specs import MergeSpec, RunSpec, Spec
 from lori_nb.method.adapters import check_rank, layer_number, target_linears
-from lori_nb.method.masks import kept_of
+from lori_nb.method.masks import kept_in_all
 
 TOKENS_PER_ROW = 64  # the default tasks' rows have 40 to 75 tokens with the chat template
 FLOPS_PER_SECOND = 1.1e11  # of one AVX-512 core in bfloat16, sustained, as seen in training steps of the default model
@@ -36,26 +36,32 @@ def _sizes(base: str) -> _Sizes:
     return _Sizes(linears, len({layer_number(name) for name in linears}))
 
 
-@functools.lru_cache(maxsize=256)
-def trainable_parameters(
-    base: str, method: str, rank: int, modules: str, last_layers: int | None, sparsity: float
-) -> int:
+def trainable_parameters(spec: RunSpec) -> int:
     """Numbers that the optimiser sees, counted on the meta device.
 
-    r·(d_in + d_out) a module for LoRA, r·d_out for LoRI-D, and the kept share of those for LoRI-S; d_out more than LoRA
-    for DoRA, d_in·d_out for full fine-tuning.
+    r·(d_in + d_out) a module for LoRA, r·d_out for LoRI-D, and what the mask keeps of those for LoRI-S; d_out more than
+    LoRA for DoRA, d_in·d_out for full fine-tuning.
     """
-    chosen = get_method(method)
+    chosen = get_method(spec.method)
     if not chosen.trains:
         return 0
+    shapes = _shapes(spec.base, spec.modules, spec.last_layers, spec.rank)
+    if chosen.form == "full":
+        return sum(d_out * d_in for d_out, d_in in shapes.values())
+    of_B = {name: (d_out, spec.rank) for name, (d_out, _) in shapes.items()}
+    if chosen.masked:
+        return kept_in_all(of_B, spec.sparsity, spec.mask_scope, spec.mask_structure)
+    down = sum(spec.rank * d_in for _, d_in in shapes.values()) if chosen.trains_A else 0
+    magnitudes = sum(d_out for d_out, _ in shapes.values()) if chosen.form == "dora" else 0
+    return down + magnitudes + sum(d_out * rank for d_out, rank in of_B.values())
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes(base: str, modules: str, last_layers: int | None, rank: int) -> dict[str, tuple[int, int]]:
+    """(d_out, d_in) of the modules that carry adapters; ValueError where the rank does not fit them."""
     linears = target_linears(empty_body(base), modules, last_layers)
     check_rank(rank, linears)
-    if chosen.form == "full":
-        return sum(m.weight.numel() for m in linears.values())
-    up = sum(rank * m.weight.shape[0] for m in linears.values())
-    down = sum(rank * m.weight.shape[1] for m in linears.values()) if chosen.trains_A else 0
-    magnitudes = sum(m.weight.shape[0] for m in linears.values()) if chosen.form == "dora" else 0
-    return down + magnitudes + (kept_of(up, sparsity) if chosen.masked else up)
+    return {name: tuple(m.weight.shape) for name, m in linears.items()}
 
 
 def cost_of(spec: Spec) -> Cost:
@@ -72,8 +78,7 @@ def cost_of(spec: Spec) -> Cost:
         return Cost(0, 0, scored * shown / FLOPS_PER_SECOND)
     # forward and backward of the layers with adapters; the frozen weights have no gradient of their own
     trained = spec.trained_steps * spec.batch_size * TOKENS_PER_ROW * 4 * per_layer * above
-    parameters = trainable_parameters(spec.base, spec.method, spec.rank, spec.modules, spec.last_layers, spec.sparsity)
-    return Cost(parameters, spec.trained_steps, (trained + scored) / FLOPS_PER_SECOND)
+    return Cost(trainable_parameters(spec), spec.trained_steps, (trained + scored) / FLOPS_PER_SECOND)
 
 
 def prefix_seconds(specs: list[Spec]) -> float:

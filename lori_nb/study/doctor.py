@@ -16,6 +16,7 @@ from lori_nb.lab.models import PACKAGED, default_device, packaged_file, resolve_
 from lori_nb.lab.paths import PROJECT, cache_folder, data_folder
 from lori_nb.lab.provenance import git_state
 from lori_nb.lab.runs import NEEDED_BYTES
+from lori_nb.lab.sandbox import containment, missing_containment
 from lori_nb.lab.tasks import get_task, task_names
 from lori_nb.lab.tasks.hub import hub_is_reachable, offline_task_names
 from lori_nb.lab.tasks.reading import source_folder
@@ -33,6 +34,7 @@ def findings() -> Iterator[Finding]:
         yield _base(name)
     yield _hub()
     yield _sources()
+    yield _code()
     yield _disk()
     yield _git()
 
@@ -96,6 +98,13 @@ def _reads(name: str) -> bool:
         return bool(get_task(name).rows("test", 1))
     except (ValueError, OSError):
         return False
+
+
+def _code() -> Finding:
+    found = containment()
+    if found is None:
+        return "code", True, f"model-written code is not run here: {missing_containment()}"
+    return "code", True, f"model-written code, run with --allow-code-execution alone, is contained: {found.describe()}"
 
 
 def _disk() -> Finding:
