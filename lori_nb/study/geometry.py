@@ -122,10 +122,14 @@ def adapter_sets(results: Results, seed: int) -> dict[str, dict[str, dict[str, F
 
 
 def policy_sets(results: Results, seed: int) -> dict[str, dict[str, dict[str, Factors]]]:
-    """Arm → task → factors of one seed: the methods, and those whose A is drawn by another policy."""
+    """Arm → task → factors of one seed: the methods, and those whose A is drawn by another policy.
+
+    On ``arm_tasks``, or on all tasks where that is but one, which overlaps with nothing.
+    """
     settings = results.settings
+    tasks = settings.arm_tasks if len(settings.arm_tasks) > 1 else settings.tasks
     sets: dict[str, dict[str, dict[str, Factors]]] = {}
-    for arm, task in itertools.product((*settings.method, *arms_of(settings, "subspace")), settings.arm_tasks):
+    for arm, task in itertools.product((*settings.method, *arms_of(settings, "subspace")), tasks):
         run = results.run(arm_spec(settings, arm, task, seed))
         if run is not None:
             sets.setdefault(get_arm(arm).title, {})[task] = run.adapter.factors
@@ -172,7 +176,8 @@ def overlap_summary(overlaps: pd.DataFrame) -> pd.DataFrame:
         values = part["value"].abs().groupby([part[name] for name in unit]).mean().dropna()
         if len(values):
             rows.append(dict(zip(("method", "measure"), key, strict=True)) | as_columns(t_interval(values), of))
-    return pd.DataFrame(rows).assign(seeds=overlaps["seed"].nunique())
+    columns = ["method", "measure", "value", "low", "high", "n", "of"]
+    return pd.DataFrame(rows, columns=columns).assign(seeds=overlaps["seed"].nunique())
 
 
 def overlap_lines(overlaps: pd.DataFrame) -> list[str]:
