@@ -279,6 +279,15 @@ def test_frozen_A_is_its_draw_and_the_null_has_its_row_overlap(results):
     assert means["lori-d", "column_overlap"] != means["null", "column_overlap"]
 
 
+def test_draws_of_A_are_compared_on_all_tasks_where_the_arms_have_but_one(results):
+    alone = replace(results, settings=replace(results.settings, arms=(), arm_tasks=("chain_sum",)))
+    for several in (results, alone):
+        found = geometry.overlap_summary(geometry.overlaps(several, geometry.policy_sets))
+        assert {"LoRA", "LoRI-D", "LoRI-S"} <= set(found["method"]) and found["value"].notna().all()
+    one = replace(results, settings=replace(results.settings, arms=(), tasks=("chain_sum",), arm_tasks=("chain_sum",)))
+    assert geometry.overlap_summary(geometry.overlaps(one, geometry.policy_sets)).empty
+
+
 def test_a_shared_draw_makes_the_null_overlap_completely(results, settings):
     adapter = results.run(single(settings, "lori-d", "chain_sum", 0)).adapter
     nulls = {task: geometry.null_adapter(replace(adapter, subspace="shared"), task) for task in settings.tasks}
