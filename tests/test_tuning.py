@@ -97,3 +97,15 @@ def test_unmeasured_specs_are_those_that_the_ledger_lacks(settings, home, own_le
     row = {"run": resolve(specs[0]).hash, "task": "chain_sum", "metric": "exact_match", "split": "tune"}
     ledger.append(pd.DataFrame([row | {"value": 0.5, "n": 10}]), "one", "command")
     assert unmeasured(specs) == [resolve(specs[1])]
+
+
+def test_tuning_one_arm_keeps_the_published_rows_of_others(own_ledger, tmp_path):
+    def table(arm: str, rate: float) -> pd.DataFrame:
+        about = {"task": "t", "seed": 0, "metric": "accuracy", "split": "tune", "value": 0.5, "n": 8, "chosen": True}
+        return pd.DataFrame([{"arm": arm, "learning_rate": rate, "run": f"{arm}{rate}", **about}])
+
+    tuning.publish(table("lora", 1e-3), "mine")
+    tuning.publish(table("dora", 1e-3), "mine")
+    _, csv = tuning.publish(table("lora", 2e-3), "mine")
+    found = pd.read_csv(csv)
+    assert list(zip(found["arm"], found["learning_rate"], strict=True)) == [("dora", 1e-3), ("lora", 2e-3)]

@@ -116,13 +116,18 @@ def _held_out(calibration: RunSpec | None, held_out: dict) -> RunSpec | None:
 
 
 def publish(table: pd.DataFrame, profile: str) -> list[Path]:
-    """Append the grids to the ledger and write the table that people read; returns the files."""
+    """Append the grids to the ledger and write the table that people read, in which arms that were not tuned this time
+    keep their rows; returns the files.
+    """
     folder = ledger.ledger_folder().parent
     command = f"lori-nb tune --profile {profile} --methods {','.join(table['arm'].unique())}"
     added = ledger.append(table, f"tuning-{profile}", command)
     columns = ["arm", "learning_rate", "task", "seed", "metric", "value", "n", "chosen", "run"]
     csv = folder / f"tuning-{profile}.csv"
-    write_atomically(csv, table[columns].sort_values(columns[:4]).to_csv(index=False))
+    before = pd.read_csv(csv) if csv.exists() else pd.DataFrame(columns=columns)
+    kept = before[~before["arm"].isin(set(table["arm"]))]
+    whole = pd.concat([part for part in (kept, table[columns]) if len(part)], ignore_index=True)
+    write_atomically(csv, whole.sort_values(columns[:4]).to_csv(index=False))
     return [path for path in (added, csv) if path is not None]
 
 
