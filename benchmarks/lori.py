@@ -115,6 +115,18 @@ def answer_loss(side: Contestant, rows: Sequence[Encoded]) -> Callable[[], torch
     return loss
 
 
+def peft_answer_loss(side: Contestant, rows: Sequence[Encoded]) -> Callable[[], torch.Tensor]:
+    """The same loss through every position of every layer, as peft's model computes it, and the head at answers only."""
+    pad = side.base.tokenizer.pad_token_id
+
+    def loss() -> torch.Tensor:
+        batch = collate(rows, pad)
+        hidden = side.body(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).last_hidden_state
+        return task_loss(side.base, side.base.head(hidden.flatten(0, 1)[batch.positions]).float(), batch)
+
+    return loss
+
+
 def labelled_loss(model: nn.Module, side: Contestant, rows: Sequence[Encoded]) -> Callable[[], torch.Tensor]:
     """Loss as a PeftModel's users compute it: labels in, logits at every position inside."""
 
@@ -138,7 +150,8 @@ def state_bytes(step: Callable[[], None]) -> int:
 def activation_bytes(side: Contestant, rows: Sequence[Encoded]) -> float:
     """Bytes kept for backward per row of the batch: what grows from half of the rows to all of them."""
     there = [*side.base.body.parameters(), *side.base.head.parameters(), *side.parameters]
-    whole, half = (saved_bytes(answer_loss(side, part), there) for part in (rows, rows[: len(rows) // 2]))
+    # the whole last layer on every side, so that what differs is the adapters
+    whole, half = (saved_bytes(peft_answer_loss(side, part), there) for part in (rows, rows[: len(rows) // 2]))
     return (whole - half) / (len(rows) - len(rows) // 2)
 
 
@@ -163,7 +176,7 @@ def whole_model_rows(dtype: str, rows: Sequence[Encoded], pairs: int) -> list[di
     ours, live, masks = lori_s(fresh_base(dtype))
     theirs, model = peft_lora(fresh_base(dtype))
     bare = fresh_base(dtype)
-    mine, peer = (step_of(side, answer_loss(side, rows)) for side in (ours, theirs))
+    mine, peer = step_of(ours, answer_loss(ours, rows)), step_of(theirs, peft_answer_loss(theirs, rows))
     usual = step_of(theirs, labelled_loss(model, theirs, rows))
     counts = [sum(p.numel() for p in side.parameters) for side in (ours, theirs)]
     states = [state_bytes(step) for step in (mine, peer)]
@@ -190,7 +203,7 @@ def prefix_rows(dtype: str, rows: Sequence[Encoded], pairs: int) -> list[dict]:
     states = cached_states(base, rows, first)
     ours = replace(side, body=suffix_body(base, first), hidden=[states[i] for i in range(len(rows))])
     theirs, _ = peft_lora(fresh_base(dtype), LAST_LAYERS)
-    mine, peer = (step_of(each, answer_loss(each, rows)) for each in (ours, theirs))
+    mine, peer = step_of(ours, answer_loss(ours, rows)), step_of(theirs, peft_answer_loss(theirs, rows))
     batch = collate(rows, base.tokenizer.pad_token_id)
     filling = min(seconds(lambda: hidden_at(base, batch, first)) for _ in range(5))
     one_step = min(seconds(mine) for _ in range(5))
