@@ -116,7 +116,7 @@ def answer_loss(side: Contestant, rows: Sequence[Encoded]) -> Callable[[], torch
 
 
 def peft_answer_loss(side: Contestant, rows: Sequence[Encoded]) -> Callable[[], torch.Tensor]:
-    """The same loss through every position of every layer, as peft's model computes it, and the head at answers only."""
+    """The same loss through all positions of every layer, as peft computes it, with the head at answers only."""
     pad = side.base.tokenizer.pad_token_id
 
     def loss() -> torch.Tensor:
