@@ -198,6 +198,7 @@ class _FrozenDown(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, u: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """∂L/∂x (… × d_in) and ∂L/∂B at the trained entries, from u (… × d_out)."""
         low, (h, _) = ctx.low, ctx.saved_tensors
         grad_x = grad_values = None
         if ctx.needs_input_grad[0]:
