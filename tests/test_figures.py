@@ -61,7 +61,7 @@ def conflict_table(by: str, places) -> pd.DataFrame:
 
 
 def judged_table() -> pd.DataFrame:
-    kinds = {"held": 0.2, "not held": -0.2, "cannot tell (the interval includes +0)": 0.0}
+    kinds = {"held": 0.2, "not held": -0.2, "cannot tell (the interval includes 0)": 0.0}
     return pd.DataFrame(
         summary_of({"measured as": f"LoRI-S − LoRA, case {kind[:4]}", "verdict": kind, "least": least}, value)
         for least, (kind, value) in zip((0.0, -0.05, 0.0), kinds.items(), strict=True)

@@ -135,7 +135,7 @@ def test_tables_are_readable():
     [
         (0.01, 0.2, 0.0, "held"),
         (-0.2, -0.01, 0.0, "not held"),
-        (-0.1, 0.1, 0.0, "cannot tell (the interval includes +0)"),
+        (-0.1, 0.1, 0.0, "cannot tell (the interval includes 0)"),
         (-0.04, 0.1, -0.05, "held"),
         (-0.1, 0.1, -0.05, "cannot tell (the interval includes -0.05)"),
         (-0.2, -0.06, -0.05, "not held"),

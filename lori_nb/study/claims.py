@@ -63,7 +63,7 @@ def verdict(interval: Interval, least: float) -> str:
         return "held"
     if interval.high < least:
         return "not held"
-    return f"cannot tell (the interval includes {least:+g})"
+    return f"cannot tell (the interval includes {f'{least:+g}' if least else 0})"
 
 
 def _methods(a: str, b: str) -> Callable[[Results], Measured | None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -15,7 +16,7 @@ import pandas as pd
 from lori_nb.lab import ledger
 from lori_nb.lab.methods import METHODS
 from lori_nb.lab.paths import PROJECT, data_folder, write_atomically
-from lori_nb.lab.runs import Store
+from lori_nb.lab.runs import Run, Store
 from lori_nb.study import claims, comparison, questions
 from lori_nb.study.notebook import Results, collect, figures_folder, slug
 from lori_nb.study.profiles import NOTEBOOKS, Settings
@@ -58,7 +59,7 @@ def publish(settings: Settings, root: Path = PROJECT) -> list[Path]:
 
 def write_tables(results: Results, folder: Path) -> list[Path]:
     """Tables worth committing, with the runs behind them: single-task scores and the judged claims, which README is
-    rendered from, differences to tuned LoRA, and what training costs.
+    rendered from, differences to tuned LoRA, what training costs, and how long the runs took.
     """
     folder.mkdir(parents=True, exist_ok=True)
     reference = questions.reference_scores(results).reset_index().melt("task", list(REFERENCES), "method", "value")
@@ -68,6 +69,7 @@ def write_tables(results: Results, folder: Path) -> list[Path]:
         "claims": claims.judged(results),
         "comparison": comparison.compared(results),
         "costs": comparison.costs(results),
+        "times": run_times(results.runs.values()),
         "runs": results.table,
     }
     for name, table in paths.items():
@@ -75,9 +77,21 @@ def write_tables(results: Results, folder: Path) -> list[Path]:
     return [folder / f"{name}.csv" for name in paths]
 
 
+def run_times(runs: Iterable[Run]) -> pd.DataFrame:
+    """Runs and the minutes that one core was at work on them, by method (a merge by its way); a run cut off counts
+    from where it went on.
+    """
+    minutes = pd.DataFrame(
+        [(run.spec.kind, getattr(run.spec, "merge", run.spec.method), run.provenance["seconds"] / 60) for run in runs],
+        columns=["kind", "method", "minutes"],
+    )
+    grouped = minutes.groupby(["kind", "method"], sort=False)["minutes"]
+    return grouped.agg(runs="count", core_minutes="sum").round(1).reset_index()
+
+
 def rendered(folder: Path) -> str:
     """README's results as Markdown, from the committed tables in ``folder``."""
-    scores, judged = pd.read_csv(folder / "scores.csv"), pd.read_csv(folder / "claims.csv")
+    scores, judged, times = (pd.read_csv(folder / f"{name}.csv") for name in ("scores", "claims", "times"))
     methods = [name for name in dict.fromkeys(scores["method"]) if name not in REFERENCES]
     titles = [*REFERENCES.values(), *(METHODS[name].title for name in methods)]
     lines = ["| task | " + " | ".join(titles) + " | n |", "|---" * (len(titles) + 2) + "|"]
@@ -101,6 +115,8 @@ def rendered(folder: Path) -> str:
             "\n".join(lines),
             "The papers' claims, each as a difference on these tasks (a verdict needs the whole interval on one side):",
             "\n".join(claimed),
+            f"Its {times['runs'].sum()} runs took {times['core_minutes'].sum():.0f} core-minutes (`times.csv` there), "
+            "with two workers of one thread.",
         ]
     )
 
