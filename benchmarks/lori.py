@@ -110,7 +110,7 @@ def answer_loss(side: Contestant, rows: Sequence[Encoded]) -> Callable[[], torch
 
     def loss() -> torch.Tensor:
         batch = collate(rows, pad, hidden=side.hidden)
-        return task_loss(side.base, logits_at(side.base, side.body, batch), batch)
+        return task_loss(side.base, logits_at(side.base, side.body, batch), batch.targets)
 
     return loss
 
@@ -122,7 +122,7 @@ def peft_answer_loss(side: Contestant, rows: Sequence[Encoded]) -> Callable[[], 
     def loss() -> torch.Tensor:
         batch = collate(rows, pad)
         hidden = side.body(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).last_hidden_state
-        return task_loss(side.base, side.base.head(hidden.flatten(0, 1)[batch.positions]).float(), batch)
+        return task_loss(side.base, side.base.head(hidden.flatten(0, 1)[batch.positions]).float(), batch.targets)
 
     return loss
 

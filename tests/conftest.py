@@ -103,3 +103,19 @@ def saved(kind, config, tokenizer, folder: Path) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def registries():
+    """Whatever a test registers is gone afterwards."""
+    from lori_nb.analysis.merging import MERGE_METHODS
+    from lori_nb.lab.evaluation import METRICS
+    from lori_nb.lab.methods import METHODS
+    from lori_nb.lab.tasks.base import _TASKS
+    from lori_nb.method.solvers import SOLVERS
+
+    kept = [(registry, dict(registry)) for registry in (METHODS, _TASKS, MERGE_METHODS, METRICS, SOLVERS)]
+    yield
+    for registry, before in kept:
+        registry.clear()
+        registry.update(before)

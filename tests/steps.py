@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lori_nb.lab import training
 from lori_nb.lab.gradients import TaskData, batch_indices, task_gradients
-from lori_nb.lab.methods import get_method, initial_live
+from lori_nb.lab.methods import initial_live
 from lori_nb.lab.models import load_base
 from lori_nb.lab.specs import RunSpec
 from lori_nb.lab.tasks import get_task
@@ -39,7 +39,7 @@ class Prepared:
             for name, p in self.named.items():
                 shift = torch.linspace(-0.01, 0.01, p.numel()).view(p.shape) * (1 + len(name) % 3)
                 p.add_(shift.to(p.device))
-        self.optimiser = torch.optim.AdamW(self.named.values(), lr=spec.learning_rate, weight_decay=0.0)
+        self.loop = training.Loop(spec, self.base, self.base.body, self.live, self.tasks)
 
     def _task(self, name: str) -> TaskData:
         rows = encode_decoder_rows(self.base.tokenizer, get_task(name).rows("train", self.spec.train_rows))
@@ -49,18 +49,27 @@ class Prepared:
         size = self.spec.batch_size // len(self.tasks)
         return [(t, batch_indices(len(t.rows), size, step, self.spec.seed, t.name)) for t in self.tasks]
 
-    def gradients(self, step: int = 0, micro_batch_rows: int | None = None) -> list[tuple[Tensor, dict[str, Tensor]]]:
-        """Loss and gradient of every task on the rows of a step, at the present parameters."""
+    def gradients(
+        self, step: int = 0, micro_batch_rows: int | None = None, together: bool = True
+    ) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        """Loss and gradient of every task on the rows of a step, at the present parameters; ``together`` takes them
+        from one backward pass where the rows allow.
+        """
         with attach(self.base.body, self.live):
-            return task_gradients(self.base, self.base.body, self.batches(step), self.named, micro_batch_rows)
+            found = task_gradients(
+                self.base,
+                self.base.body,
+                self.batches(step),
+                self.named,
+                micro_batch_rows,
+                self.live if together else None,
+            )
+        return [(loss, found.of(task)) for task, loss in enumerate(found.losses)]
 
     def step(self, step: int) -> tuple[Tensor, Tensor]:
         """One step of the training loop; losses (T) and gradient norm, on the device."""
-        chosen, body = get_method(self.spec.method), self.base.body
-        with attach(body, self.live):
-            return training._step(
-                self.spec, chosen, self.base, body, self.live, self.tasks, self.named, self.optimiser, step
-            )
+        with attach(self.base.body, self.live):
+            return self.loop.step(step)
 
     def tokens(self, step: int) -> int:
         """The most tokens that one task's rows of a step have."""

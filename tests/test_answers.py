@@ -56,7 +56,7 @@ def test_logits_and_gradients_equal_those_of_the_whole_layer(base, first, attent
     with attach(base.body, live):
         for logits_of in (logits_at, whole_logits):
             logits = logits_of(base, body, batch)
-            results.append([logits, *torch.autograd.grad(task_loss(base, logits, batch), parameters)])
+            results.append([logits, *torch.autograd.grad(task_loss(base, logits, batch.targets), parameters)])
     share = 2 * (2 * LAYERS * LONGEST + batch.ids.numel()) * EPS
     for ours, whole in zip(*results, strict=True):
         assert whole.abs().max() > 0

@@ -12,7 +12,6 @@ from tiny import gaussian
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lori_nb.lab import training
 from lori_nb.lab.baselines import (
     REPLACEMENTS,
     dora_extras,
@@ -23,6 +22,7 @@ from lori_nb.lab.baselines import (
     restore_dora,
     swap_in,
 )
+from lori_nb.lab.checkpoint import restore_checkpoint, save_checkpoint
 from lori_nb.method.adapter_file import load_adapter, save_adapter
 from lori_nb.method.adapters import Adapter, Factors, LowRank, attach, attach_factors, target_linears
 from lori_nb.method.subspaces import random_down_projection
@@ -290,11 +290,11 @@ def test_a_resumed_lora_fa_ends_in_the_same_bits(llama, tmp_path):
         named = named_of(live)
         optimiser = lora_fa_optimiser(named, live, lr=5e-3)
         if resumed:
-            assert training._restore(path, named, optimiser) == {"step": 2}
+            assert restore_checkpoint(path, named, optimiser) == ({"step": 2}, {})
         with attach(llama.model, live):
             stepped(llama, None, 0 if resumed else 2, optimiser)
             if not resumed:
-                training._save(path, named, optimiser, {"step": 2})
+                save_checkpoint(path, named, optimiser, {"step": 2}, {})
             stepped(llama, None, 2, optimiser)
         ended.append({name: p.detach().clone() for name, p in named.items()})
     assert all(torch.equal(p, ended[1][name]) and p.abs().max() > 0 for name, p in ended[0].items())

@@ -114,7 +114,7 @@ def test_every_row_is_scored_in_its_own_place(tiny, batch_size):
     for row, loss in zip(rows, found, strict=True):
         batch = collate([row], 0)
         with torch.no_grad():
-            alone = task_loss(tiny, evaluation.logits_at(tiny, tiny.body, batch), batch).item()
+            alone = task_loss(tiny, evaluation.logits_at(tiny, tiny.body, batch), batch.targets).item()
         assert loss == pytest.approx(alone, rel=4 * 96 * EPS)
 
 

@@ -15,7 +15,7 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from lori_nb.study import figures, style
+from lori_nb.study import figures, figures_joint, style
 
 METHODS = ("lora", "lori-d", "lori-s")
 
@@ -85,6 +85,17 @@ def sparsity_table() -> pd.DataFrame:
     return pd.DataFrame(summary_of({"task": "chain_sum", "sparsity": s}, 0.5) for s in (0.0, 0.5, 0.9, 0.99))
 
 
+def recovery_table() -> pd.DataFrame:
+    table = pd.DataFrame({"arrangement": ["ortho-lora", "pcgrad", "pcgrad"], "value": [0.4, -0.2, 9.0]})
+    table = table.assign(task=["chain_sum", "chain_sum", "refusal"], shown=[True, False, True])
+    return table.assign(low=table["value"] - 0.3, high=table["value"] + 0.3)
+
+
+def removed_table() -> pd.DataFrame:
+    ways = ("joint", "ortho-lora", "pcgrad")
+    return pd.DataFrame({"arrangement": a, "step": s, "value": 0.1 * i} for i, a in enumerate(ways) for s in range(30))
+
+
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PLOTS = {
     "parameters": lambda ax: figures.score_against_parameters(ax, method_table(), 0.2, 0.3, 4),
@@ -94,8 +105,10 @@ PLOTS = {
     "grouped": lambda ax: figures.grouped_points(ax, method_table(), "task", "method", "score"),
     "heat map": lambda ax: figures.heat_map(ax, matrix(), (0, 0.3)),
     "losses": lambda ax: figures.loss_curves(ax, loss_table()),
-    "conflicts": lambda ax: figures.conflict_points(ax, conflict_table("module", MODULES)),
-    "conflict steps": lambda ax: figures.conflict_steps(ax, conflict_table("step", range(5))),
+    "conflicts": lambda ax: figures_joint.conflict_points(ax, conflict_table("module", MODULES)),
+    "conflict steps": lambda ax: figures_joint.conflict_steps(ax, conflict_table("step", range(5))),
+    "recovery": lambda ax: figures_joint.recovery(ax, recovery_table()),
+    "removed": lambda ax: figures_joint.removed_lines(ax, removed_table()),
     "spectra": lambda ax: figures.spectra(ax, spectrum_table()),
     "verdicts": lambda ax: figures.verdicts(ax, judged_table()),
 }
@@ -172,8 +185,29 @@ def test_heat_maps_share_one_scale():
 def test_conflicts_that_were_not_measured_are_said_to_be():
     _, axes = figures.panels(2)
     empty = conflict_table("module", ())
-    for ax, plot in zip(axes, (figures.conflict_points, figures.conflict_steps), strict=True):
+    for ax, plot in zip(axes, (figures_joint.conflict_points, figures_joint.conflict_steps), strict=True):
         assert plot(ax, empty).texts[0].get_text() == "not measured"
+
+
+def cell_table(**changes) -> pd.DataFrame:
+    cells = [(step, layer, factor) for step in (0, 6, 12) for layer in range(22, 30) for factor in "AB"]
+    table = pd.DataFrame(cells, columns=["step", "layer", "factor"])
+    return table.assign(between=np.linspace(-0.2, 0.1, len(table)), inside=table["layer"] > 25, **changes)
+
+
+def test_the_conflict_map_hatches_what_noise_explains():
+    figure, axes = figures.panels(2)
+    table = cell_table()
+    figures_joint.conflict_map(axes, table)
+    figure.canvas.draw()
+    meshes = [mesh for ax in axes for mesh in ax.collections if mesh.get_hatch() is None]
+    assert {mesh.get_clim() for mesh in meshes} == {(-0.2, 0.2)}  # one scale, white at zero
+    hatched = [mesh for ax in axes for mesh in ax.collections if mesh.get_hatch()]
+    assert len(hatched) == 2 and all(len(mesh.get_paths()) == 4 * 3 for mesh in hatched)
+    assert [ax.get_xlabel() for ax in axes] == ["step"] * 2
+    _, axes = figures.panels(2)
+    figures_joint.conflict_map(axes, table.iloc[:0])
+    assert axes[0].texts[0].get_text() == "not measured"
 
 
 def test_methods_differ_in_colour_marker_and_line():

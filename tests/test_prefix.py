@@ -68,7 +68,7 @@ def loss_and_gradients(base: Base, body, rows, live, states=None, length=None):
     if head is not None:
         named |= dict(head.named_parameters())
     with attach(base.body, live):
-        loss = task_loss(base, logits_at(base, body, batch, head), batch)
+        loss = task_loss(base, logits_at(base, body, batch, head), batch.targets)
     return loss.item(), dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
 
 
@@ -269,7 +269,7 @@ def test_a_base_that_cannot_be_split_runs_whole(smollm2, tmp_path, home):
 def loss_and_gradients_of_B(base: Base, live):
     batch = collate(rows_for(base, 3), base.tokenizer.pad_token_id)
     with attach(base.body, live):
-        loss = task_loss(base, logits_at(base, base.body, batch), batch)
+        loss = task_loss(base, logits_at(base, base.body, batch), batch.targets)
     return loss.item(), torch.autograd.grad(loss, [low.values for low in live.values()])
 
 

@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchjd.aggregation import PCGrad
 
+from lori_nb.method.conflicts import GROUPINGS, combine
 from lori_nb.method.projection import (
-    GROUPINGS,
-    combine,
     fixed_orders,
     project_conflicts_reference,
     projection_coefficients,
@@ -311,7 +310,7 @@ def test_non_finite_gradients_are_passed_on_not_hidden():
     [
         ({"grouping": "layer", "order": "fixed"}, "grouping must be a function or one of tensor, module, .* 'layer'"),
         ({"reduction": "max", "order": "fixed"}, "reduction must be one of sum, mean; found 'max'"),
-        ({"order": "sorted"}, "order must be one of random, fixed; found 'sorted'"),
+        ({"order": "sorted"}, "order must be one of random, fixed, mean; found 'sorted'"),
         ({"order": "random"}, "generator must be a torch.Generator when order is 'random'"),
         ({"reference": "own", "order": "fixed"}, "reference must be one of original, projected; found 'own'"),
         ({"weights": [1.0], "order": "fixed"}, r"weights must be 2 finite numbers of at least 0.*found \[1.0\]"),

@@ -17,9 +17,11 @@ from lori_nb.analysis.statistics import Interval, proportion_interval, t_interva
 from lori_nb.lab.runs import Run, Store
 from lori_nb.lab.tasks import get_task
 from lori_nb.lab.tasks.refusal import refusal_splits
+from lori_nb.lab.telemetry import HALVES
 from lori_nb.method.adapters import layer_number
-from lori_nb.study import claims, forgetting, geometry, notebook, questions, summary
+from lori_nb.study import claims, conflict, forgetting, geometry, notebook, questions, sharing, summary
 from lori_nb.study.cells import joint, single
+from lori_nb.study.joint_arms import JOINT_ARMS, arrangement_specs, joint_arm_spec
 from lori_nb.study.profiles import load_settings
 
 # Scores and intervals
@@ -310,18 +312,56 @@ def test_spectra_are_sorted_and_right_angled_at_most(results, settings):
 
 
 def test_arrangements_and_conflicts(results, settings):
-    scores = questions.arrangement_scores(results)
+    scores = sharing.arrangement_scores(results)
     assert sorted(set(scores["arrangement"])) == ["joint", "ortho-lora", "single"]
     shared = results.run(joint(settings, "ortho-lora", 0))
     assert scores.set_index(["arrangement", "task"]).loc[("ortho-lora", "refusal"), "value"] == shared.value("refusal")
-    rates = questions.conflict_rates(results)
+    rates = conflict.conflict_rates(results)
     assert rates["rate"].between(0, 1).all() and set(rates["factor"]) == {"A", "B"}
-    plain = results.run(joint(settings, "lora", 0)).conflicts
-    excess, of = questions.excess_conflict(rates)
-    assert of == "steps" and excess.mean == pytest.approx(plain["between"].mean() - 0.5)
-    assert questions.excess_conflict(rates.iloc[:0]) is None and "not measured" in questions.conflict_line(
-        rates.iloc[:0]
-    )
+    kept = results.run(joint(settings, "lora", 0)).conflicts
+    halves = kept[(kept["measure"] == HALVES) & (kept["task"].astype(str) != kept["other"].astype(str))].dropna()
+    by_step = halves.assign(rate=halves["value"] < 0).groupby(["step", "tensor"], observed=True)["rate"].mean()
+    excess, of = conflict.excess_conflict(rates)
+    assert of == "steps" and excess.mean == pytest.approx(by_step.groupby("step").mean().mean() - 0.5)
+    nothing = rates.iloc[:0]
+    assert conflict.excess_conflict(nothing) is None and "not measured" in conflict.conflict_line(nothing)
+
+
+def test_where_gradients_conflict(results, settings):
+    cells = conflict.conflict_map(results)
+    assert set(cells["factor"]) == {"A", "B"} and cells["layer"].nunique() == settings.last_layers
+    assert np.allclose(cells["excess"], cells["between"] - cells["within"])
+    assert (cells["inside"] == ((cells["low"] <= 0) & (cells["high"] >= 0))).all()
+    matrix = conflict.cosine_matrix(results)
+    assert list(matrix.index) == list(matrix.columns) == list(settings.tasks)
+    assert np.allclose(matrix, matrix.T) and matrix.abs().to_numpy().max() <= 1
+    removed = conflict.removed_shares(results).groupby("arrangement")["value"].max()
+    assert removed["joint"] == 0 < removed["ortho-lora"]
+
+
+def test_the_gap_and_what_is_won_back(results, settings):
+    table = sharing.gap_recovery(results).set_index(["arrangement", "task"])
+    assert set(table.index.get_level_values("task")) == {*settings.tasks, "mean over tasks"}
+    runs = {name: [results.run(spec) for spec in specs] for name, specs in arrangement_specs(settings, 0).items()}
+    task = settings.tasks[0]
+    alone, joined, ours = (runs[name][0].value(task) for name in ("single", "joint", "ortho-lora"))
+    row = table.loc[("ortho-lora", task)]
+    assert row["gap"] == pytest.approx(alone - joined) and not row["shown"] and math.isnan(row["p"])
+    if alone != joined:
+        assert row["value"] == pytest.approx((ours - joined) / (alone - joined))
+
+
+def test_every_way_to_share_an_adapter_is_a_run_of_its_own(settings):
+    every = replace(settings, joint_arms=tuple(JOINT_ARMS), learning_rate={**settings.learning_rate, "pcgrad": 0.123})
+    specs = {name: joint_arm_spec(every, name, 0) for name in every.joint_arms}
+    assert len(set(specs.values())) == len(JOINT_ARMS)
+    assert {spec.tasks for spec in specs.values()} == {settings.tasks}
+    assert specs["pcgrad"].learning_rate == 0.123 and specs["upgrad"].learning_rate == specs["ortho-lora"].learning_rate
+    wide = specs["joint-wide"]
+    assert (wide.rank, wide.alpha) == (settings.rank * len(settings.tasks), settings.alpha * len(settings.tasks))
+    assert dict(specs["gradvac"].options) == {"grouping": "adapter", "solver": "gradvac"}
+    with pytest.raises(ValueError, match="joint_arms must be among joint, .*; found 'jiont'"):
+        load_settings("smoke", joint_arms=["jiont"])
 
 
 def test_merges(results, settings):

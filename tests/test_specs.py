@@ -8,29 +8,19 @@ from dataclasses import fields, replace
 import pytest
 from tiny import output_of, python, sparse_spec, tiny_spec
 
-from lori_nb.analysis.merging import MERGE_METHODS, merge_method
-from lori_nb.lab import evaluation, prefix
+from lori_nb.analysis.merging import merge_method
+from lori_nb.lab import prefix
 from lori_nb.lab.evaluation import register_metric
-from lori_nb.lab.methods import METHODS, method
+from lori_nb.lab.methods import method
 from lori_nb.lab.resolving import check, recipes, resolve
 from lori_nb.lab.specs import MergeSpec, RunSpec, canonical_json, from_payload, spec_json, to_payload, with_parents
 from lori_nb.lab.tasks import Example, task
-from lori_nb.lab.tasks.base import _TASKS, get_task, register
+from lori_nb.lab.tasks.base import get_task, register
 
 
 @pytest.fixture
 def base(tiny_decoder, home):
     return tiny_decoder
-
-
-@pytest.fixture
-def registries():
-    """Whatever a test registers is gone afterwards."""
-    kept = [(registry, dict(registry)) for registry in (METHODS, _TASKS, MERGE_METHODS, evaluation.METRICS)]
-    yield
-    for registry, before in kept:
-        registry.clear()
-        registry.update(before)
 
 
 # Another value of every field; parents and digests have tests of their own.
@@ -238,7 +228,7 @@ BAD = [
     ({"stop_after": 0}, "stop_after must be between 1 and 20, steps; found 0"),
     ({"stop_after": 21}, "stop_after must be between 1 and 20, steps; found 21"),
     ({"mask_scope": "row"}, "mask_scope must be one of model, layer, projection, module, matrix; found 'row'"),
-    ({"options": (("groupng", "module"),)}, "options must be among grouping, reduction, .*; found 'groupng'"),
+    ({"options": (("groupng", "module"),)}, "options must be among solver, grouping, .*; found 'groupng'"),
     ({"method": "lorri"}, "method must be one of base, lora, lori-d, .*; found 'lorri'"),
     ({"method": "lori-s"}, "calibration of method lori-s must be a run; found None"),
     ({"tasks": ("chainsum",)}, "task must be one of .*chain_sum.*; found 'chainsum'"),

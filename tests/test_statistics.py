@@ -16,6 +16,7 @@ from lori_nb.analysis.statistics import (
     interval_text,
     paired_estimate,
     proportion_interval,
+    ratio_interval,
     t_interval,
 )
 
@@ -183,6 +184,36 @@ def test_proportion_interval_is_wilsons(k, n):
     assert (interval.low, interval.high) == pytest.approx((centre - reach, centre + reach), abs=1e-14)
     assert 0 <= interval.low < interval.high <= 1
     assert (interval.low == 0) == (k == 0) and (interval.high == 1) == (k == n)  # exactly, not 1e-17
+
+
+# Ratios
+
+
+def test_fieller_s_interval_is_where_the_difference_may_be_zero():
+    """The definition: ρ is inside when the t interval of a − ρ b over the seeds contains zero."""
+    gains, gaps = np.array([0.02, 0.05, 0.01, 0.04, 0.06]), np.array([0.11, 0.15, 0.09, 0.16, 0.12])
+    found = ratio_interval(gains, gaps)
+    assert found.mean == pytest.approx(gains.mean() / gaps.mean())
+    assert found.low < found.mean < found.high
+    for bound, inwards in ((found.low, 1e-6), (found.high, -1e-6)):
+        inside, outside = (t_interval(gains - rho * gaps) for rho in (bound + inwards, bound - inwards))
+        assert inside.low <= 0 <= inside.high and not outside.low <= 0 <= outside.high
+
+
+def test_a_denominator_that_may_be_zero_bounds_nothing():
+    found = ratio_interval([0.1, 0.2, 0.1], [0.1, -0.2, 0.3])
+    assert math.isnan(found.low) and math.isnan(found.high) and found.n == 3
+    assert math.isnan(ratio_interval([0.1], [0.2]).low)
+
+
+def test_fieller_s_interval_covers_what_it_says():
+    draws = np.random.default_rng(0)
+    hits = 0
+    for _ in range(2000):
+        gaps = draws.normal(0.2, 0.03, 5)
+        found = ratio_interval(0.5 * gaps + draws.normal(0, 0.02, 5), gaps)
+        hits += found.low <= 0.5 <= found.high
+    assert abs(hits / 2000 - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 2000)
 
 
 @pytest.mark.parametrize(

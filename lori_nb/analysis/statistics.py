@@ -152,6 +152,35 @@ def _interaction(D: np.ndarray) -> float:
     return float((rest**2).sum() / ((D.shape[0] - 1) * (D.shape[1] - 1)))
 
 
+def ratio_interval(numerators: ArrayLike, denominators: ArrayLike, confidence: float = 0.95) -> Interval:
+    """Ratio of two means over the same seeds, a / b, with Fieller's interval: all ρ for which a − ρ b may be zero,
+
+        (a − ρ b)² ≤ t² (v_aa − 2 ρ v_ab + ρ² v_bb),
+
+    t the quantile at n − 1 degrees of freedom, v the covariances of the means (E. C. Fieller, 1954). Where b's own
+    interval contains zero no bounded set satisfies this: the bounds are then NaN, as they are for one seed.
+
+    Raises ValueError for vectors of different lengths, or whose denominators' mean is zero.
+    """
+    above, below = _vector(numerators, "numerators"), _vector(denominators, "denominators")
+    if len(above) != len(below):
+        raise ValueError(f"denominators must be as many as numerators, {len(above)}; found {len(below)}")
+    _check_confidence(confidence)
+    a, b, n = float(above.mean()), float(below.mean()), len(above)
+    if b == 0:
+        raise ValueError("denominators must have a mean other than zero; found 0")
+    if n == 1:
+        return Interval(a / b, math.nan, math.nan, 1, confidence)
+    (v_aa, v_ab), (_, v_bb) = np.cov(above, below) / n
+    t = float(stats.t.ppf((1 + confidence) / 2, n - 1))
+    # ρ² (b² − t² v_bb) − 2 ρ (a b − t² v_ab) + (a² − t² v_aa) ≤ 0
+    square, half = b * b - t * t * v_bb, a * b - t * t * v_ab
+    if square <= 0:
+        return Interval(a / b, math.nan, math.nan, n, confidence)
+    root = math.sqrt(max(0.0, half * half - square * (a * a - t * t * v_aa)))
+    return Interval(a / b, (half - root) / square, (half + root) / square, n, confidence)
+
+
 def proportion_interval(k: int, n: int, confidence: float = 0.95) -> Interval:
     """Wilson interval of a share k / n, such as k right answers among n rows.
 

@@ -50,7 +50,15 @@ def logits_at(
     base: Base, body: nn.Module, batch: Batch, head: nn.Module | None = None, before: Cache | None = None
 ) -> Tensor:
     """Float32 logits: at the answer positions (n × vocabulary) for a decoder, of the task head (b × classes) for an
-    encoder.
+    encoder; ``before`` as in :func:`states_at`.
+    """
+    states = states_at(base, body, batch, before)
+    return (base.head(states) if base.kind == "decoder" else head(states)).float()
+
+
+def states_at(base: Base, body: nn.Module, batch: Batch, before: Cache | None = None) -> Tensor:
+    """What the output head reads: last hidden states at the answer positions (n × d) for a decoder, their mean over a
+    row's tokens (b × d, float32) for an encoder.
 
     ``before`` holds the keys and values of a prompt that all rows of the batch go on from. Where the architecture
     allows, the last layer is computed at the answer positions only. Hidden states are gathered in two dimensions before
@@ -62,20 +70,23 @@ def logits_at(
         inputs |= {"past_key_values": before, "attention_mask": torch.cat([seen, batch.mask], dim=1)}
     if base.kind == "decoder" and before is None and can_narrow(body):
         hidden = narrowed(body, batch)(**inputs).last_hidden_state  # (b × m × d)
-        return base.head(hidden.flatten(0, 1)[batch.slots]).float()
+        return hidden.flatten(0, 1)[batch.slots]
     hidden = body(**inputs).last_hidden_state  # (b × L × d)
     if base.kind == "decoder":
-        return base.head(hidden.flatten(0, 1)[batch.positions]).float()
+        return hidden.flatten(0, 1)[batch.positions]
     keep = batch.mask.unsqueeze(-1).to(hidden.dtype)
     pooled = (hidden * keep).sum(1) / keep.sum(1)  # mean over tokens, the pooling that MiniLM was trained with
-    return head(pooled.float())
+    return pooled.float()
 
 
-def task_loss(base: Base, logits: Tensor, batch: Batch) -> Tensor:
-    """Mean cross entropy over answer tokens (decoder) or rows (classes), mean squared error for a one-value head."""
+def task_loss(base: Base, logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross entropy over answer tokens (decoder) or rows (classes), mean squared error for a one-value head.
+
+    ``logits`` (n × classes or 1), ``targets`` (n).
+    """
     if base.kind == "encoder" and logits.shape[1] == 1:
-        return F.mse_loss(logits.squeeze(1), batch.targets.float())
-    return F.cross_entropy(logits, batch.targets)
+        return F.mse_loss(logits.squeeze(1), targets.float())
+    return F.cross_entropy(logits, targets.long())
 
 
 def score_rows(

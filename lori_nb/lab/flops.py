@@ -144,7 +144,7 @@ def _step(base: Base, body: nn.Module, live: dict[str, nn.Module], head: nn.Modu
     """Forward and backward of one step, to all that is trained."""
     trained = [p for each in (*live.values(), *([head] if head else [])) for p in each.parameters() if p.requires_grad]
     with put_in_place(base.body, live):
-        loss = task_loss(base, logits_at(base, body, batch, head), batch)
+        loss = task_loss(base, logits_at(base, body, batch, head), batch.targets)
         torch.autograd.grad(loss, trained, allow_unused=True)
 
 

@@ -13,7 +13,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,10 +23,15 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lori_nb.lab import distributed
-from lori_nb.lab.evaluation import logits_at, task_loss
+from lori_nb.lab.evaluation import states_at, task_loss
 from lori_nb.lab.models import Base
 from lori_nb.lab.prefix import RowStates
 from lori_nb.lab.text import Batch, Encoded, collate
+from lori_nb.method.adapters import LowRank
+from lori_nb.method.task_gradients import by_task
+
+PADDING = 0.1  # more tokens than this share of their own, and batches go through the model apart
+LOSSES = "losses"
 
 
 @dataclass
@@ -37,10 +42,6 @@ class TaskData:
     rows: list[Encoded]
     states: RowStates | None
     head: nn.Module | None = None
-
-    def batch(self, base: Base, indices: Sequence[int]) -> Batch:
-        hidden = None if self.states is None else [self.states[i] for i in indices]
-        return collate([self.rows[i] for i in indices], base.tokenizer.pad_token_id, hidden=hidden).to(base.device)
 
     def targets(self, indices: Sequence[int]) -> int:
         """How many predictions the mean loss of these rows is taken over: answer tokens, or rows for an encoder."""
@@ -73,42 +74,154 @@ def micro_batches(indices: Sequence[int], rows: int | None, processes: int) -> l
     return [indices[len(indices) * i // count : len(indices) * (i + 1) // count] for i in range(count)]
 
 
+@dataclass(frozen=True)
+class TaskGradients:
+    """Of T batches: each one's mean ``losses`` (T); gradients of the parameters that tasks ``share``, name → (T ×
+    shape), zeros where a parameter takes no part; and of the tasks' ``heads``, each from its own task alone.
+    """
+
+    losses: Tensor
+    shared: dict[str, Tensor]
+    heads: dict[str, Tensor]
+
+    def in_pairs(self) -> TaskGradients:
+        """Neighbouring batches, parts of one, added: T → T / 2."""
+        shared = {name: each.unflatten(0, (-1, 2)).sum(1) for name, each in self.shared.items()}
+        return TaskGradients(self.losses.view(-1, 2).sum(1), shared, self.heads)
+
+    def of(self, task: int) -> dict[str, Tensor]:
+        """One batch's gradient of the shared parameters, as views."""
+        return {name: gradients[task] for name, gradients in self.shared.items()}
+
+
 def task_gradients(
     base: Base,
     body: nn.Module,
     batches: Sequence[tuple[TaskData, Sequence[int]]],
     named: Mapping[str, Tensor],
     micro_batch_rows: int | None = None,
-) -> list[tuple[Tensor, dict[str, Tensor]]]:
-    """Every batch's mean loss and its gradient by parameter name; zeros where a parameter takes no part.
+    live: Mapping[str, LowRank] | None = None,
+    totals: Sequence[int] | None = None,
+) -> TaskGradients:
+    """Every batch's mean loss and gradient.
 
     Args:
-        batches: (task, row numbers); each process computes its share of every batch, and all get the sums.
+        batches: (task, row numbers); each process computes its share, and all get the sums.
+        named: the trained parameters by name, those of a task's head as "head.<task>.<part>".
         micro_batch_rows: rows computed at a time; None takes a process's whole share.
+        live: attached factors whose gradients come from one backward pass for several tasks
+            (:mod:`lori_nb.method.task_gradients`), as far as their rows are of like length; None computes every batch
+            apart. Both give the same gradients up to rounding.
+        totals: predictions that each batch's mean is taken over, where it is a part of a batch; None takes its own.
     """
-    parameters = list(named.values())
-    own = [_own_share(base, body, task, indices, parameters, micro_batch_rows) for task, indices in batches]
-    sums = distributed.summed([tensor for each in own for tensor in each])
-    width = 1 + len(parameters)
-    parts = [sums[start : start + width] for start in range(0, len(sums), width)]
-    return [(loss, dict(zip(named, gradient, strict=True))) for loss, *gradient in parts]
+    totals = [task.targets(indices) for task, indices in batches] if totals is None else totals
+    groups = [[place] for place in range(len(batches))] if live is None else together(_lengths(batches))
+    shares = [
+        _own_share(base, body, [(*batches[i], totals[i]) for i in group], named, micro_batch_rows, live)
+        for group in groups
+    ]
+    flat = iter(distributed.summed([tensor for share in shares for tensor in share.values()]))
+    sums = [{name: next(flat) for name in share} for share in shares]
+    places = [place for group in groups for place in group]
+    heads = {name: sum(each[name] for each in sums) for name in named if _is_head(name)}
+    losses, *shared = (_in_order([each[name] for each in sums], places) for name in sums[0] if not _is_head(name))
+    return TaskGradients(losses, dict(zip((n for n in named if not _is_head(n)), shared, strict=True)), heads)
 
 
-def _own_share(base, body, task: TaskData, indices, parameters: list[Tensor], rows: int | None) -> list[Tensor]:
-    """This process's part of a batch's loss and gradients; zeros where it has no piece."""
-    total = task.targets(indices)
-    pieces = distributed.share(micro_batches(indices, rows, distributed.count()))
+def _is_head(name: str) -> bool:
+    return name.startswith("head.")
+
+
+def together(lengths: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Which batches go through the model as one: those of like length, so that padding costs no more than the share
+    :data:`PADDING` of the tokens that they have each for itself.
+
+    Args:
+        lengths: tokens of every row, batch by batch.
+
+    Returns:
+        Numbers of batches, group by group; every one once.
+    """
+    longest = [max(each) for each in lengths]
+    order = sorted(range(len(lengths)), key=lambda place: (-longest[place], place))
+    groups: list[list[int]] = []
+    for place in order:
+        if groups:
+            joined = [*groups[-1], place]
+            apart = sum(len(lengths[one]) * longest[one] for one in joined)
+            if sum(len(lengths[one]) for one in joined) * longest[joined[0]] <= (1 + PADDING) * apart:
+                groups[-1] = joined
+                continue
+        groups.append([place])
+    return [sorted(group) for group in groups]
+
+
+def _lengths(batches: Sequence[tuple[TaskData, Sequence[int]]]) -> list[list[int]]:
+    return [[len(task.rows[i].ids) for i in indices] for task, indices in batches]
+
+
+def _in_order(parts: Sequence[Tensor], places: Sequence[int]) -> Tensor:
+    """Groups' results (k × …) as one in the batches' own order (T × …)."""
+    if len(parts) == 1:
+        return parts[0]  # a single group stands in order
+    joined = torch.cat(list(parts))
+    return joined[torch.tensor(places).argsort()]
+
+
+def _own_share(base, body, group, named: Mapping[str, Tensor], rows: int | None, live) -> dict[str, Tensor]:
+    """This process's part of a group of k batches (task, rows, total): LOSSES (k), shared gradients (k × …) and heads'
+    gradients by name; zeros where it has no piece.
+    """
+    everything = [(place, i) for place, (_, indices, _) in enumerate(group) for i in indices]
+    pieces = distributed.share(micro_batches(everything, rows, distributed.count()))
     if not pieces:
-        return [torch.zeros((), device=base.device), *map(torch.zeros_like, parameters)]
-    terms = (_weighted(base, body, task, piece, task.targets(piece) / total, parameters) for piece in pieces)
-    return distributed.tree_sum(terms, lambda one, other: [a + b for a, b in zip(one, other, strict=True)])
+        zeros = {name: _zeros(name, p, len(group)) for name, p in named.items()}
+        return {LOSSES: torch.zeros(len(group), device=base.device)} | zeros
+    terms = (_of_piece(base, body, group, piece, named, live) for piece in pieces)
+    return distributed.tree_sum(terms, lambda one, other: {name: one[name] + other[name] for name in one})
 
 
-def _weighted(base, body, task: TaskData, piece, weight: float, parameters: list[Tensor]) -> list[Tensor]:
-    batch = task.batch(base, piece)
-    loss = weight * task_loss(base, logits_at(base, body, batch, task.head), batch)
-    found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return [loss.detach(), *(torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True))]
+def _zeros(name: str, parameter: Tensor, tasks: int) -> Tensor:
+    return torch.zeros_like(parameter) if _is_head(name) else parameter.new_zeros(tasks, *parameter.shape)
+
+
+def _of_piece(base, body, group, piece, named: Mapping[str, Tensor], live) -> dict[str, Tensor]:
+    parts = [(task, [i for place, i in piece if place == own]) for own, (task, _, _) in enumerate(group)]
+    weights = [task.targets(own) / total for (task, own), (_, _, total) in zip(parts, group, strict=True)]
+    several = len(group) > 1
+    with by_task(live, [len(own) for _, own in parts]) if several else nullcontext({}) as split:
+        losses = _losses(base, body, parts, weights)
+        found = torch.autograd.grad(sum(losses), list(named.values()), allow_unused=True)
+    gradients = {LOSSES: torch.stack([loss.detach() for loss in losses])}
+    for (name, parameter), whole in zip(named.items(), found, strict=True):
+        gradient = split.get(name) if several and not _is_head(name) else whole
+        if gradient is None:
+            gradients[name] = _zeros(name, parameter, len(group))
+        else:
+            gradients[name] = gradient if several or _is_head(name) else gradient.unsqueeze(0)
+    return gradients
+
+
+def _losses(base: Base, body: nn.Module, parts: Sequence[tuple[TaskData, Sequence[int]]], weights) -> list[Tensor]:
+    """Each task's mean loss times its weight, from one forward pass over all their rows."""
+    batch = concatenated(base, parts)
+    states = states_at(base, body, batch)
+    decoder = base.kind == "decoder"
+    ends = [task.targets(own) for task, own in parts] if decoder else [len(own) for _, own in parts]
+    logits = base.head(states).float().split(ends) if decoder else states.split(ends)
+    losses = []
+    for (task, own), scores, targets, weight in zip(parts, logits, batch.targets.split(ends), weights, strict=True):
+        scores = scores if decoder or not own else task.head(scores).float()
+        losses.append(weight * task_loss(base, scores, targets) if own else states.new_zeros((), dtype=torch.float32))
+    return losses
+
+
+def concatenated(base: Base, parts: Sequence[tuple[TaskData, Sequence[int]]]) -> Batch:
+    """The rows of several tasks, one task after another, as one batch on the base's device."""
+    rows = [task.rows[i] for task, indices in parts for i in indices]
+    cached = all(task.states is not None for task, _ in parts)
+    hidden = [task.states[i] for task, indices in parts for i in indices] if cached else None
+    return collate(rows, base.tokenizer.pad_token_id, hidden=hidden).to(base.device)
 
 
 @contextmanager

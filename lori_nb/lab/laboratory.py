@@ -105,8 +105,7 @@ def _outcome(spec, base, live, trained: Trained, adapter, metrics, predictions) 
         "device": str(base.device),
         "dtype": str(base.dtype),
     }
-    history, conflicts = pd.DataFrame(trained.history), pd.DataFrame(trained.conflicts)
-    return Outcome(metrics, predictions, history, conflicts, adapter, facts)
+    return Outcome(metrics, predictions, pd.DataFrame(trained.history), trained.conflicts, adapter, facts)
 
 
 def _adapter(spec: RunSpec, base: Base, live, extras: dict[str, Tensor], inherited: Adapter | None) -> Adapter | None:

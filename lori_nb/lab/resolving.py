@@ -12,19 +12,25 @@ from dataclasses import replace
 
 from lori_nb.analysis import merging
 from lori_nb.analysis.merging import MERGE_METHODS
-from lori_nb.lab import baselines, evaluation, generation, prefix, scoring, text
+from lori_nb.lab import baselines, evaluation, generation, prefix, scoring, telemetry, text
 from lori_nb.lab.extensions import is_own, source_digest
 from lori_nb.lab.methods import LOW_RANK, METHODS, get_mask_origin, get_method, subspace_of
 from lori_nb.lab.models import base_digest, base_kind, resolve_dtype
 from lori_nb.lab.specs import SCHEDULES, MergeSpec, RunSpec, Spec
 from lori_nb.lab.tasks import SPLITS, Task, get_task, rows_digest
 from lori_nb.lab.tasks.reading import DATA_VARIABLE
-from lori_nb.method import adapters, masks, projection, subspaces
+from lori_nb.method import adapters, conflicts, masks, projection, solvers, subspaces, task_gradients
 from lori_nb.method.masks import SCOPES, STRUCTURES
 from lori_nb.method.subspaces import POLICIES, subspace_id
 
 RECIPE = 2  # of the training loop; raise when the same spec gives another adapter
-OPTIONS = ("grouping", "reduction", "order", "reference")  # switches of Ortho-LoRA
+OPTIONS = {  # switches of Ortho-LoRA and what each may be
+    "solver": solvers.SOLVERS,
+    "grouping": conflicts.GROUPINGS,
+    "reduction": conflicts.REDUCTIONS,
+    "order": solvers.ORDERS,
+    "reference": projection.REFERENCES,
+}
 
 
 def recipes() -> dict[str, int]:
@@ -54,6 +60,7 @@ def resolve(spec: Spec) -> Spec:
         ("base", base_digest(spec.base)),
         *_rows_digests(spec, spec.tasks),
         *_recipe_digests(),
+        *_joint_digests(spec),
         *_extension_digests(spec),
     )
     return replace(spec, dtype=resolve_dtype(spec.dtype), start=start, calibration=calibration, digests=digests)
@@ -80,6 +87,16 @@ def _rows_digest_from(name: str, split: str, limit: int, load: Callable, folder:
 
 def _recipe_digests() -> tuple[tuple[str, str], ...]:
     return tuple((f"recipe:{name}", str(number)) for name, number in recipes().items())
+
+
+def _joint_digests(spec: RunSpec) -> tuple[tuple[str, str], ...]:
+    """What decides runs on several tasks alone: how their gradients are found, and what is recorded of them."""
+    if len(spec.tasks) == 1:
+        return ()
+    deciding = {"task_gradients": task_gradients, "solvers": solvers, "telemetry": telemetry}
+    solver = solvers.get_solver(dict(spec.options).get("solver", "project"))
+    own = () if is_own(solver) else (("solver", source_digest((solver,))),)
+    return (*((f"recipe:{name}", str(module.RECIPE)) for name, module in deciding.items()), *own)
 
 
 def _scoring_digest(task: Task) -> str:
@@ -139,8 +156,9 @@ def _check_run(spec: RunSpec) -> None:
         )
     rows = spec.micro_batch_rows
     _require("micro_batch_rows", rows, rows is None or rows >= 1, "at least 1, or none")
-    for name, _ in spec.options:
+    for name, value in spec.options:
         _require("options", name, name in OPTIONS, f"among {', '.join(OPTIONS)}")
+        _require(f"option {name}", value, value in OPTIONS[name], f"one of {', '.join(OPTIONS[name])}")
     _require("tasks", spec.tasks, len(spec.tasks) >= 1, "at least one")
     least = len(spec.tasks)
     _require("batch_size", spec.batch_size, spec.batch_size >= least, f"at least one row a task, {least}")

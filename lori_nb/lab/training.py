@@ -7,26 +7,25 @@ Several processes each take the same step from the same gradients, and one of th
 from __future__ import annotations
 
 import hashlib
-import json
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from lori_nb.lab import distributed
 from lori_nb.lab.baselines import put_in_place
-from lori_nb.lab.gradients import TaskData, batch_indices, recomputed, task_gradients
-from lori_nb.lab.methods import Live, Method, get_method
+from lori_nb.lab.checkpoint import restore_checkpoint, save_checkpoint
+from lori_nb.lab.gradients import TaskData, TaskGradients, batch_indices, recomputed, task_gradients
+from lori_nb.lab.methods import Live, get_method
 from lori_nb.lab.models import Base
-from lori_nb.lab.paths import write_atomically
 from lori_nb.lab.specs import RunSpec
-from lori_nb.method.projection import combine
+from lori_nb.lab.telemetry import LOOKS, Telemetry, removed_share
+from lori_nb.method.adapters import LowRank
+from lori_nb.method.conflicts import combine_stacked, conflicts_of
 
 LOOK_EVERY = 10  # steps between two looks at the losses, so that no step waits for the device
 CHECKPOINT_SECONDS = 20.0
@@ -42,7 +41,7 @@ class Trained:
     """What training leaves: the loss history and, for several tasks, how their gradients conflicted."""
 
     history: list[dict]
-    conflicts: list[dict]
+    conflicts: pd.DataFrame
     seconds: float
 
 
@@ -66,19 +65,15 @@ def train(
         ProcessesError: processes that do not begin at the same step or do not end with the same parameters.
     """
     started = time.perf_counter()
-    named = named_parameters(live, tasks)
-    chosen = get_method(spec.method)
-    optimiser = _optimiser(spec, chosen, named, live)
-    state = _restore(checkpoint, named, optimiser) or {"step": 0, "history": [], "conflicts": [], "seconds": 0.0}
-    history, conflicts, first = state["history"], state["conflicts"], state["step"]
+    loop = Loop(spec, base, body, live, tasks)
+    state = loop.restore(checkpoint) or {"step": 0, "history": [], "seconds": 0.0}
+    history, first = state["history"], state["step"]
     distributed.check_same("the step of the checkpoint", first)
     pending, saved = [], started
     with put_in_place(base.body, live), recomputed(body, spec.checkpointing):
         for step in range(first, spec.trained_steps):
-            losses, norm = _step(spec, chosen, base, body, live, tasks, named, optimiser, step)
+            losses, norm = loop.step(step)
             pending.append({"step": step, "lr": learning_rate_at(step, spec), "losses": losses, "norm": norm})
-            if len(tasks) > 1 and step % max(1, spec.trained_steps // 20) == 0:
-                conflicts += observe_conflicts(spec, base, body, live, tasks, step)
             if (step + 1) % LOOK_EVERY == 0 or step + 1 == spec.trained_steps:
                 history += _look(pending, tasks)
                 pending = []
@@ -86,11 +81,11 @@ def train(
                 due = time.perf_counter() - saved > CHECKPOINT_SECONDS and step + 1 < spec.trained_steps
                 if due and distributed.is_main():
                     spent = state["seconds"] + time.perf_counter() - started
-                    about = {"step": step + 1, "history": history, "conflicts": conflicts, "seconds": spent}
-                    _save(checkpoint, named, optimiser, about)
+                    loop.save(checkpoint, {"step": step + 1, "history": history, "seconds": spent})
                     saved = time.perf_counter()
     if distributed.count() > 1:
-        distributed.check_same("the trained parameters (their SHA-256)", _digest(named))
+        distributed.check_same("the trained parameters (their SHA-256)", _digest(loop.named))
+    conflicts = loop.telemetry.table() if loop.telemetry else pd.DataFrame()
     return Trained(history, conflicts, state["seconds"] + time.perf_counter() - started)
 
 
@@ -103,98 +98,109 @@ def named_parameters(live: Live, tasks: Sequence[TaskData]) -> dict[str, nn.Para
     return named
 
 
-def _optimiser(spec: RunSpec, chosen: Method, named: Mapping[str, nn.Parameter], live: Live) -> torch.optim.Optimizer:
-    settings = {"lr": spec.learning_rate, "weight_decay": spec.weight_decay}
-    if chosen.optimiser is not None:
-        return chosen.optimiser(named, live, **settings)
-    return torch.optim.AdamW(named.values(), **settings)
+class Loop:
+    """The parts of a training run, and one step of it.
 
-
-def _step(spec, chosen: Method, base, body, live, tasks, named, optimiser, step: int) -> tuple[Tensor, Tensor]:
-    """One optimiser step; returns the task losses (T) and the gradient norm before clipping, still on the device."""
-    found = task_gradients(base, body, _batches(spec, tasks, step), named, spec.micro_batch_rows)
-    combined = _combined(spec, chosen, [gradient for _, gradient in found], step)
-    if chosen.penalty is not None:
-        extra = torch.autograd.grad(chosen.penalty(live, step), list(named.values()), allow_unused=True)
-        combined = {name: g if e is None else g + e for (name, g), e in zip(combined.items(), extra, strict=True)}
-    for name, parameter in named.items():
-        parameter.grad = combined[name]
-    norm = torch.nn.utils.clip_grad_norm_(named.values(), spec.clip)
-    for group in optimiser.param_groups:
-        group["lr"] = learning_rate_at(step, spec)
-    optimiser.step()
-    optimiser.zero_grad(set_to_none=True)
-    if chosen.after_step is not None:
-        with torch.no_grad():
-            chosen.after_step(live, step)
-    return torch.stack([loss for loss, _ in found]), norm
-
-
-def _batches(spec: RunSpec, tasks: Sequence[TaskData], step: int) -> list[tuple[TaskData, list[int]]]:
-    """The rows that every task brings to a step, an equal number each."""
-    size = spec.batch_size // len(tasks)
-    return [(task, batch_indices(len(task.rows), size, step, spec.seed, task.name)) for task in tasks]
-
-
-def _combined(spec: RunSpec, chosen: Method, gradients: list[dict[str, Tensor]], step: int) -> dict[str, Tensor]:
-    """The gradient that the optimiser sees: the mean over tasks, after projection or the method's own transform."""
-    if len(gradients) == 1 and chosen.transform is None:
-        return gradients[0]
-    adapters = [{name: g for name, g in each.items() if not name.startswith("head.")} for each in gradients]
-    if chosen.transform is not None:
-        shared = dict(chosen.transform(adapters, step))
-    elif chosen.projects:
-        shared = project(spec, adapters, step)
-    else:
-        shared = {name: sum(each[name] for each in adapters) / len(adapters) for name in adapters[0]}
-    # A head has a gradient from its own task alone, so it is neither projected nor averaged.
-    heads = {name: sum(each[name] for each in gradients) for name in gradients[0] if name.startswith("head.")}
-    return {name: (shared | heads)[name] for name in gradients[0]}
-
-
-def project(spec: RunSpec, gradients: list[dict[str, Tensor]], step: int) -> dict[str, Tensor]:
-    """Ortho-LoRA's combination of task gradients, with the switches in the spec's options."""
-    options = dict(spec.options)
-    generator = torch.Generator().manual_seed(spec.seed * 1_000_003 + step)
-    combined, _ = combine(
-        gradients,
-        options.get("grouping", "tensor"),
-        reduction=options.get("reduction", "mean"),
-        order=options.get("order", "random"),
-        reference=options.get("reference", "original"),
-        generator=generator,
-    )
-    return combined
-
-
-def observe_conflicts(spec, base, body, live, tasks: Sequence[TaskData], step: int) -> list[dict]:
-    """Conflict rates per tensor between tasks, and within a task: between two halves of its own batch.
-
-    Both compare gradients of half a batch, so that they carry the same noise. Unrelated gradients conflict half of the
-    time; the rate within a task says how well it agrees with itself under that noise. One row a tensor: ``between`` and
-    ``within`` are shares of pairs with a negative inner product.
+    ``telemetry`` records how several tasks' gradients conflict; None records nothing. ``solver_state`` is what the
+    conflict solver keeps from step to step.
     """
-    named, middle = named_parameters(live, ()), spec.batch_size // len(tasks) // 2
-    if middle == 0:
-        return []
-    halves = [
-        (task, half) for task, indices in _batches(spec, tasks, step) for half in (indices[:middle], indices[middle:])
-    ]
-    gradients = [gradient for _, gradient in task_gradients(base, body, halves, named, spec.micro_batch_rows)]
-    _, found = combine(gradients, "tensor", order="fixed")
-    owner = torch.arange(len(tasks)).repeat_interleave(2)
-    same = owner[:, None] == owner[None, :]
-    upper = torch.ones_like(same).triu(1)
-    known = ~found.cosines.isnan().cpu()
-    conflict = found.conflict.cpu()
-    rows = []
-    for place, name in enumerate(found.groups):
-        shares = {}
-        for kind, pairs in {"between": ~same & upper, "within": same & upper}.items():
-            counted = pairs & known[place]
-            shares[kind] = float((conflict[place] & counted).sum() / counted.sum()) if counted.any() else float("nan")
-        rows.append({"step": step, "tensor": name, **shares})
-    return rows
+
+    def __init__(self, spec: RunSpec, base: Base, body: nn.Module, live: Live, tasks: Sequence[TaskData]):
+        self.spec, self.base, self.body, self.live, self.tasks = spec, base, body, live, tasks
+        self.method = get_method(spec.method)
+        self.named = named_parameters(live, tasks)
+        settings = {"lr": spec.learning_rate, "weight_decay": spec.weight_decay}
+        if self.method.optimiser is not None:
+            self.optimiser = self.method.optimiser(self.named, live, **settings)
+        else:
+            self.optimiser = torch.optim.AdamW(self.named.values(), **settings)
+        self.telemetry = Telemetry([task.name for task in tasks]) if len(tasks) > 1 else None
+        self.solver_state: dict[str, Tensor] = {}
+
+    def step(self, step: int) -> tuple[Tensor, Tensor]:
+        """One optimiser step; returns task losses (T) and the gradient norm before clipping, still on the device."""
+        found, halves = self._task_gradients(step)
+        combined = self._combined(found, step)
+        if self.telemetry is not None:
+            of_halves = conflicts_of(halves.shared) if halves is not None else None
+            self.telemetry.add(step, conflicts_of(found.shared), removed_share(combined, self._plain(found)), of_halves)
+        if self.method.penalty is not None:
+            extra = torch.autograd.grad(self.method.penalty(self.live, step), self.parameters, allow_unused=True)
+            pairs = zip(self.named, extra, strict=True)
+            combined = {name: combined[name] if e is None else combined[name] + e for name, e in pairs}
+        for name, parameter in self.named.items():
+            parameter.grad = combined[name]
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.spec.clip)
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate_at(step, self.spec)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        if self.method.after_step is not None:
+            with torch.no_grad():
+                self.method.after_step(self.live, step)
+        return found.losses, norm
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Everything trained, in a fixed order."""
+        return list(self.named.values())
+
+    def _task_gradients(self, step: int) -> tuple[TaskGradients, TaskGradients | None]:
+        """The tasks' gradients, and at the steps that telemetry looks closer, those of the halves of their batches."""
+        spec, size = self.spec, self.spec.batch_size // len(self.tasks)  # an equal number of rows each
+        batches = [(t, batch_indices(len(t.rows), size, step, spec.seed, t.name)) for t in self.tasks]
+        low_rank = all(isinstance(low, LowRank) for low in self.live.values())  # other forms have no gradients by task
+        shared = {"micro_batch_rows": spec.micro_batch_rows, "live": self.live if low_rank else None}
+        if self.telemetry is None or size < 2 or step % max(1, spec.trained_steps // LOOKS):
+            return task_gradients(self.base, self.body, batches, self.named, **shared), None
+        halves = [(task, part) for task, rows in batches for part in (rows[: size // 2], rows[size // 2 :])]
+        totals = [task.targets(rows) for task, rows in batches for _ in range(2)]
+        found = task_gradients(self.base, self.body, halves, self.named, **shared, totals=totals)
+        return found.in_pairs(), found
+
+    def _combined(self, found: TaskGradients, step: int) -> dict[str, Tensor]:
+        """The gradient that the optimiser sees: the mean over tasks, or what solver or the method's transform makes.
+
+        A head has a gradient from its own task alone, so it is neither projected nor averaged.
+        """
+        tasks = len(found.losses)
+        if self.method.transform is not None:
+            shared = dict(self.method.transform([found.of(task) for task in range(tasks)], step))
+        elif self.method.projects and tasks > 1:
+            shared = self._solved(found.shared, step)
+        else:
+            shared = found.of(0) if tasks == 1 else self._plain(found)
+        return shared | found.heads
+
+    def _solved(self, gradients: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
+        """Task gradients (T × shape) combined by the conflict solver, with the switches in the spec's options."""
+        generator = torch.Generator().manual_seed(self.spec.seed * 1_000_003 + step)
+        settings = {"reduction": "mean"} | dict(self.spec.options)
+        combined, _ = combine_stacked(gradients, generator=generator, state=self.solver_state, **settings)
+        return combined
+
+    def _plain(self, found: TaskGradients) -> dict[str, Tensor]:
+        """What joint training takes: the mean over tasks, or their sum where the options say so."""
+        tasks = 1 if dict(self.spec.options).get("reduction") == "sum" else len(found.losses)
+        return {name: sum(each.unbind()) / tasks for name, each in found.shared.items()}
+
+    def save(self, path: Path, about: dict) -> None:
+        """Write a checkpoint, with what ``about`` says of it."""
+        others = {"solver": self.solver_state}
+        if self.telemetry is not None:
+            about, others = about | {"tensors": self.telemetry.tensors}, others | {"telemetry": self.telemetry.state()}
+        save_checkpoint(path, self.named, self.optimiser, about, others)
+
+    def restore(self, path: Path) -> dict | None:
+        """Go on from a checkpoint; returns what it says of itself, None where there is none that can be read."""
+        found = restore_checkpoint(path, self.named, self.optimiser)
+        if found is None:
+            return None
+        about, others = found
+        self.solver_state = {name: tensor.to(self.base.device) for name, tensor in others.get("solver", {}).items()}
+        if self.telemetry is not None:
+            self.telemetry.restore(others.get("telemetry", {}), about["tensors"])
+        return about
 
 
 def _look(pending: list[dict], tasks: Sequence[TaskData]) -> list[dict]:
@@ -235,32 +241,3 @@ def _digest(named: Mapping[str, nn.Parameter]) -> str:
     for parameter in named.values():
         digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _save(path: Path, named: Mapping[str, nn.Parameter], optimiser: torch.optim.Optimizer, about: dict) -> None:
-    tensors = {}
-    for name, parameter in named.items():
-        tensors[f"{name}|value"] = parameter.detach().cpu()
-        for key, value in optimiser.state[parameter].items():
-            tensors[f"{name}|{key}"] = value.detach().cpu()
-    write_atomically(path, save(tensors, metadata={"about": json.dumps(about)}))
-
-
-def _restore(path: Path, named: Mapping[str, nn.Parameter], optimiser: torch.optim.Optimizer) -> dict | None:
-    """Put a checkpoint's values back and return what it says of itself; None where there is none that can be read."""
-    if not path.exists():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-            about = json.loads(file.metadata()["about"])
-    except SafetensorError as error:
-        warnings.warn(f"{path} is damaged ({error}); training starts anew", stacklevel=3)
-        return None
-    with torch.no_grad():
-        for name, parameter in named.items():
-            parameter.copy_(tensors[f"{name}|value"])
-            kept = {key.partition("|")[2]: t for key, t in tensors.items() if key.startswith(f"{name}|")}
-            kept.pop("value")
-            optimiser.state[parameter] = {k: t if k == "step" else t.to(parameter.device) for k, t in kept.items()}
-    return about

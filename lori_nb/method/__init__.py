@@ -34,6 +34,7 @@ In reading order:
 
 - ``adapters``: factors as plain data, A from a seed, attach and detach; ``adapter_file``: an adapter on disk.
 - ``masks``: which entries of B are trained: by magnitude or at random, exactly k of them, at any scope.
+- ``task_gradients``: every task's gradient of A and B from one backward pass.
 - ``projection``: conflicts found and removed, for all blocks at once.
 
 This room knows torch and numpy, and no other room.

@@ -17,10 +17,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from lori_nb.method.subspaces import is_portable
+from lori_nb.method.task_gradients import LowRankUpdate, TaskRows
 
 RECIPE = 1  # raise when the same input gives another result
 
@@ -133,6 +132,7 @@ class LowRank(nn.Module):
         super().__init__()
         self.scale = factors.scale
         self.shape = factors.B.shape
+        self.task_rows: TaskRows | None = None  # set by task_gradients.by_task
         self.A = nn.Parameter(factors.A.detach().clone().float(), requires_grad=train_A)
         dense = factors.B.detach().clone().float()
         if mask is not None and mask.shape != dense.shape:
@@ -157,15 +157,12 @@ class LowRank(nn.Module):
         return ({"A": self.A} if self.A.requires_grad else {}) | {"B": self.values}
 
     def gathered(self, dense: Tensor) -> Tensor:
-        """The entries of a matrix of B's shape that belong to the trained values, in their order."""
-        return dense if self.positions is None else dense.flatten()[self.positions]
+        """The entries of matrices of B's shape (… × d_out × r) that belong to the trained values, in their order."""
+        return dense if self.positions is None else dense.flatten(-2)[..., self.positions]
 
     def forward(self, x: Tensor) -> Tensor:
         """s · B (A x) for x (… × d_in) → (… × d_out), computed in x's dtype; the factors themselves stay float32."""
-        if not self.A.requires_grad:
-            return _FrozenDown.apply(x, self.values, self)
-        h = F.linear(x, self.A.to(x.dtype))  # (… × r)
-        return F.linear(h, (self.B * self.scale).to(x.dtype))
+        return LowRankUpdate.apply(x, self.A, self.values, self)
 
     def factors(self) -> Factors:
         """A detached copy of the present factors."""
@@ -179,35 +176,6 @@ class LowRank(nn.Module):
         where[self.fixed_positions.cpu()] = True
         where[self.positions.cpu()] = True
         return where.view(self.shape)
-
-
-class _FrozenDown(torch.autograd.Function):
-    """s · B (A x) for a frozen A, keeping h = A x (… × r) for the backward pass and neither x nor a dense B.
-
-    With u = ∂L/∂y:  ∂L/∂B = s uᵀ h,  ∂L/∂x = (u s B) A.  The products are those that autograd takes for the plain form,
-    in the same order, so that both give the same bits.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, values: Tensor, low: LowRank) -> Tensor:
-        h = F.linear(x, low.A.to(x.dtype))
-        ctx.low = low
-        ctx.save_for_backward(h, values)  # values to notice a change in place before the backward pass
-        return F.linear(h, (low.B * low.scale).to(x.dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, u: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        """∂L/∂x (… × d_in) and ∂L/∂B at the trained entries, from u (… × d_out)."""
-        low, (h, _) = ctx.low, ctx.saved_tensors
-        grad_x = grad_values = None
-        if ctx.needs_input_grad[0]:
-            up = (low.B * low.scale).to(u.dtype)
-            grad_x = (u @ up) @ low.A.to(u.dtype)
-        if ctx.needs_input_grad[1]:
-            dense = u.flatten(0, -2).T @ h.flatten(0, -2)  # (d_out × r)
-            grad_values = low.gathered(dense.float() * low.scale)
-        return grad_x, grad_values, None
 
 
 class Attached:

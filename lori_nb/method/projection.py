@@ -17,39 +17,13 @@ data, so nothing waits for a GPU; :func:`project_conflicts_reference` is the lit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import itertools
 
 import torch
 from torch import Tensor
 
 RECIPE = 1  # raise when the same input gives another result
-GROUPINGS: dict[str, Callable[[str], str]] = {
-    "tensor": lambda name: name,
-    "module": lambda name: name.rpartition(".")[0],
-    "factor": lambda name: name.rpartition(".")[2],
-    "adapter": lambda name: "",
-}
 REFERENCES = ("original", "projected")
-REDUCTIONS: dict[str, Callable[[int], float]] = {"sum": lambda tasks: 1.0, "mean": lambda tasks: 1.0 / tasks}
-
-
-@dataclass(frozen=True)
-class Conflicts:
-    """How the tasks' gradients lay to each other, before any projection.
-
-    ``groups`` names the G blocks; ``cosines`` (G, T, T) holds cos(g_i, g_j), NaN where either gradient is zero;
-    ``conflict`` (G, T, T) is true where ⟨g_i, g_j⟩ < 0.
-    """
-
-    groups: tuple[str, ...]
-    cosines: Tensor
-    conflict: Tensor
-
-    def rate(self) -> Tensor:
-        """Share of conflicting task pairs in each block (G,), among pairs with two nonzero gradients; NaN if none."""
-        pairs = torch.ones_like(self.conflict).triu(1) & ~self.cosines.isnan()
-        return (self.conflict & pairs).sum((1, 2)) / pairs.sum((1, 2))
 
 
 def fixed_orders(tasks: int) -> Tensor:
@@ -80,7 +54,7 @@ def project_conflicts_reference(gradients: Tensor, order: Tensor | None = None, 
     """
     tasks = len(gradients)
     order = fixed_orders(tasks) if order is None else order.cpu()
-    _check_reference(reference)
+    check_reference(reference)
     if not torch.equal(order.sort(dim=-1).values, fixed_orders(tasks)):
         raise ValueError(f"order must list in row i every other of the {tasks} tasks once; found {order.tolist()}")
     projected = gradients.clone()
@@ -92,6 +66,12 @@ def project_conflicts_reference(gradients: Tensor, order: Tensor | None = None, 
             if inner < 0 and square > floors[j]:
                 projected[i] = projected[i] - inner / square * others[j]
     return projected
+
+
+def all_orders(tasks: int) -> Tensor:
+    """Every order of the others, for all tasks at once ((T−1)!, T, T−1): what the mean over orders runs through."""
+    places = torch.tensor(list(itertools.permutations(range(tasks - 1))))  # ((T−1)!, T−1)
+    return _skip_self(places[:, None, :].expand(-1, tasks, -1))
 
 
 def projection_matrices(gramians: Tensor, orders: Tensor, reference: str = "original") -> Tensor:
@@ -110,7 +90,7 @@ def projection_matrices(gramians: Tensor, orders: Tensor, reference: str = "orig
     Raises:
         ValueError: unknown reference, wrong shape, or a Gramian of less than float32.
     """
-    _check_reference(reference)
+    check_reference(reference)
     if gramians.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"gramians must be float32 or float64; found {gramians.dtype}")
     if gramians.ndim != 3 or gramians.shape[1] != gramians.shape[2]:
@@ -121,7 +101,7 @@ def projection_matrices(gramians: Tensor, orders: Tensor, reference: str = "orig
             f"orders must have shape ({tasks}, {tasks - 1}) or ({groups}, {tasks}, {tasks - 1}); "
             f"found {tuple(orders.shape)}"
         )
-    orders = _send(orders, gramians.device).expand(groups, tasks, tasks - 1)
+    orders = send(orders, gramians.device).expand(groups, tasks, tasks - 1)
     return (_off_projected if reference == "projected" else _off_originals)(gramians, orders)
 
 
@@ -137,61 +117,11 @@ def projection_coefficients(
         return matrices.sum(dim=1)
     if weights.shape != (gramians.shape[1],):
         raise ValueError(f"weights must have shape ({gramians.shape[1]},), one a task; found {tuple(weights.shape)}")
-    return torch.einsum("i,git->gt", _send(weights.to(matrices.dtype), matrices.device), matrices)
+    return torch.einsum("i,git->gt", send(weights.to(matrices.dtype), matrices.device), matrices)
 
 
-@torch.no_grad()
-def combine(
-    task_gradients: Sequence[Mapping[str, Tensor]],
-    grouping: str | Callable[[str], str] = "tensor",
-    *,
-    reduction: str = "sum",
-    weights: Sequence[float] | None = None,
-    order: str = "random",
-    reference: str = "original",
-    generator: torch.Generator | None = None,
-) -> tuple[dict[str, Tensor], Conflicts]:
-    """One conflict-free gradient out of T tasks' gradients, and how much they conflicted.
-
-    Args:
-        task_gradients: for each task, tensor name ("<module>.A", "<module>.B") → gradient; never altered.
-        grouping: which tensors form one block: "tensor" (Ortho-LoRA), "module" (A with its B), "factor" (all A, all B),
-            "adapter" (everything), or a function from tensor name to block name.
-        reduction: "sum" is Σ_i w_i g_i; "mean" divides it by T.
-        weights: w_i ≥ 0, ones by default.
-        order: "random" draws an order for every block and task from ``generator``; "fixed" is ascending.
-        reference: "original" or "projected", see :func:`project_conflicts_reference`.
-        generator: needed for order "random"; a CPU generator gives the same orders on every device.
-
-    Returns:
-        name → combined gradient in the gradients' own dtype, and the :class:`Conflicts` before projection. Inner
-        products are taken in float32, or float64 where any gradient is; a gradient whose square norm underflows there
-        counts as zero and is added unprojected.
-
-    Raises:
-        ValueError: no task, tasks that differ in tensor names or shapes, or a setting outside its set.
-    """
-    names = _check_gradients(task_gradients)
-    scales = _check_settings(len(task_gradients), grouping, reduction, weights, order, reference, generator)
-    key = GROUPINGS[grouping] if isinstance(grouping, str) else grouping
-    blocks = {name: key(name) for name in names}
-    groups = tuple(dict.fromkeys(blocks.values()))
-    place = {name: groups.index(block) for name, block in blocks.items()}
-    tasks = len(task_gradients)
-    orders = fixed_orders(tasks) if order == "fixed" else random_orders(len(groups), tasks, generator)
-    # A training loop's autocast would take the inner products and sums in bfloat16.
-    with torch.autocast(task_gradients[0][names[0]].device.type, enabled=False):
-        rows = _rows(task_gradients, names)
-        gramians = _gramians(list(rows.values()), list(place.values()), len(groups))
-        weighted = torch.tensor(scales, dtype=gramians.dtype)
-        coefficients = projection_coefficients(gramians, orders, weighted, reference)
-        sums = {name: coefficients[place[name]].to(row) @ row for name, row in rows.items()}
-    likes = task_gradients[0]
-    combined = {name: total.reshape(likes[name].shape).to(likes[name].dtype) for name, total in sums.items()}
-    return combined, _conflicts(groups, gramians)
-
-
-def _send(tensor: Tensor, device: torch.device) -> Tensor:
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A small tensor on another device, without waiting for a GPU."""
     # A blocking copy would wait for the GPU's queue; towards the CPU it has to block, or the values are not there yet.
     return tensor.to(device, non_blocking=tensor.device.type == "cpu")
 
@@ -246,58 +176,7 @@ def _off_projected(gramians: Tensor, orders: Tensor) -> Tensor:
     return matrices
 
 
-def _rows(task_gradients: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> dict[str, Tensor]:
-    """Tensor name → the tasks' gradients as rows (T, n), in float32 or float64."""
-    wide = any(task_gradients[0][name].dtype == torch.float64 for name in names)
-    dtype = torch.float64 if wide else torch.float32
-    return {name: torch.stack([task[name].reshape(-1) for task in task_gradients]).to(dtype) for name in names}
-
-
-def _gramians(rows: Sequence[Tensor], members: Sequence[int], groups: int) -> Tensor:
-    """Gramians of the blocks (G, T, T): those of their tensors, added; ``members`` holds each tensor's block."""
-    device = rows[0].device
-    each = torch.stack([(row @ row.T).to(device) for row in rows])
-    return each.new_zeros(groups, *each.shape[1:]).index_add(0, _send(torch.tensor(members), device), each)
-
-
-def _conflicts(groups: tuple[str, ...], gramians: Tensor) -> Conflicts:
-    norms = gramians.diagonal(dim1=1, dim2=2).sqrt()
-    cosines = (gramians / norms[:, :, None] / norms[:, None, :]).clamp(-1, 1)  # 0/0 is NaN: a zero has no direction
-    return Conflicts(groups, cosines, gramians < 0)
-
-
-def _check_reference(reference: str) -> None:
+def check_reference(reference: str) -> None:
+    """ValueError unless the reference is known."""
     if reference not in REFERENCES:
         raise ValueError(f"reference must be one of {', '.join(REFERENCES)}; found {reference!r}")
-
-
-def _check_gradients(task_gradients: Sequence[Mapping[str, Tensor]]) -> list[str]:
-    if not task_gradients or not task_gradients[0]:
-        raise ValueError("task_gradients must hold at least one task with at least one tensor; found none")
-    shapes = {name: gradient.shape for name, gradient in task_gradients[0].items()}
-    for index, task in enumerate(task_gradients):
-        found = {name: gradient.shape for name, gradient in task.items()}
-        if found != shapes:
-            odd = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
-            raise ValueError(
-                f"task_gradients must have the same tensor names and shapes in every task; task {index} differs from "
-                f"task 0 in {', '.join(odd[:3])}"
-            )
-    return list(shapes)
-
-
-def _check_settings(tasks, grouping, reduction, weights, order, reference, generator) -> list[float]:
-    """The tasks' weights with the reduction in them, after every setting was found good."""
-    _check_reference(reference)
-    if isinstance(grouping, str) and grouping not in GROUPINGS:
-        raise ValueError(f"grouping must be a function or one of {', '.join(GROUPINGS)}; found {grouping!r}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; found {reduction!r}")
-    if order not in ("random", "fixed"):
-        raise ValueError(f"order must be one of random, fixed; found {order!r}")
-    if order == "random" and generator is None:
-        raise ValueError("generator must be a torch.Generator when order is 'random', so that runs repeat; found None")
-    weights = [1.0] * tasks if weights is None else [float(weight) for weight in weights]
-    if len(weights) != tasks or not all(0 <= weight < float("inf") for weight in weights):
-        raise ValueError(f"weights must be {tasks} finite numbers of at least 0, one a task; found {weights}")
-    return [weight * REDUCTIONS[reduction](tasks) for weight in weights]

@@ -90,7 +90,7 @@ def arm_spec(settings: Settings, name: str, task: str, seed: int) -> RunSpec:
     if arm.rate_like is not None:
         changes["learning_rate"] = rate_of(settings, arm.rate_like)
     if arm.step_factor != 1:
-        changes["steps"] = settings.steps * arm.step_factor
+        changes["steps"] = settings.steps_on(task) * arm.step_factor
     return single(fixed, arm.method, task, seed, calibration_share=arm.calibration_share, **changes)
 
 

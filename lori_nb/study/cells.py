@@ -41,7 +41,7 @@ def single(
         subspace=settings.subspace,
         family=settings.tasks if settings.subspace == "orthogonal" else (),
         learning_rate=rate_of(settings, method, *like_of(method)),
-        steps=settings.steps,
+        steps=settings.steps_on(task),
         batch_size=settings.batch_size,
         train_rows=settings.train_rows,
         test_rows=settings.test_rows,

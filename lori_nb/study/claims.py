@@ -18,8 +18,9 @@ import pandas as pd
 from lori_nb.analysis.equivalence import detectable_effect
 from lori_nb.analysis.statistics import Estimate, Interval, estimate_of, interval_text, t_interval
 from lori_nb.lab.specs import MergeSpec
-from lori_nb.study import comparison, forgetting, geometry, questions
+from lori_nb.study import comparison, conflict, forgetting, geometry, questions, sharing
 from lori_nb.study.cells import single
+from lori_nb.study.joint_arms import JOINT, ORTHO, SINGLE
 from lori_nb.study.notebook import Results
 from lori_nb.study.summary import DEMONSTRATION, as_columns, difference, estimate, estimate_unit, group_word, text_of
 
@@ -116,12 +117,9 @@ def _kept_first(a: str, b: str) -> Callable[[Results], Measured | None]:
 
 def _arrangements(a: str, b: str) -> Callable[[Results], Measured | None]:
     def measure(results: Results) -> Measured | None:
-        pairs = questions.run_pairs(
-            results,
-            lambda seed: questions.arrangement_specs(results.settings, seed)[a],
-            lambda seed: questions.arrangement_specs(results.settings, seed)[b],
-        )
-        return _difference(pairs, list(results.settings.tasks))
+        if not {a, b} <= {SINGLE, *results.settings.joint_arms}:
+            return None
+        return _difference(sharing.arrangement_pairs(results, a, b), list(results.settings.tasks))
 
     return measure
 
@@ -143,8 +141,8 @@ def _excess_overlap(a: str, b: str, measure_name: str) -> Callable[[Results], Me
 
 
 def _excess_conflict(results: Results) -> Measured | None:
-    rates = questions.conflict_rates(results)
-    found, seeds = questions.excess_conflict(rates), rates["seed"].nunique()
+    rates = conflict.conflict_rates(results)
+    found, seeds = conflict.excess_conflict(rates), rates["seed"].nunique()
     if found is None:
         return None
     interval, of = found
@@ -212,14 +210,14 @@ CLAIMS = (
         "Joint training loses against single-task training.",
         "single − joint, mean score",
         0.0,
-        _arrangements("single", "joint"),
+        _arrangements(SINGLE, JOINT),
     ),
     Claim(
         ORTHO_LORA,
         "Projecting conflicting gradients wins back what joint training loses.",
         "Ortho-LoRA − joint, mean score",
         0.0,
-        _arrangements("ortho-lora", "joint"),
+        _arrangements(ORTHO, JOINT),
     ),
 )
 
@@ -247,7 +245,7 @@ def _confounded(claim: Claim, results: Results) -> str | None:
     """Why a difference cannot speak for the claim, whatever its interval; None where it can."""
     if claim.least < 0 and not questions.has_learned(results, "lora"):
         return "cannot tell (LoRA itself learned too little)"
-    alone, shared = questions.rows_per_task(results.settings)
+    alone, shared = sharing.rows_per_task(results.settings)
     if claim.measured_as.startswith("single − joint") and alone != shared:
         return f"cannot tell (a task saw {alone} rows alone, {shared} jointly)"
     return None

@@ -16,10 +16,11 @@ from lori_nb.lab.resolving import check, resolve
 from lori_nb.lab.runs import Store
 from lori_nb.lab.specs import Spec
 from lori_nb.lab.tasks.hub import HubUnreachableError
-from lori_nb.study.cells import base_runs, joint, single
+from lori_nb.study.cells import base_runs, single
 from lori_nb.study.cost import Cost, cost_of, prefix_seconds
 from lori_nb.study.display import Display, clock
 from lori_nb.study.execute import Executed, execute_notebook, side_by_side
+from lori_nb.study.joint_arms import get_joint_arm, joint_arm_spec
 from lori_nb.study.notebook import figures_folder, slug
 from lori_nb.study.parameters import read_parameters
 from lori_nb.study.plans import PLANS
@@ -199,8 +200,8 @@ def _arms(settings: Settings) -> dict[str, list[Spec]]:
     for method in dict.fromkeys((*settings.method, "lora")):
         grid = itertools.product(settings.tasks, settings.seed)
         arms[get_method(method).title] = [single(settings, method, task, seed) for task, seed in grid]
-    for method in ("lora", "ortho-lora"):
-        arms[f"{get_method(method).title}, joint"] = [joint(settings, method, seed) for seed in settings.seed]
+    for name in settings.joint_arms:
+        arms[get_joint_arm(name).title] = [joint_arm_spec(settings, name, seed) for seed in settings.seed]
     return arms
 
 

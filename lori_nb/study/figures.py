@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from lori_nb.study.style import GREY, WIDTH, look_of, title_of
 from lori_nb.study.summary import SHARES, n_text
@@ -223,42 +223,6 @@ def loss_curves(ax: Axes, losses: pd.DataFrame) -> Axes:
     return ax
 
 
-def conflict_points(ax: Axes, summary: pd.DataFrame) -> Axes:
-    """Conflict rate by kind of module, between tasks and within a task; a row for each module and kind."""
-    if summary.empty:
-        return _not_measured(ax)
-    grouped_points(ax, summary, "module", "pairs", "conflicting pairs (%)")
-    ax.tick_params(axis="x", rotation=30)
-    for tick in ax.get_xticklabels():
-        tick.set(ha="right", rotation_mode="anchor")
-    return _percent(ax)
-
-
-def conflict_steps(ax: Axes, summary: pd.DataFrame) -> Axes:
-    """Conflict rate over training, between tasks and within a task; a row for each step and kind."""
-    if summary.empty:
-        return _not_measured(ax)
-    for pairs, part in summary.groupby("pairs", sort=False):
-        part = part.sort_values("step")
-        ax.plot(part["step"], part["value"], label=title_of(pairs), **look_of(pairs))
-    ax.set(xlabel="step", ylabel="conflicting pairs (%)")
-    return _percent(ax)
-
-
-def _not_measured(ax: Axes) -> Axes:
-    ax.text(0.5, 0.5, "not measured", ha="center", va="center", transform=ax.transAxes)
-    ax.set_axis_off()
-    return ax
-
-
-def _percent(ax: Axes) -> Axes:
-    ax.axhline(0.5, color=GREY, linewidth=0.8)  # what two gradients without relation give
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
-    low, high = ax.get_ylim()
-    ax.set_ylim(max(low, -0.02), min(high, 1.02))
-    return ax
-
-
 def spectra(ax: Axes, table: pd.DataFrame) -> Axes:
     """Sorted principal angles, median and quartiles, a line a method and the null."""
     for method, part in table.groupby("method", sort=False):
@@ -272,6 +236,7 @@ def spectra(ax: Axes, table: pd.DataFrame) -> Axes:
         )
         ax.fill_between(part["index"], part["low"], part["high"], color=look["color"], alpha=0.12, linewidth=0)
     ax.set(xlabel="principal angle, smallest first", ylabel="angle between tasks (degrees)")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))  # they are counted
     ax.set_yticks(range(0, 91, 15))
     ax.set_ylim(15 * math.floor(table["low"].min() / 15), 92)
     return ax

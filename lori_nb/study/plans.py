@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 
 from lori_nb.lab.specs import MergeSpec, RunSpec, Spec
 from lori_nb.study.arms import arm_spec, arms_of
-from lori_nb.study.cells import base_runs, joint, single
+from lori_nb.study.cells import base_runs, single
+from lori_nb.study.joint_arms import arrangement_specs
 from lori_nb.study.profiles import NOTEBOOKS, Settings
 
 
@@ -40,9 +41,10 @@ def sparsity_specs(settings: Settings) -> list[RunSpec]:
 
 
 def plan_ortho_lora(settings: Settings) -> list[Spec]:
-    """Single-task LoRA, joint LoRA and Ortho-LoRA."""
-    singles = [single(settings, "lora", task, seed) for task, seed in itertools.product(settings.tasks, settings.seed)]
-    return singles + [joint(settings, method, seed) for method in ("lora", "ortho-lora") for seed in settings.seed]
+    """One LoRA adapter a task, and every way of the settings to learn all tasks in one."""
+    return [
+        spec for seed in settings.seed for several in arrangement_specs(settings, seed).values() for spec in several
+    ]
 
 
 def plan_interference(settings: Settings) -> list[Spec]:

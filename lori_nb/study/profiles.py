@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +64,15 @@ class Settings:
     dtype: str
     arms: tuple[str, ...] = ()  # beside the methods: keys of lori_nb.study.arms.ARMS, or other methods
     arm_tasks: tuple[str, ...] = ()  # what they are trained on; empty takes mask_tasks
+    joint_arms: tuple[str, ...] = ("joint", "ortho-lora")  # ways to learn all tasks in one adapter
     schedule: str = "linear"  # of the learning rate after the warm-up; or constant
     micro_batch_rows: int | None = None  # rows of a task computed at a time; none takes them all
     checkpointing: bool = False  # activations are computed again in the backward pass, not kept
+    task_steps: Mapping[str, int] = field(default_factory=dict)  # of single runs, where a task's are not ``steps``
+
+    def steps_on(self, task: str) -> int:
+        """Optimiser steps of a run on one task."""
+        return self.task_steps.get(task, self.steps)
 
 
 _LISTS = {
@@ -102,11 +108,15 @@ def profile_names() -> list[str]:
 
 
 def read_profile(name: str) -> dict[str, Any]:
-    """The raw values of a profile; ValueError lists the known profiles."""
+    """The raw values of a profile, those that it leaves out from the one it is ``like``; ValueError lists the known
+    profiles.
+    """
     path = profile_folder() / f"{name}.yaml"
     if not path.is_file():
         raise ValueError(f"profile must be one of {', '.join(profile_names())}; found {name!r}")
-    return yaml.safe_load(path.read_text())
+    values = yaml.safe_load(path.read_text())
+    like = values.pop("like", None)
+    return values if like is None else read_profile(like) | values
 
 
 def load_settings(profile: str = "quick", **changes: Any) -> Settings:
@@ -147,12 +157,21 @@ def _checked(values: dict[str, Any]) -> Settings:
     values["learning_rate"] = {
         key: _number(f"learning_rate of {key}", v, float) for key, v in dict(values["learning_rate"]).items()
     }
+    values["task_steps"] = {
+        task: _number(f"task_steps of {task}", steps, int)
+        for task, steps in dict(values.get("task_steps", {})).items()
+        if get_task(task).name in values["tasks"]
+    }
     values["mask_tasks"] = expand_tasks(values["mask_tasks"])
     values["arms"] = tuple(_as_list(values.get("arms", ())))
     from lori_nb.study.arms import get_arm  # arms build on settings
+    from lori_nb.study.joint_arms import get_joint_arm
 
     for name in values["arms"]:
         get_arm(name)
+    values["joint_arms"] = tuple(_as_list(values.get("joint_arms", Settings.joint_arms)))
+    for name in values["joint_arms"]:
+        get_joint_arm(name)
     values["arm_tasks"] = expand_tasks(_as_list(values.get("arm_tasks") or values["mask_tasks"]))
     for name in values["method"]:
         get_method(name)

@@ -1,7 +1,8 @@
 """What each notebook asks of its finished runs, as tidy tables: one row a measurement, with n and interval.
 
-Notebooks 01, 02, 03 and 05 are answered here, 04 and the places of masks in :mod:`lori_nb.study.geometry`, 06 in
-:mod:`lori_nb.study.forgetting`; verdicts on the papers' claims are in :mod:`lori_nb.study.claims`.
+Notebooks 01, 02 and 05 are answered here, 03 in :mod:`lori_nb.study.sharing` and :mod:`lori_nb.study.conflict`, 04 and
+the places of masks in :mod:`lori_nb.study.geometry`, 06 in :mod:`lori_nb.study.forgetting`; verdicts on the papers'
+claims are in :mod:`lori_nb.study.claims`.
 """
 
 from __future__ import annotations
@@ -11,18 +12,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 
-from lori_nb.analysis.statistics import Interval, interval_text, t_interval
 from lori_nb.lab.specs import RunSpec
-from lori_nb.study.cells import base_runs, joint, single
-from lori_nb.study.geometry import module_kinds
+from lori_nb.study.cells import base_runs
 from lori_nb.study.notebook import Results
 from lori_nb.study.plans import method_specs, plan_merging, sparsity_specs
-from lori_nb.study.profiles import Settings
 from lori_nb.study.style import title_of
-from lori_nb.study.summary import Pair, as_columns, difference, group_word, summarise
+from lori_nb.study.summary import Pair, group_word, summarise
 
 MARGIN = 0.10  # ten points: a method beats a reference when it is at least so far above it
-ARRANGEMENTS = ("single", "joint", "ortho-lora")
 
 
 # 01: accuracy against trainable parameters
@@ -110,44 +107,6 @@ def training_losses(results: Results) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
-# 03: several tasks, one adapter
-
-
-def arrangement_specs(settings: Settings, seed: int) -> dict[str, list[RunSpec]]:
-    """For each way to learn all tasks, one spec a task: one adapter each, or one for all, plain or projected."""
-    many = len(settings.tasks)
-    return {
-        "single": [single(settings, "lora", task, seed) for task in settings.tasks],
-        "joint": [joint(settings, "lora", seed)] * many,
-        "ortho-lora": [joint(settings, "ortho-lora", seed)] * many,
-    }
-
-
-def arrangement_scores(results: Results) -> pd.DataFrame:
-    """Score on every task of single-task LoRA, joint LoRA and Ortho-LoRA."""
-    frames = []
-    for name in ARRANGEMENTS:
-        specs = [spec for seed in results.settings.seed for spec in arrangement_specs(results.settings, seed)[name]]
-        frames.append(results.rows_of(specs).assign(arrangement=name))
-    return summarise(pd.concat(frames), ["arrangement", "task"])
-
-
-def gaps(results: Results) -> pd.DataFrame:
-    """Mean over tasks: what joint training loses against single tasks, and what Ortho-LoRA gains on joint training."""
-    asked = {"single − joint": ("single", "joint"), "Ortho-LoRA − joint": ("ortho-lora", "joint")}
-    rows = []
-    for name, (a, b) in asked.items():
-        pairs = run_pairs(
-            results,
-            lambda seed, a=a: arrangement_specs(results.settings, seed)[a],
-            lambda seed, b=b: arrangement_specs(results.settings, seed)[b],
-        )
-        interval = difference(pairs, results.settings.tasks)
-        about = {"difference": name, "over": "mean over tasks", "seeds": len(pairs)}
-        rows.append(about | as_columns(interval, unit_of(pairs, results.settings.tasks)))
-    return pd.DataFrame(rows)
-
-
 Specs = Callable[[int], list[RunSpec]]
 
 
@@ -164,74 +123,6 @@ def run_pairs(results: Results, specs_a: Specs, specs_b: Specs) -> dict[int, lis
 def unit_of(pairs: dict, tasks: Sequence[str]) -> str:
     """What n of :func:`difference` counts."""
     return "seeds" if len(pairs) > 1 else group_word(tasks)
-
-
-def conflict_rates(results: Results) -> pd.DataFrame:
-    """Share of pairs of task gradients with a negative inner product: one row for each step, tensor and kind of pair.
-
-    Columns arrangement, seed, step, module (kind), factor ("A" or "B"), pairs ("between" two tasks, or "within" one
-    task: two halves of its batch), rate. Undefined rates (of a
-    gradient that is zero) are left out.
-    """
-    frames = []
-    for seed in results.settings.seed:
-        for name in ("joint", "ortho-lora"):
-            run = results.run(arrangement_specs(results.settings, seed)[name][0])
-            if run is not None and not run.conflicts.empty:
-                frames.append(run.conflicts.assign(arrangement=name, seed=seed))
-    if not frames:
-        return pd.DataFrame(columns=["arrangement", "seed", "step", "module", "factor", "pairs", "rate"])
-    table = pd.concat(frames, ignore_index=True)
-    table[["module", "factor"]] = table["tensor"].str.rsplit(".", n=1, expand=True)
-    table["module"] = table["module"].map(module_kinds(table["module"].unique()))
-    kept = ["arrangement", "seed", "step", "module", "factor"]
-    return table.melt(kept, ["between", "within"], "pairs", "rate").dropna(subset="rate")
-
-
-def conflict_summary(rates: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
-    """Mean conflict rate by some columns: a t interval over seeds, or with one seed over the steps looked at.
-
-    Steps of one run draw their rows apart from each other but share the adapter, so an interval over steps says
-    little about other runs.
-    """
-    unit = "seed" if rates["seed"].nunique() > 1 else "step"
-    rows = []
-    for key, part in rates.groupby(list(by), sort=False):
-        values = part.groupby(unit)["rate"].mean()
-        rows.append(dict(zip(by, key, strict=True)) | as_columns(t_interval(values), f"{unit}s"))
-    return pd.DataFrame(rows, columns=[*by, "value", "low", "high", "n", "of"])
-
-
-def excess_conflict(rates: pd.DataFrame, arrangement: str = "joint") -> tuple[Interval, str] | None:
-    """Conflict rate between tasks minus one half, and what its n counts; None where it was not measured.
-
-    One half is what two unrelated gradients give, and so what noise alone gives between tasks. The rate within a task
-    is no null: two halves of a batch share the task's own mean gradient, which brings it below one half.
-    """
-    chosen = rates[(rates["arrangement"] == arrangement) & (rates["pairs"] == "between")]
-    if chosen.empty:
-        return None
-    unit = "seed" if chosen["seed"].nunique() > 1 else "step"
-    return t_interval(chosen.groupby(unit)["rate"].mean() - 0.5), f"{unit}s"
-
-
-def conflict_line(rates: pd.DataFrame) -> str:
-    """One sentence on whether tasks conflict more often than unrelated gradients would, in joint training."""
-    found = excess_conflict(rates)
-    if found is None:
-        return "Conflicts were not measured: that takes two rows of every task in a batch."
-    interval, of = found
-    told = {True: "more often than", False: "less often than"}[interval.mean > 0]
-    if interval.low <= 0 <= interval.high:
-        told = "about as often as"
-    bounds = f"{interval_text(interval.mean, interval.low, interval.high, 3, signed=True)} (n = {interval.n} {of})"
-    return f"Gradients of different tasks conflict {told} unrelated ones would: rate between tasks − ½ = {bounds}."
-
-
-def rows_per_task(settings: Settings) -> tuple[int, int]:
-    """Training rows that a task has in a run of its own, and in the shared adapter."""
-    shared = settings.joint_steps * (settings.joint_batch_size // len(settings.tasks))
-    return settings.steps * settings.batch_size, shared
 
 
 # 05: merging

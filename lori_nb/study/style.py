@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from lori_nb.lab.methods import METHODS
 from lori_nb.lab.paths import write_atomically
+from lori_nb.study.joint_arms import JOINT_ARMS
 
 # Okabe & Ito's palette, without its yellow, which is too pale for lines on white paper
 BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, BLACK = (
@@ -67,7 +68,6 @@ _LOOKS = {
 }
 _TITLES = {
     "single": "LoRA, one adapter a task",
-    "joint": "LoRA, joint",
     "between": "between tasks",
     "within": "within a task (two halves of its batch)",
     "null": "null (before training)",
@@ -95,7 +95,8 @@ def looks_of(names: Iterable[str]) -> dict[str, dict]:
 
 def title_of(name: str) -> str:
     """What legends and tables call a method or a row of numbers ("LoRI-S"); unknown names stay as they are."""
-    return METHODS[name].title if name in METHODS else _TITLES.get(name, name)
+    known = _TITLES | {arm.name: arm.title for arm in JOINT_ARMS.values()}
+    return METHODS[name].title if name in METHODS else known.get(name, name)
 
 
 def use() -> None:

@@ -19,6 +19,7 @@ from lori_nb.lab.paths import write_atomically
 from lori_nb.lab.runs import Store, unmeasured
 from lori_nb.lab.specs import RunSpec
 from lori_nb.study.cells import joint, like_of, single
+from lori_nb.study.joint_arms import JOINT_ARMS, joint_arm_spec
 from lori_nb.study.pool import train_all
 from lori_nb.study.profiles import Settings
 
@@ -43,7 +44,7 @@ def first_grids(arms: Sequence[str] = tuple(CENTRES)) -> dict[str, list[float]]:
     Raises:
         ValueError: another name; it lists the known ones.
     """
-    known = list(dict.fromkeys((*CENTRES, *(name for name, method in METHODS.items() if method.trains))))
+    known = list(dict.fromkeys((*CENTRES, *JOINT_ARMS, *(name for name, method in METHODS.items() if method.trains))))
     unknown = [arm for arm in arms if arm not in known]
     if unknown:
         raise ValueError(f"methods must be among {', '.join(known)}; found {unknown[0]!r}")
@@ -59,12 +60,15 @@ def _is_calibrated(arm: str) -> bool:
 def centre_of(arm: str) -> float:
     """The middle of an arm's first grid: its own, or that of the built-in method most like it."""
     known = CENTRES | OTHER_CENTRES
-    return known[arm] if arm in known else known[like_of(arm)[0]]
+    if arm in known:
+        return known[arm]
+    like = JOINT_ARMS[arm].like if arm in JOINT_ARMS else like_of(arm)[0]
+    return known[like]
 
 
 def is_joint(arm: str) -> bool:
-    """Whether an arm is tuned on all tasks at once: joint LoRA, and the methods that project task gradients."""
-    return arm == "joint" or get_method(arm).projects
+    """Whether an arm is tuned on all tasks at once: the ways to learn all in one adapter, own methods that project."""
+    return arm in JOINT_ARMS or get_method(arm).projects
 
 
 def tune(settings: Settings, grids: dict[str, list[float]], jobs: int = 2, store: Store | None = None) -> pd.DataFrame:
@@ -104,8 +108,8 @@ def tuning_specs(settings: Settings, name: str, rate: float) -> list[RunSpec]:
     held_out = {"score_on": "tune", "test_rows": TUNE_ROWS}
     fixed = replace(settings, learning_rate={**settings.learning_rate, name: rate})
     if is_joint(name):
-        method = "lora" if name == "joint" else name
-        return [replace(joint(fixed, method, seed), **held_out) for seed in settings.seed]
+        specs = [joint_arm_spec(fixed, name, s) if name in JOINT_ARMS else joint(fixed, name, s) for s in settings.seed]
+        return [replace(spec, **held_out) for spec in specs]
     singles = [single(fixed, name, task, seed) for task in settings.tasks for seed in settings.seed]
     return [replace(spec, **held_out, calibration=_held_out(spec.calibration, held_out)) for spec in singles]
 

@@ -1,0 +1,205 @@
+"""Conflicts between the gradients of T tasks: how much there is, and one gradient without them.
+
+Two tasks conflict in a block of parameters when ⟨g_i, g_j⟩ < 0. A *grouping* says what a block is: every A and every B
+apart (Ortho-LoRA, arXiv 2601.09684), or larger pieces of the adapter. A *solver* turns the Gramian of a block,
+G_ij = ⟨g_i, g_j⟩, into coefficients c, and the combined gradient is ∇ = Σ_t c_t g_t. Ortho-LoRA's solver is "project"
+(:mod:`lori_nb.method.projection`); :mod:`lori_nb.method.solvers` holds the others by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lori_nb.method.projection import check_reference, send
+from lori_nb.method.solvers import ORDERS, Problem, get_solver
+
+GROUPINGS: dict[str, Callable[[str], str]] = {
+    "tensor": lambda name: name,
+    "module": lambda name: name.rpartition(".")[0],
+    "factor": lambda name: name.rpartition(".")[2],
+    "adapter": lambda name: "",
+}
+REDUCTIONS: dict[str, Callable[[int], float]] = {"sum": lambda tasks: 1.0, "mean": lambda tasks: 1.0 / tasks}
+
+
+@dataclass(frozen=True)
+class Conflicts:
+    """How the tasks' gradients lay to each other, before any projection.
+
+    ``groups`` names the G blocks; ``cosines`` (G, T, T) holds cos(g_i, g_j), NaN where either gradient is zero;
+    ``conflict`` (G, T, T) is true where ⟨g_i, g_j⟩ < 0.
+    """
+
+    groups: tuple[str, ...]
+    cosines: Tensor
+    conflict: Tensor
+
+    def rate(self) -> Tensor:
+        """Share of conflicting task pairs in each block (G,), among pairs with two nonzero gradients; NaN if none."""
+        pairs = torch.ones_like(self.conflict).triu(1) & ~self.cosines.isnan()
+        return (self.conflict & pairs).sum((1, 2)) / pairs.sum((1, 2))
+
+
+@torch.no_grad()
+def combine(
+    task_gradients: Sequence[Mapping[str, Tensor]],
+    grouping: str | Callable[[str], str] = "tensor",
+    *,
+    reduction: str = "sum",
+    weights: Sequence[float] | None = None,
+    solver: str = "project",
+    order: str = "random",
+    reference: str = "original",
+    generator: torch.Generator | None = None,
+    state: dict[str, Tensor] | None = None,
+) -> tuple[dict[str, Tensor], Conflicts]:
+    """One conflict-free gradient out of T tasks' gradients, and how much they conflicted.
+
+    Args:
+        task_gradients: for each task, tensor name ("<module>.A", "<module>.B") → gradient; never altered.
+        grouping: which tensors form one block: "tensor" (Ortho-LoRA), "module" (A with its B), "factor" (all A, all B),
+            "adapter" (everything), or a function from tensor name to block name.
+        reduction: "sum" is Σ_i w_i g_i; "mean" divides it by T.
+        weights: w_i ≥ 0, ones by default.
+        solver: Ortho-LoRA's "project", or another of :data:`lori_nb.method.solvers.SOLVERS`.
+        order: "random" draws an order for every block and task from ``generator``; "fixed" is ascending; "mean" is the
+            mean over all orders, for few tasks.
+        reference: "original" or "projected", see :func:`project_conflicts_reference`.
+        generator: needed for order "random"; a CPU generator gives the same orders on every device.
+        state: what the solver keeps from step to step, changed in place; None where it begins anew.
+
+    Returns:
+        name → combined gradient in the gradients' own dtype, and the :class:`Conflicts` before projection. Inner
+        products are taken in float32, or float64 where any gradient is; a gradient whose square norm underflows there
+        counts as zero and is added unprojected.
+
+    Raises:
+        ValueError: no task, tasks that differ in tensor names or shapes, or a setting outside its set.
+    """
+    names = _check_gradients(task_gradients)
+    stacked = {name: torch.stack([task[name] for task in task_gradients]) for name in names}
+    return combine_stacked(
+        stacked,
+        grouping,
+        reduction=reduction,
+        weights=weights,
+        solver=solver,
+        order=order,
+        reference=reference,
+        generator=generator,
+        state=state,
+    )
+
+
+@torch.no_grad()
+def combine_stacked(
+    gradients: Mapping[str, Tensor],
+    grouping: str | Callable[[str], str] = "tensor",
+    *,
+    reduction: str = "sum",
+    weights: Sequence[float] | None = None,
+    solver: str = "project",
+    order: str = "random",
+    reference: str = "original",
+    generator: torch.Generator | None = None,
+    state: dict[str, Tensor] | None = None,
+) -> tuple[dict[str, Tensor], Conflicts]:
+    """:func:`combine` for gradients that stand together: tensor name → (T × its shape), neither altered nor copied."""
+    tasks = _check_stacked(gradients)
+    scales = _check_settings(tasks, grouping, reduction, weights, order, reference, generator)
+    with _exact_products(gradients):
+        groups, place, gramians, rows = _blocks(gradients, grouping)
+        weighted = torch.tensor(scales, dtype=gramians.dtype)
+        problem = Problem(gramians, weighted, order, reference, generator, {} if state is None else state)
+        coefficients = get_solver(solver)(problem)
+        sums = {name: coefficients[place[name]].to(row) @ row for name, row in rows.items()}
+    combined = {name: sums[name].reshape(each.shape[1:]).to(each.dtype) for name, each in gradients.items()}
+    return combined, _conflicts(groups, gramians)
+
+
+@torch.no_grad()
+def conflicts_of(gradients: Mapping[str, Tensor], grouping: str | Callable[[str], str] = "tensor") -> Conflicts:
+    """How much T tasks' gradients, tensor name → (T × its shape), conflict; nothing is projected."""
+    tasks = _check_stacked(gradients)
+    _check_settings(tasks, grouping, "sum", None, "fixed", "original", None)
+    with _exact_products(gradients):
+        groups, _, gramians, _ = _blocks(gradients, grouping)
+    return _conflicts(groups, gramians)
+
+
+def _exact_products(gradients: Mapping[str, Tensor]) -> torch.autocast:
+    # A training loop's autocast would take the inner products and sums in bfloat16.
+    return torch.autocast(next(iter(gradients.values())).device.type, enabled=False)
+
+
+def _blocks(
+    gradients: Mapping[str, Tensor], grouping: str | Callable[[str], str]
+) -> tuple[tuple[str, ...], dict[str, int], Tensor, dict[str, Tensor]]:
+    """Names of the G blocks, each tensor's block, the Gramians (G, T, T), and each tensor's gradients as rows (T, n).
+
+    Rows and Gramians are float32, or float64 where any gradient is.
+    """
+    key = GROUPINGS[grouping] if isinstance(grouping, str) else grouping
+    numbers: dict[str, int] = {}
+    place = {name: numbers.setdefault(key(name), len(numbers)) for name in gradients}
+    wide = any(each.dtype == torch.float64 for each in gradients.values())
+    dtype = torch.float64 if wide else torch.float32
+    rows = {name: each.flatten(1).to(dtype) for name, each in gradients.items()}
+    return tuple(numbers), place, _gramians(list(rows.values()), list(place.values()), len(numbers)), rows
+
+
+def _gramians(rows: Sequence[Tensor], members: Sequence[int], groups: int) -> Tensor:
+    """Gramians of the blocks (G, T, T): those of their tensors, added; ``members`` holds each tensor's block."""
+    device = rows[0].device
+    each = torch.stack([(row @ row.T).to(device) for row in rows])
+    return each.new_zeros(groups, *each.shape[1:]).index_add(0, send(torch.tensor(members), device), each)
+
+
+def _conflicts(groups: tuple[str, ...], gramians: Tensor) -> Conflicts:
+    norms = gramians.diagonal(dim1=1, dim2=2).sqrt()
+    cosines = (gramians / norms[:, :, None] / norms[:, None, :]).clamp(-1, 1)  # 0/0 is NaN: a zero has no direction
+    return Conflicts(groups, cosines, gramians < 0)
+
+
+def _check_gradients(task_gradients: Sequence[Mapping[str, Tensor]]) -> list[str]:
+    if not task_gradients or not task_gradients[0]:
+        raise ValueError("task_gradients must hold at least one task with at least one tensor; found none")
+    shapes = {name: gradient.shape for name, gradient in task_gradients[0].items()}
+    for index, task in enumerate(task_gradients):
+        found = {name: gradient.shape for name, gradient in task.items()}
+        if found != shapes:
+            odd = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
+            raise ValueError(
+                f"task_gradients must have the same tensor names and shapes in every task; task {index} differs from "
+                f"task 0 in {', '.join(odd[:3])}"
+            )
+    return list(shapes)
+
+
+def _check_stacked(gradients: Mapping[str, Tensor]) -> int:
+    """T, the same for every tensor."""
+    counts = {name: each.shape[0] if each.ndim > 1 else 0 for name, each in gradients.items()}
+    if not counts or len(set(counts.values())) > 1 or 0 in counts.values():
+        raise ValueError(f"gradients must hold tensors (T × …) of the same number of tasks; found {counts or 'none'}")
+    return next(iter(counts.values()))
+
+
+def _check_settings(tasks, grouping, reduction, weights, order, reference, generator) -> list[float]:
+    """The tasks' weights with the reduction in them, after every setting was found good."""
+    check_reference(reference)
+    if isinstance(grouping, str) and grouping not in GROUPINGS:
+        raise ValueError(f"grouping must be a function or one of {', '.join(GROUPINGS)}; found {grouping!r}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; found {reduction!r}")
+    if order not in ORDERS:
+        raise ValueError(f"order must be one of {', '.join(ORDERS)}; found {order!r}")
+    if order == "random" and generator is None:
+        raise ValueError("generator must be a torch.Generator when order is 'random', so that runs repeat; found None")
+    weights = [1.0] * tasks if weights is None else [float(weight) for weight in weights]
+    if len(weights) != tasks or not all(0 <= weight < float("inf") for weight in weights):
+        raise ValueError(f"weights must be {tasks} finite numbers of at least 0, one a task; found {weights}")
+    return [weight * REDUCTIONS[reduction](tasks) for weight in weights]

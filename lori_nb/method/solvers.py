@@ -1,0 +1,184 @@
+"""Conflict solvers by name: from the Gramian of T task gradients to the coefficients of one combined gradient.
+
+"project" is Ortho-LoRA's, at home here; the others are those of multi-task learning at large, most of them by torchjd's
+weightings on the same Gramians, one block after another on the CPU. A new one is registered by a decorator, from a
+notebook cell or an own package::
+
+    @solver("shortest")
+    def shortest(problem):
+        '''Every task weighed by the inverse of its gradient's norm.'''
+        norms = problem.gramians.diagonal(dim1=1, dim2=2).sqrt()
+        return problem.weights / norms.clamp(min=1e-12)
+
+A solver's combined gradient is compared with what joint training takes, Σ_t w_t g_t, so where its own scale is that of
+a mean, it is brought to Σ_t w_t.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lori_nb.method.projection import all_orders, fixed_orders, projection_coefficients, random_orders, send
+
+RECIPE = 1  # raise when a solver gives other coefficients
+ORDERS = ("random", "fixed", "mean")
+MOST_TASKS_FOR_ALL_ORDERS = 6  # 120 orders
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a solver is given.
+
+    Attributes:
+        gramians: G_ij = ⟨g_i, g_j⟩ of every block (G, T, T), float32 or float64.
+        weights: w_t of joint training (T,), the reduction in them.
+        order: "random", "fixed" or "mean", the order in which a gradient meets the others.
+        reference: "original" or "projected".
+        generator: what random orders are drawn from; None unless the order is random.
+        state: tensors that a solver keeps from step to step under names of its own; a checkpoint holds them.
+    """
+
+    gramians: Tensor
+    weights: Tensor
+    order: str = "fixed"
+    reference: str = "original"
+    generator: torch.Generator | None = None
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+    def orders(self) -> Tensor:
+        """(T, T−1), or (G, T, T−1) where they are drawn."""
+        groups, tasks, _ = self.gramians.shape
+        return fixed_orders(tasks) if self.order == "fixed" else random_orders(groups, tasks, self.generator)
+
+
+Solver = Callable[[Problem], Tensor]  # coefficients (G, T)
+SOLVERS: dict[str, Solver] = {}
+
+
+def solver(name: str) -> Callable[[Solver], Solver]:
+    """Decorator: register a conflict solver under a name; a later one of the same name takes its place."""
+
+    def wrap(function: Solver) -> Solver:
+        SOLVERS[name] = function
+        return function
+
+    return wrap
+
+
+def get_solver(name: str) -> Solver:
+    """The registered solver; ValueError lists the known ones."""
+    if name not in SOLVERS:
+        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}; found {name!r}")
+    return SOLVERS[name]
+
+
+@solver("project")
+def project(problem: Problem) -> Tensor:
+    """Each gradient off those that it conflicts with, one after another (PCGrad's step, Ortho-LoRA's)."""
+    gramians, weights = problem.gramians, problem.weights
+    if problem.order != "mean":
+        return projection_coefficients(gramians, problem.orders(), weights, problem.reference)
+    tasks = gramians.shape[1]
+    if tasks > MOST_TASKS_FOR_ALL_ORDERS:
+        raise ValueError(f"tasks must be at most {MOST_TASKS_FOR_ALL_ORDERS} for order 'mean'; found {tasks}")
+    orders = all_orders(tasks)
+    return sum(projection_coefficients(gramians, each, weights, problem.reference) for each in orders) / len(orders)
+
+
+@solver("sum")
+def plain_sum(problem: Problem) -> Tensor:
+    """Joint training: conflicts stay."""
+    return send(problem.weights, problem.gramians.device).expand(problem.gramians.shape[:2])
+
+
+@solver("gradvac")
+def gradient_vaccine(problem: Problem, beta: float = 0.5, tiny: float = 1e-8) -> Tensor:
+    """Gradient Vaccine (arXiv 2010.05874): a pair whose cosine φ lies below its running mean φ̂ is turned up to it,
+
+        g_i ← g_i + ‖g_i‖ (φ̂ √(1 − φ²) − φ √(1 − φ̂²)) / (‖g_j‖ √(1 − φ̂²)) · g_j,      φ̂ ← (1 − β) φ̂ + β φ,
+
+    which is PCGrad's step where φ̂ = 0. ``beta`` is β, ``tiny`` keeps a zero gradient from dividing. The running means
+    (G, T, T) are the solver's state, zero at first.
+    """
+    gramians = problem.gramians
+    groups, tasks, _ = gramians.shape
+    orders = send(problem.orders(), gramians.device).expand(groups, tasks, tasks - 1)
+    means = problem.state.get("gradvac", torch.zeros_like(gramians)).to(gramians)
+    norms = gramians.diagonal(dim1=1, dim2=2).sqrt()  # (G, T)
+    matrices = torch.eye(tasks, dtype=gramians.dtype, device=gramians.device).repeat(groups, 1, 1)
+    for step in range(tasks - 1):
+        j = orders[:, :, step, None]  # (G, T, 1): whom every i meets
+        facing = gramians.gather(1, j.expand(-1, -1, tasks))  # row i is G_j
+        products = matrices @ gramians
+        own = (matrices * products).sum(2).clamp(min=0).sqrt()
+        other = norms.gather(1, j[..., 0])
+        cosine = (matrices * facing).sum(2) / (own * other + tiny)
+        mean = means.gather(2, j)[..., 0]
+        sine, mean_sine = (1 - cosine.square()).clamp(min=0).sqrt(), (1 - mean.square()).clamp(min=0).sqrt()
+        turn = own * (mean * sine - cosine * mean_sine) / (other * mean_sine + tiny)
+        shift = torch.where(cosine < mean, turn, 0)
+        matrices = matrices.scatter_add(2, j, shift[..., None])
+        means = means.scatter(2, j, ((1 - beta) * mean + beta * cosine)[..., None])
+    problem.state["gradvac"] = means
+    return torch.einsum("i,git->gt", send(problem.weights.to(matrices.dtype), matrices.device), matrices)
+
+
+# torchjd's weightings by name: class, its settings, and the extra of torchjd that brings what it needs. Their
+# coefficients are those of a mean over tasks.
+_WEIGHTINGS: Mapping[str, tuple[str, dict, str]] = {
+    "upgrad": ("UPGradWeighting", {}, "quadprog-projector"),
+    "dualproj": ("DualProjWeighting", {}, "quadprog-projector"),
+    "mgda": ("MGDAWeighting", {}, ""),
+    "aligned-mtl": ("AlignedMTLWeighting", {}, ""),
+    "imtl-g": ("IMTLGWeighting", {}, ""),
+    "cagrad": ("CAGradWeighting", {"c": 0.4}, "cagrad"),  # c of its authors' code
+    "nash-mtl": ("NashMTL", {}, "nash-mtl"),
+}
+
+
+def _by_torchjd(name: str) -> Solver:
+    weighting, settings, extra = _WEIGHTINGS[name]
+
+    def solve(problem: Problem) -> Tensor:
+        weights = problem.weights
+        if not torch.equal(weights, weights[:1].expand_as(weights)):
+            raise ValueError(f"weights must be equal for solver {name}, which sets its own; found {weights.tolist()}")
+        gramians = problem.gramians.double().cpu()
+        try:
+            found = [_weights_of(weighting, settings, gramian) for gramian in gramians]
+        except ImportError as error:
+            raise ValueError(
+                f"solver {name} needs packages that are not here: pip install 'torchjd[{extra}]'"
+            ) from error
+        total = weights.sum().to(gramians)
+        return send((total * torch.stack(found)).to(problem.gramians.dtype), problem.gramians.device)
+
+    solve.__doc__ = f"torchjd's {weighting}."
+    return solve
+
+
+def _weights_of(weighting: str, settings: Mapping, gramian: Tensor) -> Tensor:
+    """Coefficients (T,) for one block; a task without a gradient counts as nothing."""
+    alive = gramian.diagonal() > 0
+    coefficients = gramian.new_zeros(len(gramian))
+    if alive.sum() < 2:
+        return torch.where(alive, 1 / len(gramian), coefficients)
+    aggregation = importlib.import_module("torchjd.aggregation")
+    inner = gramian[alive][:, alive]
+    scale = inner.diagonal().mean()
+    if weighting == "NashMTL":  # asks for the gradients themselves; any root of the Gramian has their inner products
+        chosen = aggregation.NashMTL(n_tasks=len(inner), **settings).weighting
+        values, vectors = torch.linalg.eigh(inner / scale)
+        inner, scale = vectors * values.clamp(min=0).sqrt(), torch.ones(())
+    else:
+        chosen = getattr(aggregation, weighting)(**settings)
+    coefficients[alive] = chosen(inner / scale).to(gramian) * alive.sum() / len(gramian)
+    return coefficients
+
+
+SOLVERS.update({name: _by_torchjd(name) for name in _WEIGHTINGS})

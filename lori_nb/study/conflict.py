@@ -1,0 +1,161 @@
+"""What was recorded of conflicts between tasks' gradients, as tables: how often, who with whom, where and when."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from lori_nb.analysis.statistics import Interval, interval_text, t_interval
+from lori_nb.lab.telemetry import COSINE, HALVES, REMOVED
+from lori_nb.method.adapters import layer_number
+from lori_nb.study.geometry import module_kinds
+from lori_nb.study.joint_arms import JOINT, joint_arm_spec
+from lori_nb.study.notebook import Results
+from lori_nb.study.summary import as_columns
+
+BETWEEN, WITHIN = "between", "within"
+ABOUT = ("arrangement", "seed", "step", "tensor", "module", "layer", "factor")
+
+
+def recorded(results: Results, *measures: str) -> pd.DataFrame:
+    """The telemetry of the study's joint runs: columns of :data:`ABOUT`, measure, task, other, pairs, value.
+
+    ``pairs`` is "within" where both gradients are of one task. Undefined values (of a gradient that is zero) are left
+    out.
+    """
+    frames = []
+    for name in results.settings.joint_arms:
+        for seed in results.settings.seed:
+            run = results.run(joint_arm_spec(results.settings, name, seed))
+            if run is not None and not run.conflicts.empty:
+                table = run.conflicts[run.conflicts["measure"].isin(measures)].dropna(subset="value")
+                frames.append(table.assign(arrangement=name, seed=seed))
+    columns = [*ABOUT, "measure", "task", "other", "pairs", "value"]
+    if not frames:
+        return pd.DataFrame(columns=columns)
+    table = pd.concat(frames, ignore_index=True)
+    names = pd.Series(table["tensor"].unique(), dtype=object)
+    modules = names.str.rpartition(".")[0]
+    kinds = module_kinds(modules.unique())
+    of_tensor = pd.DataFrame(
+        {
+            "tensor": names,
+            "module": modules.map(kinds),
+            "layer": modules.map(layer_number),
+            "factor": names.str.rpartition(".")[2],
+        }
+    )
+    table = table.astype({"tensor": object, "task": object, "other": object}).merge(of_tensor, on="tensor")
+    return table.assign(pairs=np.where(table["task"] == table["other"], WITHIN, BETWEEN))[columns]
+
+
+def conflict_rates(results: Results) -> pd.DataFrame:
+    """Share of pairs of half batches' gradients with a negative inner product, by tensor and kind of pair.
+
+    Columns arrangement, seed, step, module (kind), layer, factor, pairs, rate.
+    """
+    table = recorded(results, HALVES)
+    if table.empty:
+        return pd.DataFrame(columns=["arrangement", "seed", "step", "module", "layer", "factor", "pairs", "rate"])
+    by = [name for name in ABOUT if name != "tensor"]
+    grouped = table.assign(rate=table["value"] < 0).groupby([*by, "pairs"], sort=False, dropna=False)["rate"]
+    return grouped.mean().reset_index()
+
+
+def conflict_summary(rates: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """Mean conflict rate by some columns: a t interval over seeds, or with one seed over the steps looked at.
+
+    Steps of one run draw their rows apart from each other but share the adapter, so an interval over steps says
+    little about other runs.
+    """
+    unit = "seed" if rates["seed"].nunique() > 1 else "step"
+    rows = []
+    for key, part in rates.groupby(list(by), sort=False):
+        values = part.groupby(unit)["rate"].mean()
+        rows.append(dict(zip(by, key, strict=True)) | as_columns(t_interval(values), f"{unit}s"))
+    return pd.DataFrame(rows, columns=[*by, "value", "low", "high", "n", "of"])
+
+
+def excess_conflict(rates: pd.DataFrame, arrangement: str = JOINT) -> tuple[Interval, str] | None:
+    """Conflict rate between tasks minus one half, and what its n counts; None where it was not measured.
+
+    One half is what two unrelated gradients give, and so what noise alone gives between tasks. The rate within a task
+    is no null: two halves of a batch share the task's own mean gradient, which brings it below one half.
+    """
+    chosen = rates[(rates["arrangement"] == arrangement) & (rates["pairs"] == BETWEEN)]
+    if chosen.empty:
+        return None
+    unit = "seed" if chosen["seed"].nunique() > 1 else "step"
+    return t_interval(chosen.groupby(unit)["rate"].mean() - 0.5), f"{unit}s"
+
+
+def conflict_line(rates: pd.DataFrame) -> str:
+    """One sentence on whether tasks conflict more often than unrelated gradients would, in joint training."""
+    found = excess_conflict(rates)
+    if found is None:
+        return "Conflicts were not measured: that takes two rows of every task in a batch."
+    interval, of = found
+    told = {True: "more often than", False: "less often than"}[interval.mean > 0]
+    if interval.low <= 0 <= interval.high:
+        told = "about as often as"
+    bounds = f"{interval_text(interval.mean, interval.low, interval.high, 3, signed=True)} (n = {interval.n} {of})"
+    return f"Gradients of different tasks conflict {told} unrelated ones would: rate between tasks − ½ = {bounds}."
+
+
+def cosine_matrix(results: Results, arrangement: str = JOINT) -> pd.DataFrame:
+    """Mean cosine between half batches' gradients, task by task; the diagonal is within a task: what noise leaves of 1.
+
+    Over all tensors, looks and seeds.
+    """
+    table = recorded(results, HALVES)
+    table = table[table["arrangement"] == arrangement]
+    turned = table.rename(columns={"task": "other", "other": "task"})
+    both = pd.concat([table, turned[turned["task"] != turned["other"]]])
+    wide = both.pivot_table(index="task", columns="other", values="value", aggfunc="mean")
+    order = [task for task in results.settings.tasks if task in wide.index]
+    return wide.loc[order, order].rename_axis(index=None, columns=None)
+
+
+def conflict_map(results: Results, arrangement: str = JOINT) -> pd.DataFrame:
+    """Cosine between tasks by step, layer and factor, beside that within a task: one row a cell.
+
+    Columns step, layer, factor, between, within (means), excess (between − within) with low and high, n, and inside:
+    whether the excess's interval contains zero, so that two tasks are no more at odds there than halves of one. The
+    interval is over seeds, or with one seed over the modules of the layer.
+    """
+    table = recorded(results, HALVES)
+    table = table[table["arrangement"] == arrangement]
+    unit = "seed" if table["seed"].nunique() > 1 else "module"
+    cells = table.pivot_table(
+        index=["step", "layer", "factor", unit], columns="pairs", values="value", aggfunc="mean"
+    ).reindex(columns=[BETWEEN, WITHIN])
+    cells["excess"] = cells[BETWEEN] - cells[WITHIN]
+    rows = []
+    for key, part in cells.dropna().groupby(["step", "layer", "factor"]):
+        interval = t_interval(part["excess"])
+        about = dict(zip(("step", "layer", "factor"), key, strict=True))
+        means = {BETWEEN: part[BETWEEN].mean(), WITHIN: part[WITHIN].mean(), "excess": interval.mean}
+        inside = not (interval.low > 0 or interval.high < 0)
+        rows.append(about | means | {"low": interval.low, "high": interval.high, "n": interval.n, "inside": inside})
+    return pd.DataFrame(
+        rows, columns=["step", "layer", "factor", BETWEEN, WITHIN, "excess", "low", "high", "n", "inside"]
+    )
+
+
+def removed_shares(results: Results) -> pd.DataFrame:
+    """What each way takes away from the joint gradient, ‖∇ − S‖ / ‖S‖: arrangement, seed, step, factor and value, the
+    mean over tensors.
+    """
+    table = recorded(results, REMOVED)
+    return table.groupby(["arrangement", "seed", "step", "factor"], sort=False)["value"].mean().reset_index()
+
+
+def cosines(results: Results, arrangement: str = JOINT) -> pd.DataFrame:
+    """Cosines between tasks' whole-batch gradients at every step: step, task, other, factor, value (mean over tensors
+    and seeds).
+    """
+    table = recorded(results, COSINE)
+    table = table[table["arrangement"] == arrangement]
+    return table.groupby(["step", "task", "other", "factor"], sort=False)["value"].mean().reset_index()

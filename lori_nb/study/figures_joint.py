@@ -1,0 +1,139 @@
+"""Figures of notebook 03: conflicts between tasks' gradients, and what each way to share one adapter wins back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.patches import Patch
+from matplotlib.ticker import PercentFormatter
+
+from lori_nb.study.conflict import BETWEEN
+from lori_nb.study.figures import grouped_points
+from lori_nb.study.style import BLACK, GREY, look_of, looks_of, title_of
+
+HATCH = "////"
+
+
+def conflict_points(ax: Axes, summary: pd.DataFrame) -> Axes:
+    """Conflict rate by kind of module, between tasks and within a task; a row for each module and kind."""
+    if summary.empty:
+        return _not_measured(ax)
+    grouped_points(ax, summary, "module", "pairs", "conflicting pairs (%)")
+    ax.tick_params(axis="x", rotation=30)
+    for tick in ax.get_xticklabels():
+        tick.set(ha="right", rotation_mode="anchor")
+    return _percent(ax)
+
+
+def conflict_steps(ax: Axes, summary: pd.DataFrame) -> Axes:
+    """Conflict rate over training, between tasks and within a task; a row for each step and kind."""
+    if summary.empty:
+        return _not_measured(ax)
+    for pairs, part in summary.groupby("pairs", sort=False):
+        part = part.sort_values("step")
+        ax.plot(part["step"], part["value"], label=title_of(pairs), **look_of(pairs))
+    ax.set(xlabel="step", ylabel="conflicting pairs (%)")
+    return _percent(ax)
+
+
+def _not_measured(ax: Axes) -> Axes:
+    ax.text(0.5, 0.5, "not measured", ha="center", va="center", transform=ax.transAxes)
+    ax.set_axis_off()
+    return ax
+
+
+def _percent(ax: Axes) -> Axes:
+    ax.axhline(0.5, color=GREY, linewidth=0.8)  # what two gradients without relation give
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+    low, high = ax.get_ylim()
+    ax.set_ylim(max(low, -0.02), min(high, 1.02))
+    return ax
+
+
+def conflict_map(axes: Sequence[Axes], table: pd.DataFrame) -> None:
+    """Mean cosine between tasks by step and layer, a panel a factor; hatched where no lower than within a task.
+
+    Args:
+        axes: one for A and one for B.
+        table: of :func:`lori_nb.study.conflict.conflict_map`.
+    """
+    if table.empty:
+        for ax in axes:
+            _not_measured(ax)
+        return
+    reach = max(float(table[BETWEEN].abs().max()), 1e-3)
+    norm = TwoSlopeNorm(0.0, -reach, reach)
+    for ax, factor in zip(axes, "AB", strict=True):
+        part = table[table["factor"] == factor]
+        ax.set_title(f"gradients of {factor}")
+        if part.empty:
+            _not_measured(ax)
+            continue
+        cells, inside = (part.pivot(index="layer", columns="step", values=name) for name in (BETWEEN, "inside"))
+        steps, layers = _edges(cells.columns), _edges(cells.index)
+        image = ax.pcolormesh(steps, layers, cells.to_numpy(float), cmap="PuOr", norm=norm, rasterized=True)
+        flat = np.where(inside.to_numpy(object) == True, 1.0, np.nan)  # noqa: E712 (NaN where a cell is missing)
+        ax.pcolor(steps, layers, np.ma.masked_invalid(flat), hatch=HATCH, alpha=0, edgecolor=BLACK, linewidth=0)
+        ax.set(xlabel="step", ylabel="layer")
+        ax.grid(False)
+    axes[-1].figure.colorbar(image, ax=list(axes), label="cosine between tasks", shrink=0.9)
+    axes[0].figure.legend(
+        handles=[Patch(facecolor="none", edgecolor=BLACK, hatch=HATCH, label="no lower than within a task")],
+        loc="outside lower center",
+        frameon=False,
+    )
+
+
+def _edges(centres: pd.Index) -> np.ndarray:
+    """Cell borders halfway between sorted centres, the outer ones as far out as their neighbours."""
+    places = centres.to_numpy(float)
+    if len(places) == 1:
+        return np.array([places[0] - 0.5, places[0] + 0.5])
+    middle = (places[1:] + places[:-1]) / 2
+    return np.concatenate([[2 * places[0] - middle[0]], middle, [2 * places[-1] - middle[-1]]])
+
+
+def recovery(ax: Axes, table: pd.DataFrame) -> Axes:
+    """Share of the gap that each way wins back, with Fieller's interval: 0 is joint training, 1 an adapter a task.
+
+    A row of :func:`lori_nb.study.sharing.gap_recovery` whose gap is not distinguishable from zero has a hollow marker.
+    """
+    looks = looks_of(table["arrangement"])
+    tasks, ways = list(dict.fromkeys(table["task"])), list(looks)
+    for row in table.itertuples():
+        y = -(tasks.index(row.task) + (ways.index(row.arrangement) - (len(ways) - 1) / 2) * 0.8 / len(ways))
+        look = looks[row.arrangement]
+        fill = look["color"] if row.shown else "none"
+        ax.plot(row.value, y, marker=look["marker"], color=look["color"], markerfacecolor=fill, linestyle="none")
+        if np.isfinite(row.low):
+            ax.plot([row.low, row.high], [y, y], color=look["color"], linewidth=1.2)
+    for name in ways:
+        ax.plot(
+            [], [], label=title_of(name), linestyle="none", color=looks[name]["color"], marker=looks[name]["marker"]
+        )
+    for place in (0.0, 1.0):
+        ax.axvline(place, color=GREY, linewidth=0.8)
+    ax.set_yticks([-place for place in range(len(tasks))], tasks)
+    ax.set(xlabel="share of the gap won back", ylim=(-len(tasks) + 0.4, 0.6))
+    low, high = np.nanmin([-0.5, *table["value"]]), np.nanmax([1.5, *table["value"]])
+    ax.set_xlim(max(low - 0.2, -3), min(high + 0.2, 4))  # an interval may reach far out
+    return ax
+
+
+def removed_lines(ax: Axes, table: pd.DataFrame) -> Axes:
+    """What each way takes away from the joint gradient over training; a row of ``conflict.removed_shares`` a point."""
+    if table.empty:
+        return _not_measured(ax)
+    looks = looks_of(table["arrangement"])
+    for name, part in table.groupby("arrangement", sort=False):
+        line = part.groupby("step")["value"].mean()
+        line = line.groupby(line.index // 5 * 5).mean()  # five steps a point, so that a line can be followed
+        look = looks[name] | {"marker": ""}
+        ax.plot(line.index, line, label=title_of(name), **look)
+    ax.set(xlabel="step", ylabel="‖∇ − S‖ / ‖S‖")
+    ax.set_ylim(bottom=0)
+    return ax

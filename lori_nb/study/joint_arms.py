@@ -1,0 +1,78 @@
+"""Ways to learn all tasks in one adapter, each a name that settings and figures use; beside them, one adapter a task.
+
+All share rows, steps and batch; a way has its own learning rate where the settings name one, else that of the plain way
+it changes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from lori_nb.lab.specs import RunSpec
+from lori_nb.study.cells import joint, single
+from lori_nb.study.profiles import Settings
+
+SINGLE, JOINT, ORTHO = "single", "joint", "ortho-lora"
+
+
+@dataclass(frozen=True)
+class JointArm:
+    """One way to train one adapter on all tasks.
+
+    Attributes:
+        method: a registered method; what decides whether A is trained and conflicts are solved.
+        options: switches of the conflict solver.
+        wide: with as many times the rank as there are tasks: the parameters that one adapter a task would have.
+        like: whose learning rate is taken where there is no own one.
+    """
+
+    name: str
+    title: str
+    method: str
+    options: tuple[tuple[str, str], ...] = ()
+    wide: bool = False
+    like: str = JOINT
+
+
+def _solved(name: str, title: str, **options: str) -> JointArm:
+    return JointArm(name, title, "ortho-lora", tuple(sorted(options.items())), like=ORTHO)
+
+
+JOINT_ARMS: dict[str, JointArm] = {
+    arm.name: arm
+    for arm in (
+        JointArm(JOINT, "LoRA, joint", "lora"),
+        JointArm("joint-wide", "LoRA, joint, T times the rank", "lora", wide=True),
+        JointArm(ORTHO, "Ortho-LoRA", "ortho-lora"),
+        _solved("pcgrad", "PCGrad, whole adapter", grouping="adapter"),
+        _solved("upgrad", "UPGrad, whole adapter", grouping="adapter", solver="upgrad"),
+        _solved("gradvac", "GradVac, whole adapter", grouping="adapter", solver="gradvac"),
+        JointArm("joint-lori-d", "LoRI-D, joint", "lori-d", like="lori-d"),
+        JointArm("ortho-lori-d", "Ortho-LoRI-D", "ortho-lori-d", like="lori-d"),
+    )
+}
+
+
+def get_joint_arm(name: str) -> JointArm:
+    """The named way; ValueError lists the known ones."""
+    if name not in JOINT_ARMS:
+        raise ValueError(f"joint_arms must be among {', '.join(JOINT_ARMS)}; found {name!r}")
+    return JOINT_ARMS[name]
+
+
+def joint_arm_spec(settings: Settings, name: str, seed: int) -> RunSpec:
+    """The run of one way to learn all tasks at once."""
+    arm = get_joint_arm(name)
+    rates = settings.learning_rate
+    rate = rates.get(name, rates.get(arm.like, rates.get(JOINT)))
+    fixed = replace(settings, learning_rate={**rates, arm.method: rate, JOINT: rate})
+    if arm.wide:  # α / r as it was
+        fixed = replace(fixed, rank=settings.rank * len(settings.tasks), alpha=settings.alpha * len(settings.tasks))
+    return replace(joint(fixed, arm.method, seed), options=arm.options)
+
+
+def arrangement_specs(settings: Settings, seed: int) -> dict[str, list[RunSpec]]:
+    """For each way to learn all tasks, one spec a task: one adapter each, or one for all."""
+    alone = {SINGLE: [single(settings, "lora", task, seed) for task in settings.tasks]}
+    many = len(settings.tasks)
+    return alone | {name: [joint_arm_spec(settings, name, seed)] * many for name in settings.joint_arms}

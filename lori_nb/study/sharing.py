@@ -1,0 +1,93 @@
+"""Notebook 03: several tasks in one adapter. What that costs beside an adapter a task, and what each way wins back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import pandas as pd
+
+from lori_nb.analysis.equivalence import detectable_effect, difference_p
+from lori_nb.analysis.statistics import Interval, paired_estimate, ratio_interval, t_interval
+from lori_nb.lab.specs import RunSpec
+from lori_nb.study.comparison import OVER_TASKS
+from lori_nb.study.joint_arms import JOINT, SINGLE, arrangement_specs, get_joint_arm
+from lori_nb.study.notebook import Results
+from lori_nb.study.profiles import Settings
+from lori_nb.study.questions import run_pairs, unit_of
+from lori_nb.study.summary import Pair, as_columns, difference, seed_differences, summarise
+
+
+def arrangement_scores(results: Results) -> pd.DataFrame:
+    """Score on every task of single-task LoRA and of each way to learn all tasks in one adapter."""
+    frames = []
+    for name in (SINGLE, *results.settings.joint_arms):
+        specs = [spec for seed in results.settings.seed for spec in arrangement_specs(results.settings, seed)[name]]
+        frames.append(results.rows_of(specs).assign(arrangement=name))
+    return summarise(pd.concat(frames), ["arrangement", "task"])
+
+
+def gaps(results: Results) -> pd.DataFrame:
+    """Mean over tasks: what joint training loses against single tasks, and what the other ways gain on it."""
+    settings = results.settings
+    asked = {"single − joint": (SINGLE, JOINT)}
+    others = [name for name in settings.joint_arms if name != JOINT]
+    asked |= {f"{get_joint_arm(name).title} − joint": (name, JOINT) for name in others}
+    rows = []
+    for title, (a, b) in asked.items():
+        pairs = arrangement_pairs(results, a, b)
+        about = {"difference": title, "over": "mean over tasks", "seeds": len(pairs)}
+        rows.append(about | as_columns(difference(pairs, settings.tasks), unit_of(pairs, settings.tasks)))
+    return pd.DataFrame(rows)
+
+
+def gap_recovery(results: Results) -> pd.DataFrame:
+    """How much of what joint training loses each way wins back: (way − joint) / (single − joint), by task and in all.
+
+    Columns arrangement, task ("mean over tasks" last), value, low, high (Fieller's interval over seeds), n, of; gap
+    (single − joint) with gap_low and gap_high; shown, whether the gap's interval leaves zero out, without which the
+    ratio means nothing; p, the paired t test of the way against joint over seeds, and detectable, the least difference
+    that it would find in four of five studies. NaN where there is one seed.
+    """
+    settings = results.settings
+    rows = []
+    for name in (arm for arm in settings.joint_arms if arm != JOINT):
+        for tasks in (*((task,) for task in settings.tasks), settings.tasks):
+            gained, lost = (arrangement_pairs(results, way, JOINT, tasks) for way in (name, SINGLE))
+            gains, losses = (seed_differences(pairs, tasks) for pairs in (gained, lost))
+            seeds = sorted(set(gains) & set(losses))
+            if seeds:
+                title = tasks[0] if len(tasks) == 1 else OVER_TASKS
+                numbers = _recovery([gains[seed] for seed in seeds], [losses[seed] for seed in seeds])
+                rows.append({"arrangement": name, "task": title} | numbers)
+    return pd.DataFrame(rows)
+
+
+def _recovery(gains: Sequence[float], losses: Sequence[float]) -> dict:
+    gap, gain = t_interval(losses), paired_estimate(gains)
+    ratio = ratio_interval(gains, losses) if gap.mean else Interval(math.nan, math.nan, math.nan, len(gains))
+    about = {"gap": gap.mean, "gap_low": gap.low, "gap_high": gap.high, "shown": gap.low > 0 or gap.high < 0}
+    several = len(gains) > 1
+    tests = (
+        {"p": difference_p(gain), "detectable": detectable_effect(gain)}
+        if several
+        else {"p": math.nan, "detectable": math.nan}
+    )
+    return as_columns(ratio, "seeds") | about | tests
+
+
+def arrangement_pairs(results: Results, a: str, b: str, tasks: Sequence[str] | None = None) -> dict[int, list[Pair]]:
+    """Seed → pairs of runs, arrangement a against b, on every task or on some."""
+    settings = results.settings
+    places = [settings.tasks.index(task) for task in tasks or settings.tasks]
+
+    def specs(name: str) -> Callable[[int], list[RunSpec]]:
+        return lambda seed: [arrangement_specs(settings, seed)[name][place] for place in places]
+
+    return run_pairs(results, specs(a), specs(b))
+
+
+def rows_per_task(settings: Settings) -> tuple[int, int]:
+    """Training rows that a task has in a run of its own (the most of any task), and in the shared adapter."""
+    shared = settings.joint_steps * (settings.joint_batch_size // len(settings.tasks))
+    return max(map(settings.steps_on, settings.tasks)) * settings.batch_size, shared

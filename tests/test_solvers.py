@@ -1,0 +1,115 @@
+"""Conflict solvers by name: against torchjd on the gradients themselves, against brute force, and their promises."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torchjd import aggregation
+
+from lori_nb.method.conflicts import combine
+from lori_nb.method.projection import all_orders, fixed_orders, project_conflicts_reference
+from lori_nb.method.solvers import Problem, get_solver, gradient_vaccine, solver
+
+TASKS, SIZE = 4, 60
+BY_TORCHJD = {
+    "upgrad": aggregation.UPGrad,
+    "dualproj": aggregation.DualProj,
+    "mgda": aggregation.MGDA,
+    "aligned-mtl": aggregation.AlignedMTL,
+    "imtl-g": aggregation.IMTLG,
+}
+
+
+def rows(seed: int, tasks: int = TASKS) -> torch.Tensor:
+    """Gradients (T × n) that conflict in some pairs."""
+    draw = torch.randn(tasks, SIZE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    shared = torch.linspace(-1, 1, SIZE, dtype=torch.float64)
+    return draw + shared * torch.tensor([6.0, -3.0, 1.0, -1.5, -0.7, 1.0])[:tasks, None]
+
+
+def problem_of(gradients: torch.Tensor, **settings) -> Problem:
+    tasks = len(gradients)
+    return Problem((gradients @ gradients.T)[None], torch.full((tasks,), 1 / tasks, dtype=torch.float64), **settings)
+
+
+@pytest.mark.parametrize("name", BY_TORCHJD)
+@pytest.mark.parametrize("seed", range(3))
+def test_torchjd_s_solvers_equal_its_aggregators(name, seed):
+    gradients = rows(seed)
+    coefficients = get_solver(name)(problem_of(gradients))
+    expected = BY_TORCHJD[name]()(gradients)
+    assert torch.allclose(coefficients[0] @ gradients, expected, rtol=1e-4, atol=1e-4 * expected.norm())
+    assert (coefficients[0] @ gradients - gradients.mean(0)).norm() > 1e-3 * expected.norm()
+
+
+def test_without_conflict_the_cone_solvers_take_the_mean():
+    gradients = rows(0).abs()
+    for name in ("project", "sum", "upgrad", "dualproj"):
+        found = get_solver(name)(problem_of(gradients))[0] @ gradients
+        assert torch.allclose(found, gradients.mean(0), atol=1e-6), name
+
+
+@pytest.mark.parametrize("reference", ["original", "projected"])
+def test_the_mean_over_orders_is_that_over_all_of_them(reference):
+    around = torch.tensor([[1.0, 0.0], [-0.7, 0.9], [-0.5, -1.1]], dtype=torch.float64)
+    plane = torch.linalg.qr(rows(0, 2).T).Q.T
+    gradients = around @ plane + 0.01 * rows(5, 3)  # each conflicts with both others
+    assert (gradients @ gradients.T < 0).sum() == 6
+    found = get_solver("project")(problem_of(gradients, order="mean", reference=reference))[0] @ gradients
+    each = [project_conflicts_reference(gradients, order, reference).mean(0) for order in all_orders(3)]
+    assert torch.allclose(found, torch.stack(each).mean(0))
+    assert len({tuple(order.flatten().tolist()) for order in all_orders(4)}) == 6
+    assert torch.equal(all_orders(4)[0], fixed_orders(4))
+    assert any((one - other).norm() > 1e-6 for one, other in itertools.combinations(each, 2))
+    with pytest.raises(ValueError, match="tasks must be at most 6 for order 'mean'; found 7"):
+        get_solver("project")(problem_of(torch.eye(7, dtype=torch.float64), order="mean"))
+
+
+def test_gradvac_equals_torchjd_over_several_steps():
+    theirs, problem = aggregation.GradVacWeighting(), problem_of(rows(0, 2))
+    for step in range(4):  # two tasks have one order
+        gradients = rows(step, 2)
+        expected = theirs(gradients @ gradients.T) / 2
+        found = gradient_vaccine(problem_of(gradients, state=problem.state))[0]
+        assert torch.allclose(found, expected, atol=1e-6)
+    fresh = gradient_vaccine(problem_of(gradients))[0]
+    assert (fresh - found).abs().max() > 1e-3  # what it remembers matters
+
+
+def test_gradvac_begins_as_projection():
+    gradients = rows(1)
+    found = gradient_vaccine(problem_of(gradients, order="fixed"))[0] @ gradients
+    assert torch.allclose(found, project_conflicts_reference(gradients).mean(0), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [*BY_TORCHJD, "project", "gradvac"])
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+def test_every_solver_is_defined_on_hard_cases_and_scales_with_the_gradients(name, scale):
+    for gradients in (
+        torch.zeros(3, SIZE, dtype=torch.float64),
+        torch.cat([torch.zeros(1, SIZE, dtype=torch.float64), rows(0, 2)]),
+        rows(0, 1).expand(3, -1),
+        torch.cat([rows(0, 1), -rows(0, 1)]),
+    ):
+        found = get_solver(name)(problem_of(scale * gradients))[0] @ gradients
+        assert found.isfinite().all(), (name, found)
+        assert found.norm() <= 4 * gradients.norm(dim=1).max()
+
+
+def test_one_s_own_solver_works_by_name(registries):
+    @solver("first-alone")
+    def first_alone(problem):
+        return torch.eye(problem.gramians.shape[1])[0].expand(problem.gramians.shape[:2])
+
+    gradients = [{"B": row.float()} for row in rows(0)]
+    combined, _ = combine(gradients, solver="first-alone", order="fixed")
+    assert torch.equal(combined["B"], gradients[0]["B"])
+    with pytest.raises(ValueError, match="solver must be one of project, .*; found 'first'"):
+        get_solver("first")
+
+
+def test_unequal_weights_are_refused_where_a_solver_sets_its_own():
+    with pytest.raises(ValueError, match=r"weights must be equal for solver mgda.* found \[1.0, 2.0\]"):
+        combine([{"B": r} for r in rows(0, 2)], weights=[1.0, 2.0], solver="mgda", order="fixed")

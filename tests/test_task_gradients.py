@@ -1,0 +1,210 @@
+"""Every task's gradient from one backward pass, against a backward pass for each task."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from steps import EPS, Prepared, assert_same_gradients
+from tiny import tiny_spec
+
+from lori_nb.lab import gradients as gradients_module
+from lori_nb.lab.gradients import PADDING, TaskData, recomputed, task_gradients, together
+from lori_nb.lab.laboratory import new_head
+from lori_nb.lab.models import load_base
+from lori_nb.lab.tasks import Example
+from lori_nb.lab.text import encode_encoder_rows
+from lori_nb.lab.training import named_parameters
+from lori_nb.method.adapters import Factors, LowRank, attach, target_linears
+from lori_nb.method.task_gradients import by_task
+
+BOTH = ("chain_sum", "word_sequence_reversal")
+D_IN, D_OUT, RANK, LENGTH = 12, 9, 3, 5
+
+
+def gaussian(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def low_rank(train_A: bool, masked: bool = False) -> LowRank:
+    mask = gaussian(D_OUT, RANK, seed=2) > 0.5 if masked else None
+    return LowRank(
+        Factors(gaussian(RANK, D_IN, seed=0), gaussian(D_OUT, RANK, seed=1), 1.5), train_A=train_A, mask=mask
+    )
+
+
+def loss_of(low: LowRank, x: torch.Tensor, seed: int) -> torch.Tensor:
+    """A loss that no two tasks share."""
+    return (low(x) * gaussian(len(x), LENGTH, D_OUT, seed=seed)).sum().square()
+
+
+# One module
+
+
+@pytest.mark.parametrize(("train_A", "masked"), [(True, False), (False, False), (False, True)])
+@given(sizes=st.lists(st.integers(0, 4), min_size=1, max_size=8).filter(any), seed=st.integers(0, 99))
+def test_one_backward_pass_gives_what_one_a_task_gives(train_A, masked, sizes, seed):
+    low = low_rank(train_A, masked)
+    parts = gaussian(sum(sizes), LENGTH, D_IN, seed=seed).split(sizes)
+    with by_task({"m": low}, sizes) as found:
+        whole = low(torch.cat(parts)).split(sizes)
+        weights = [gaussian(n, LENGTH, D_OUT, seed=t) for t, n in enumerate(sizes)]
+        sum((y * w).sum().square() for y, w in zip(whole, weights, strict=True)).backward()
+    assert set(found) == {"m.A", "m.B"} if train_A else {"m.B"}
+    assert low.values.grad is None and low.A.grad is None and low.task_rows is None
+    for task, (x, n) in enumerate(zip(parts, sizes, strict=True)):
+        names = list(low.trained())
+        alone = torch.autograd.grad(loss_of(low, x, task), list(low.trained().values()))
+        for part, gradient in zip(names, alone, strict=True):
+            ours = found[f"m.{part}"][task]
+            assert ours.shape == gradient.shape
+            assert (ours - gradient).abs().max() <= 1e-6 * max(gradient.abs().max(), 1) * (1 + n * LENGTH)
+            assert n or not ours.any()
+
+
+def test_rows_given_to_another_task_change_both():
+    low, x = low_rank(True), gaussian(6, LENGTH, D_IN, seed=3)
+    results = []
+    for sizes in ([3, 3], [2, 4]):
+        with by_task({"m": low}, sizes) as found:
+            low(x).square().sum().backward()
+        results.append(found["m.B"])
+    assert torch.allclose(results[0].sum(0), results[1].sum(0), rtol=1e-5)
+    assert all((one - other).abs().max() > 0.1 for one, other in zip(*results, strict=True))
+
+
+def test_a_module_used_twice_adds_up_and_one_unused_is_left_out():
+    twice, unused = low_rank(True), low_rank(True)
+    x = gaussian(2, LENGTH, D_IN, seed=4)
+    results = []
+    for uses in (1, 2):
+        with by_task({"twice": twice, "unused": unused}, [1, 1]) as found:
+            sum(twice(x).square().sum() for _ in range(uses)).backward()
+        results.append(found)
+    assert set(results[0]) == {"twice.A", "twice.B"}
+    assert torch.allclose(2 * results[0]["twice.A"], results[1]["twice.A"])
+
+
+def test_rows_that_do_not_add_up_are_named():
+    low = low_rank(True)
+    words = r"sizes must add up to the rows of the batch.* 4; found \[1, 2\]"
+    with pytest.raises(ValueError, match=words), by_task({"m": low}, [1, 2]):
+        low(gaussian(4, LENGTH, D_IN, seed=0)).sum().backward()
+    assert low.task_rows is None
+
+
+# A model
+
+
+@pytest.fixture
+def base(tiny_decoder, home):
+    return tiny_decoder
+
+
+@pytest.fixture
+def always_together(monkeypatch):
+    monkeypatch.setattr(gradients_module, "PADDING", 100.0)
+
+
+SPECS = {
+    "lora": lambda base, **c: tiny_spec(base, tasks=BOTH, **c),
+    "lori-d": lambda base, **c: tiny_spec(base, "lori-d", tasks=BOTH, **c),
+    "lori-s": lambda base, **c: tiny_spec(base, "lori-s", tasks=BOTH, sparsity=0.9, mask_origin="random", **c),
+}
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("rows", [None, 3])
+def test_tasks_together_equal_tasks_apart(name, rows, base, always_together):
+    one, two = Prepared(SPECS[name](base)), Prepared(SPECS[name](base))
+    used = assert_same_gradients(
+        one, two, lambda prepared, step: prepared.gradients(step, rows, together=False), steps=2
+    )
+    assert used > 0  # it is another computation
+
+
+def test_the_tasks_do_not_get_each_other_s_gradients(base, always_together):
+    (_, first), (_, second) = Prepared(SPECS["lora"](base)).gradients()
+    for name in first:
+        assert (first[name] - second[name]).abs().max() > 0.1 * first[name].abs().max()
+
+
+def test_bfloat16_agrees_to_its_own_precision(base, always_together):
+    prepared = Prepared(replace(SPECS["lora"](base), dtype="bfloat16"))
+    eps = torch.finfo(torch.bfloat16).eps
+    for (_, ours), (_, apart) in zip(prepared.gradients(), prepared.gradients(together=False), strict=True):
+        # other shapes of batch round otherwise at each of some ten roundings of four layers, down and up
+        gaps = [(ours[name] - apart[name]).norm() / apart[name].norm() for name in ours]
+        assert max(gaps) < 80 * eps / 2
+    assert prepared.base.dtype == torch.bfloat16
+    ((_, wide), _) = Prepared(SPECS["lora"](base)).gradients()
+    assert any(not torch.equal(wide[name], prepared.gradients()[0][1][name]) for name in wide)
+
+
+def test_activations_computed_again_change_no_bit(base, always_together):
+    prepared = Prepared(SPECS["lora"](base))
+    plain = prepared.gradients()
+    with recomputed(prepared.base.body):
+        again = prepared.gradients()
+    for (_, ours), (_, other) in zip(plain, again, strict=True):
+        assert all(torch.equal(ours[name], other[name]) for name in ours)
+
+
+def test_heads_of_an_encoder_s_tasks(tiny_encoder, home, registries, always_together):
+    from lori_nb.lab.tasks import SPLITS, task
+
+    @task("odd", domain="x", metric="accuracy", licence="own", labels=("even", "odd"), reads="encoder")
+    def odd(split):
+        for n in range(SPLITS.index(split), 60, 3):
+            yield Example(f"number {n}", second="is it odd?", answer=("even", "odd")[n % 2], target=n % 2)
+
+    @task("size", domain="x", metric="pearson", licence="own", reads="encoder")
+    def size(split):
+        for n in range(SPLITS.index(split), 60, 3):
+            yield Example(f"what is {n}", answer=str(n), target=n / 10)
+
+    spec = tiny_spec(tiny_encoder, tasks=["odd", "size"])
+    loaded = load_base(str(tiny_encoder), "float32")
+    linears = target_linears(loaded.body, spec.modules, spec.last_layers)
+    live = {
+        name: LowRank(
+            Factors(gaussian(4, m.in_features, seed=1) / 9, gaussian(m.out_features, 4, seed=2) / 9, 2.0), train_A=True
+        )
+        for name, m in linears.items()
+    }
+    tasks = []
+    for each in (odd, size):
+        encoded = encode_encoder_rows(loaded.tokenizer, list(each.rows("train", 6)))
+        tasks.append(TaskData(each.name, encoded, None, new_head(spec, loaded, each.name)))
+    named, batches = named_parameters(live, tasks), [(task, [0, 1, 2, 3]) for task in tasks]
+    with attach(loaded.body, live):
+        ours, apart = (task_gradients(loaded, loaded.body, batches, named, live=each) for each in (live, None))
+    assert set(ours.heads) == {f"head.{task.name}.{part}" for task in tasks for part in ("weight", "bias")}
+    pairs = [(ours.losses, apart.losses), *((ours.heads[n], apart.heads[n]) for n in ours.heads)]
+    pairs += [(ours.shared[n][t], apart.shared[n][t]) for n in ours.shared for t in range(2)]
+    for one, other in pairs:
+        assert other.abs().max() > 0
+        assert (one - other).abs().max() <= 400 * EPS * other.abs().max()
+
+
+# Which batches go together
+
+
+@given(st.lists(st.lists(st.integers(1, 300), min_size=1, max_size=6), min_size=1, max_size=8))
+def test_groups_hold_every_batch_once_and_waste_little(lengths):
+    groups = together(lengths)
+    assert sorted(place for group in groups for place in group) == list(range(len(lengths)))
+    for group in groups:
+        assert group == sorted(group)
+        rows = sum(len(lengths[place]) for place in group)
+        apart = sum(len(lengths[place]) * max(lengths[place]) for place in group)
+        assert rows * max(max(lengths[place]) for place in group) <= (1 + PADDING) * apart
+
+
+def test_like_lengths_go_together_and_unlike_ones_apart():
+    assert together([[50, 40], [50, 48], [49, 50]]) == [[0, 1, 2]]
+    assert together([[200, 10], [10, 10], [198, 200]]) == [[0, 2], [1]]
+    assert together([[7]]) == [[0]]
