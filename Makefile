@@ -8,7 +8,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constra
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup install study test test-gpu lab lint publish bench bench-lori clean
+.PHONY: help setup install study test test-gpu lab lint publish bench bench-lori bench-ortho clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -49,10 +49,13 @@ lab: $(READY) ## JupyterLab on notebooks/ with this environment's kernel
 publish: $(READY) ## put the executed outputs of profile quick into notebooks/
 	$(BIN)/lori-nb publish
 
-bench: bench-lori ## every benchmark
+bench: bench-lori bench-ortho ## every benchmark
 
 bench-lori: $(READY) ## LoRI-S against peft's LoRA: parameters, memory, disk, FLOPs, time
 	$(BIN)/python benchmarks/lori.py --pairs 30
+
+bench-ortho: $(READY) ## a step of Ortho-LoRA against joint training, a loop over tasks, and torchjd
+	$(BIN)/python benchmarks/ortho.py --pairs 30
 
 clean: ## remove runs, caches and executed notebooks (not the environment)
 	rm -rf data/runs data/cache data/executed data/tables

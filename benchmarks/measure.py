@@ -50,6 +50,16 @@ def saved_bytes(forward: Work, exclude: Sequence[torch.Tensor] = ()) -> int:
     return total
 
 
+def peak_bytes(work: Work) -> int:
+    """The most bytes on the CPU at one time in a call, beyond what was there before it."""
+    work()  # what is allocated once and kept
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return int(np.cumsum(sizes).max())
+
+
 def seconds(work: Work) -> float:
     """Wall time of one call."""
     started = time.perf_counter()
@@ -96,10 +106,10 @@ def judged(name: str, target: float | None, measured: dict) -> dict:
     return {"name": name, **measured, "target": target, "met": reached}
 
 
-def circumstances(command: str) -> dict:
+def circumstances(command: str, packages: Sequence[str] = PACKAGES) -> dict:
     """What every row carries: versions, processor, threads and the command."""
     return {
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {name: version(name) for name in packages},
         "processor": processor(),
         "threads": torch.get_num_threads(),
         "command": command,
@@ -114,10 +124,10 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def publish(rows: Sequence[dict], file: str, command: str) -> None:
+def publish(rows: Sequence[dict], file: str, command: str, packages: Sequence[str] = PACKAGES) -> None:
     """Write the rows to ``results/<file>`` and print them as a table."""
     RESULTS.mkdir(exist_ok=True)
-    about = circumstances(command)
+    about = circumstances(command, packages)
     (RESULTS / file).write_text(json.dumps([{**row, **about} for row in rows], indent=1) + "\n")
     print(f"{'measured':<66} {'ours':>12} {'peer':>12} {'ratio':>18} {'target':>7}  met")
     for row in rows:

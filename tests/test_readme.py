@@ -6,6 +6,7 @@ import re
 
 import pandas as pd
 import pytest
+import torch
 from tiny import output_of, python, tiny_spec
 
 from lori_nb.lab import ledger
@@ -18,6 +19,7 @@ from lori_nb.study.plans import method_specs
 from lori_nb.study.profiles import load_settings
 from lori_nb.study.publication import END, START, rendered
 
+OWN = "shortest-first"
 README = (PROJECT / "README.md").read_text()
 
 
@@ -54,6 +56,19 @@ def test_an_own_task_and_method_work_by_name_in_settings_and_runs(home, tiny_dec
     )
     assert dict(run.spec.digests)["method"] == get_method("lora-l2").source_digest  # counts by its source
     assert {row.answer for row in get_task("parity").rows("test", 10)} == {"odd", "even"}
+
+
+def test_an_own_solver_works_by_name_and_counts_by_its_source(home, tiny_decoder, tmp_path, monkeypatch, registries):
+    path = tmp_path / "solver.py"
+    path.write_text(block_with("@solver"))
+    monkeypatch.setenv("LORI_NB_EXTENSIONS", str(path))
+    load_extensions()
+    both, store = ("chain_sum", "word_sequence_reversal"), Store()
+    options = [(("solver", name),) for name in (OWN, "sum")]
+    own, plain = (store.get(tiny_spec(tiny_decoder, "ortho-lora", tasks=both, steps=3, options=o)) for o in options)
+    assert dict(own.spec.digests)["solver"] and "solver" not in dict(plain.spec.digests)
+    pairs = [(own.adapter.factors[name].B, f.B) for name, f in plain.adapter.factors.items()]
+    assert any(not torch.equal(one, other) for one, other in pairs)
 
 
 def test_an_extension_that_is_not_there_is_an_error(monkeypatch):
