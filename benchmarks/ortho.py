@@ -2,9 +2,9 @@
 
 T tasks of like length share one adapter: MiniLM with adapters on query and value (r = 8) and a head a task, or
 SmolLM2-135M with adapters on all linear modules of its last 8 layers (r = 16). Every side takes the same rows, clips
-and steps AdamW. *Joint* sends one batch forward and backward. *Ours* does so too, takes every task's gradient out of that backward pass
-and projects. The *loop* has a forward and a backward pass a task, with the same projection. *torchjd* has one forward
-pass, ``mtl_backward`` and its PCGrad for every tensor, on peft's LoRA.
+and steps AdamW. *Joint* sends one batch forward and backward. *Ours* does so too, takes every task's gradient out of
+that backward pass and projects. The *loop* has a forward and a backward pass a task, with the same projection.
+*torchjd* has one forward pass, ``mtl_backward`` and its PCGrad for every tensor, on peft's LoRA.
 
     python benchmarks/ortho.py --pairs 30
 """

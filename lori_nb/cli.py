@@ -151,13 +151,15 @@ def measure(
     notebooks: Annotated[str, typer.Option(help="Whose runs: 01_lori,02_masks.")] = "01_lori,02_masks",
     jobs: Jobs = 2,
 ) -> None:
-    """Train what the ledger lacks of a profile's runs, and add their scores to the ledger as they come."""
-    from lori_nb.study import measuring
+    """Train what the ledger lacks of a profile's runs, add scores to the ledger, and write tables and figures
+    of it.
+    """
+    from lori_nb.study import measuring, reference
     from lori_nb.study.conduct import chosen_notebooks
     from lori_nb.study.profiles import load_settings
 
     settings, chosen = load_settings(profile), chosen_notebooks(_names(notebooks))
-    for path in measuring.measure(settings, chosen, jobs):
+    for path in (*measuring.measure(settings, chosen, jobs), *reference.write_reference(settings, chosen)):
         print(path)
     for name in chosen:
         print(measuring.results_of(name, settings).line)

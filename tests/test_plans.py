@@ -21,13 +21,33 @@ from lori_nb.study.tuning import CENTRES, RATES, first_grids, tuning_specs
 LLAMA = "meta-llama/Meta-Llama-3-8B"
 
 
-@pytest.mark.parametrize("name", ["smoke", "quick", "standard", "paper"])
+PROFILES = ("paper", "paper-mistral", "paper-r64", "quick", "smoke", "standard")
+
+
+@pytest.mark.parametrize("name", PROFILES)
 def test_every_profile_loads_and_every_notebook_has_a_plan(name):
     settings = load_settings(name)
     assert set(PLANS) == set(NOTEBOOKS)
     for notebook in NOTEBOOKS:
         assert PLANS[notebook](settings), notebook
-    assert set(profile_names()) == {"smoke", "quick", "standard", "paper"}
+    assert tuple(profile_names()) == PROFILES
+
+
+def test_a_profile_takes_over_what_it_does_not_say():
+    paper, larger, mistral = (load_settings(name) for name in ("paper", "paper-r64", "paper-mistral"))
+    assert (larger.rank, larger.alpha, larger.base) == (64, 128, paper.base)
+    assert mistral.base == "mistralai/Mistral-7B-v0.1" and mistral.batch_size == paper.batch_size == 32
+    assert larger.learning_rate["lori-s"] == 10 * larger.learning_rate["lori-d"] == 1e-4
+
+
+def test_a_task_may_have_steps_of_its_own():
+    settings = load_settings("paper")
+    steps = {task: single(settings, "lori-s", task, 0) for task in settings.tasks}
+    assert {task: spec.steps for task, spec in steps.items()} == {"boolq": 265, "gsm8k": 630, "refusal": 48}
+    assert all(spec.calibration.steps == spec.steps for spec in steps.values())
+    assert arm_spec(settings, "lora-longer", "gsm8k", 0).steps == 2 * 630
+    with pytest.raises(ValueError, match="task_steps of gsm8k must be a number; found 'many'"):
+        load_settings("paper", task_steps={"gsm8k": "many"})
 
 
 def test_lori_s_is_calibrated_by_the_very_lori_d_runs_that_the_study_trains_anyway():
@@ -91,7 +111,7 @@ def test_bad_settings_are_named_before_any_work(changes, words):
 
 
 def test_an_unknown_profile_lists_the_known_ones():
-    with pytest.raises(ValueError, match="profile must be one of paper, quick, smoke, standard; found 'quik'"):
+    with pytest.raises(ValueError, match="profile must be one of paper, .*, smoke, standard; found 'quik'"):
         load_settings("quik")
 
 

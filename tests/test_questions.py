@@ -331,7 +331,7 @@ def test_where_gradients_conflict(results, settings):
     cells = conflict.conflict_map(results)
     assert set(cells["factor"]) == {"A", "B"} and cells["layer"].nunique() == settings.last_layers
     assert np.allclose(cells["excess"], cells["between"] - cells["within"])
-    assert (cells["inside"] == ((cells["low"] <= 0) & (cells["high"] >= 0))).all()
+    assert (cells["inside"] == ~((cells["high"] < 0) & (cells["excess_high"] < 0))).all() and cells["inside"].any()
     matrix = conflict.cosine_matrix(results)
     assert list(matrix.index) == list(matrix.columns) == list(settings.tasks)
     assert np.allclose(matrix, matrix.T) and matrix.abs().to_numpy().max() <= 1

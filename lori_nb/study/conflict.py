@@ -121,9 +121,10 @@ def cosine_matrix(results: Results, arrangement: str = JOINT) -> pd.DataFrame:
 def conflict_map(results: Results, arrangement: str = JOINT) -> pd.DataFrame:
     """Cosine between tasks by step, layer and factor, beside that within a task: one row a cell.
 
-    Columns step, layer, factor, between, within (means), excess (between − within) with low and high, n, and inside:
-    whether the excess's interval contains zero, so that two tasks are no more at odds there than halves of one. The
-    interval is over seeds, or with one seed over the modules of the layer.
+    Columns step, layer, factor, between with low and high, within (means), excess (between − within) with its upper
+    bound excess_high, n, and inside: whether the cell lies inside the null. It does not where the cosine's interval
+    lies below 0, what unrelated tasks have, and that of the excess too, so that two tasks are more at odds than two
+    halves of one. Intervals are over seeds, or with one seed over the modules of the layer.
     """
     table = recorded(results, HALVES)
     table = table[table["arrangement"] == arrangement]
@@ -131,17 +132,17 @@ def conflict_map(results: Results, arrangement: str = JOINT) -> pd.DataFrame:
     cells = table.pivot_table(
         index=["step", "layer", "factor", unit], columns="pairs", values="value", aggfunc="mean"
     ).reindex(columns=[BETWEEN, WITHIN])
-    cells["excess"] = cells[BETWEEN] - cells[WITHIN]
     rows = []
     for key, part in cells.dropna().groupby(["step", "layer", "factor"]):
-        interval = t_interval(part["excess"])
-        about = dict(zip(("step", "layer", "factor"), key, strict=True))
-        means = {BETWEEN: part[BETWEEN].mean(), WITHIN: part[WITHIN].mean(), "excess": interval.mean}
-        inside = not (interval.low > 0 or interval.high < 0)
-        rows.append(about | means | {"low": interval.low, "high": interval.high, "n": interval.n, "inside": inside})
-    return pd.DataFrame(
-        rows, columns=["step", "layer", "factor", BETWEEN, WITHIN, "excess", "low", "high", "n", "inside"]
-    )
+        cosine, excess = t_interval(part[BETWEEN]), t_interval(part[BETWEEN] - part[WITHIN])
+        rows.append(
+            dict(zip(("step", "layer", "factor"), key, strict=True))
+            | {BETWEEN: cosine.mean, "low": cosine.low, "high": cosine.high, WITHIN: part[WITHIN].mean()}
+            | {"excess": excess.mean, "excess_high": excess.high, "n": cosine.n}
+            | {"inside": not (cosine.high < 0 and excess.high < 0)}
+        )
+    columns = ["step", "layer", "factor", BETWEEN, "low", "high", WITHIN, "excess", "excess_high", "n", "inside"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def removed_shares(results: Results) -> pd.DataFrame:

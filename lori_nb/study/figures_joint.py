@@ -8,12 +8,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import PercentFormatter
 
 from lori_nb.study.conflict import BETWEEN
 from lori_nb.study.figures import grouped_points
-from lori_nb.study.style import BLACK, GREY, look_of, looks_of, title_of
+from lori_nb.study.style import GREY, look_of, looks_of, title_of
 
 HATCH = "////"
 
@@ -55,7 +55,7 @@ def _percent(ax: Axes) -> Axes:
 
 
 def conflict_map(axes: Sequence[Axes], table: pd.DataFrame) -> None:
-    """Mean cosine between tasks by step and layer, a panel a factor; hatched where no lower than within a task.
+    """Mean cosine between tasks by step and layer, a panel a factor; hatched inside the null.
 
     Args:
         axes: one for A and one for B.
@@ -76,19 +76,22 @@ def conflict_map(axes: Sequence[Axes], table: pd.DataFrame) -> None:
         cells, inside = (part.pivot(index="layer", columns="step", values=name) for name in (BETWEEN, "inside"))
         steps, layers = _edges(cells.columns), _edges(cells.index)
         image = ax.pcolormesh(steps, layers, cells.to_numpy(float), cmap="PuOr", norm=norm, rasterized=True)
-        flat = np.where(inside.to_numpy(object) == True, 1.0, np.nan)  # noqa: E712 (NaN where a cell is missing)
-        ax.pcolor(steps, layers, np.ma.masked_invalid(flat), hatch=HATCH, alpha=0, edgecolor=BLACK, linewidth=0)
-        ax.set(xlabel="step", ylabel="layer")
+        for i, j in np.argwhere(inside.fillna(False).to_numpy(bool)):
+            place, size = (steps[j], layers[i]), (steps[j + 1] - steps[j], layers[i + 1] - layers[i])
+            ax.add_patch(Rectangle(place, *size, fill=False, hatch=HATCH, edgecolor=GREY, linewidth=0))
+        ax.set(xlabel="step", ylabel="layer", xlim=_edges(table["step"].drop_duplicates().sort_values())[[0, -1]])
         ax.grid(False)
     axes[-1].figure.colorbar(image, ax=list(axes), label="cosine between tasks", shrink=0.9)
     axes[0].figure.legend(
-        handles=[Patch(facecolor="none", edgecolor=BLACK, hatch=HATCH, label="no lower than within a task")],
+        handles=[
+            Patch(facecolor="none", edgecolor=GREY, hatch=HATCH, label="inside the null: no conflict beyond noise")
+        ],
         loc="outside lower center",
         frameon=False,
     )
 
 
-def _edges(centres: pd.Index) -> np.ndarray:
+def _edges(centres: pd.Index | pd.Series) -> np.ndarray:
     """Cell borders halfway between sorted centres, the outer ones as far out as their neighbours."""
     places = centres.to_numpy(float)
     if len(places) == 1:

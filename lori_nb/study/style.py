@@ -42,6 +42,7 @@ STYLE = {
     "grid.linewidth": 0.6,
     "axes.axisbelow": True,
     "lines.linewidth": 1.4,
+    "hatch.linewidth": 0.5,
     "lines.markersize": 6,
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
