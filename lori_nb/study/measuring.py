@@ -1,7 +1,8 @@
 """Long measurements that outlive a machine: scores go to the ledger as they come, and what it holds is not done again.
 
-A study of hours is trained seed by seed, so that the runs that share a calibration are done together. Tables and
-figures are then made from the ledger alone, wherever the runs themselves may be.
+A study of hours trains the methods themselves first and the variants after them, each seed by seed, so that the runs
+that share a calibration are done together and what is there at any time can be read. Tables and figures are then made
+from the ledger alone, wherever the runs themselves may be.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from lori_nb.lab.resolving import resolve
 from lori_nb.lab.runs import Store, unmeasured
 from lori_nb.lab.specs import Spec
 from lori_nb.study.notebook import Results, slug
-from lori_nb.study.plans import PLANS
+from lori_nb.study.plans import PLANS, method_specs
 from lori_nb.study.pool import train_all
 from lori_nb.study.profiles import Settings
 
@@ -29,7 +30,7 @@ def measure(settings: Settings, notebooks: Sequence[str], jobs: int = 2, store: 
     store = store or Store()
     command = f"lori-nb measure --profile {slug(settings)} --notebooks {','.join(notebooks)}"
     study = f"study-{slug(settings)}"
-    specs = by_seed(spec for name in notebooks for spec in PLANS[name](settings))
+    specs = in_order((spec for name in notebooks for spec in PLANS[name](settings)), method_specs(settings))
     added = [record(specs, store, study, command)]
     while missing := [spec for spec in unmeasured(specs) if not store.finished(spec)]:
         try:
@@ -39,9 +40,11 @@ def measure(settings: Settings, notebooks: Sequence[str], jobs: int = 2, store: 
     return [path for path in added if path is not None]
 
 
-def by_seed(specs: Iterable[Spec]) -> list[Spec]:
-    """Every spec once, one seed after another, otherwise in the plan's order."""
-    return sorted({spec.hash: spec for spec in map(resolve, specs)}.values(), key=lambda spec: spec.seed)
+def in_order(specs: Iterable[Spec], first: Iterable[Spec] = ()) -> list[Spec]:
+    """Every spec once: those of ``first``, then the others, each one seed after another, else in the plan's order."""
+    early = {resolve(spec).hash for spec in first}
+    every = {spec.hash: spec for spec in map(resolve, specs)}.values()
+    return sorted(every, key=lambda spec: (spec.hash not in early, spec.seed))
 
 
 def record(specs: Sequence[Spec], store: Store, study: str, command: str) -> Path | None:
