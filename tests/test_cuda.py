@@ -100,7 +100,7 @@ def test_a_bfloat16_base_trains_float32_adapters(name, device, base):
     assert prepared.base.dtype == next(prepared.base.body.parameters()).dtype == torch.bfloat16
     assert {p.dtype for p in prepared.named.values()} == {torch.float32}
     with recomputed(prepared.base.body):
-        prepared.spec = replace(prepared.spec, micro_batch_rows=2)
+        prepared.loop.spec = replace(prepared.spec, micro_batch_rows=2)
         losses = torch.stack([prepared.step(step)[0] for step in range(10)]).cpu()
     assert losses.isfinite().all()
     assert (losses[-1] < losses[0]).all()
@@ -132,7 +132,7 @@ class NoQuestions(TorchDispatchMode):
 @contextmanager
 def waiting_forbidden(prepared: Prepared) -> Iterator[None]:
     if prepared.base.device.type == "cpu":
-        with fused_attention(prepared), NoQuestions(prepared.optimiser):
+        with fused_attention(prepared), NoQuestions(prepared.loop.optimiser):
             yield
         return
     torch.cuda.synchronize()
@@ -151,6 +151,24 @@ def test_no_step_waits_for_the_device(name, checkpointing, device, base):
     with recomputed(prepared.base.body, checkpointing), waiting_forbidden(prepared):
         for step in (1, 2, 3):
             prepared.step(step)
+
+
+def test_a_joint_run_s_record_goes_on_after_a_resume(device, base, tmp_path):
+    """What a checkpoint gives back lies on the CPU, what later steps add on the device."""
+    spec, path = SPECS["ortho-lora"](base, steps=6), tmp_path / "checkpoint.safetensors"
+    prepared, resumed = Prepared(spec, device), Prepared(spec, device)
+    for step in range(6):
+        if step == 3:
+            prepared.loop.save(path, {"step": 3})
+            assert resumed.loop.restore(path)["step"] == 3
+        prepared.step(step)
+        if step >= 3:
+            resumed.step(step)
+    whole, again = (each.loop.telemetry.table() for each in (prepared, resumed))
+    assert len(whole) == len(again)
+    torch.testing.assert_close(
+        torch.tensor(whole["value"]), torch.tensor(again["value"]), rtol=1e-3, atol=1e-3, equal_nan=True
+    )
 
 
 def test_waiting_would_be_noticed(device, base):
@@ -203,7 +221,8 @@ class Rival(Prepared):
         self.optimiser = torch.optim.AdamW(self.named.values(), lr=self.spec.learning_rate, weight_decay=0.0)
 
     def gradients(self, step: int = 0, micro_batch_rows: int | None = None) -> list:
-        return task_gradients(self.base, self.base.body, self.batches(step), self.named, micro_batch_rows)
+        found = task_gradients(self.base, self.base.body, self.batches(step), self.named, micro_batch_rows)
+        return [(loss, found.of(task)) for task, loss in enumerate(found.losses)]
 
     def step(self, step: int):
         ((loss, gradient),) = self.gradients(step)

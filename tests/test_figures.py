@@ -91,7 +91,7 @@ def recovery_table() -> pd.DataFrame:
     return table.assign(low=table["value"] - 0.3, high=table["value"] + 0.3)
 
 
-def removed_table() -> pd.DataFrame:
+def change_table() -> pd.DataFrame:
     ways = ("joint", "ortho-lora", "pcgrad")
     return pd.DataFrame({"arrangement": a, "step": s, "value": 0.1 * i} for i, a in enumerate(ways) for s in range(30))
 
@@ -108,7 +108,7 @@ PLOTS = {
     "conflicts": lambda ax: figures_joint.conflict_points(ax, conflict_table("module", MODULES)),
     "conflict steps": lambda ax: figures_joint.conflict_steps(ax, conflict_table("step", range(5))),
     "recovery": lambda ax: figures_joint.recovery(ax, recovery_table()),
-    "removed": lambda ax: figures_joint.removed_lines(ax, removed_table()),
+    "change": lambda ax: figures_joint.change_lines(ax, change_table()),
     "spectra": lambda ax: figures.spectra(ax, spectrum_table()),
     "verdicts": lambda ax: figures.verdicts(ax, judged_table()),
 }
@@ -189,10 +189,15 @@ def test_conflicts_that_were_not_measured_are_said_to_be():
         assert plot(ax, empty).texts[0].get_text() == "not measured"
 
 
+def test_a_ratio_far_out_stands_as_a_number_at_the_edge():
+    _, ax, _ = drawn("recovery")
+    assert [text.get_text() for text in ax.texts] == ["9.0 →"] and ax.get_xlim()[1] <= 4
+
+
 def cell_table(**changes) -> pd.DataFrame:
     cells = [(step, layer, factor) for step in (0, 6, 12) for layer in range(22, 30) for factor in "AB"]
     table = pd.DataFrame(cells, columns=["step", "layer", "factor"])
-    return table.assign(between=np.linspace(-0.2, 0.1, len(table)), inside=table["layer"] > 25, **changes)
+    return table.assign(between=np.linspace(-0.2, 0.1, len(table)), inside=table["layer"] > 25, n=5, **changes)
 
 
 def test_the_conflict_map_hatches_what_noise_explains():
@@ -204,6 +209,9 @@ def test_the_conflict_map_hatches_what_noise_explains():
     assert {mesh.get_clim() for mesh in meshes} == {(-0.2, 0.2)}  # one scale, white at zero
     assert [sum(bool(patch.get_hatch()) for patch in ax.patches) for ax in axes] == [4 * 3, 4 * 3]
     assert [ax.get_xlabel() for ax in axes] == ["step"] * 2
+    figure, axes = figures.panels(2)
+    figures_joint.conflict_map(axes, table.assign(n=1, inside=False))
+    assert "one seed: not tested" in figure.legends[0].get_texts()[0].get_text()
     _, axes = figures.panels(2)
     figures_joint.conflict_map(axes, table.iloc[:0])
     assert axes[0].texts[0].get_text() == "not measured"

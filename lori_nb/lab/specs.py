@@ -33,7 +33,7 @@ class RunSpec:
     ``family`` are the tasks that share a basis under subspace "orthogonal". ``mask_origin`` says where a mask comes
     from (a key of ``lori_nb.lab.methods.MASK_ORIGINS``), ``mask_structure`` whether it keeps entries or rows of B.
     ``stop_after`` ends training after so many of the schedule's ``steps``, as a calibration by a part of a run does.
-    ``micro_batch_rows`` of a task's rows are computed at a time (None: all), and with ``checkpointing`` the backward
+    ``micro_batch_rows`` rows, of all tasks, are computed at a time (None: all), and with ``checkpointing`` the backward
     pass computes activations again instead of keeping them: less memory; the former rounds sums in another order.
     """
 

@@ -1,9 +1,10 @@
 """How the tasks' gradients lay to each other while one adapter trained on all of them.
 
-Every step records, for each tensor, the cosines between the tasks' gradients and what projection removed. Some steps
-also record the *null*: each task's rows are split in two halves, and the cosines of all halves are kept. Halves of one
-task differ by noise alone, so whatever two tasks' halves show beyond that is between the tasks. The gradient that
-trains is the sum of the halves', so that looking costs no further pass.
+Every step records the cosines between the tasks' gradients for each tensor, those of the blocks that a conflict solver
+works on where these are larger, what projection removed, and how far the gradient that was taken lies from that of
+joint training. Some steps split each task's rows in two halves and also record the cosines of all halves: halves of one
+task share the task and differ by noise alone, so how far their cosine falls below 1 is what noise does to a cosine. The
+gradient that trains is then the sum of the halves'.
 
 Nothing waits for the device between two looks at the losses.
 """
@@ -22,7 +23,8 @@ from lori_nb.method.conflicts import Conflicts
 RECIPE = 1  # raise when the same gradients leave another record
 LOOKS = 20  # how many steps of a run split their batches in halves, evenly spread
 COLUMNS = ("step", "tensor", "measure", "task", "other", "value")
-COSINE, HALVES, REMOVED = "cosine", "cosine of halves", "removed"
+COSINE, BLOCKS, HALVES = "cosine", "cosine of blocks", "cosine of halves"
+REMOVED, CHANGE = "removed", "change"
 
 
 @dataclass
@@ -30,30 +32,51 @@ class Telemetry:
     """The record of one run on ``tasks``; ``table()`` is what is kept of it."""
 
     tasks: Sequence[str]
-    tensors: tuple[str, ...] = ()
+    names: dict[str, tuple[str, ...]] = field(default_factory=dict)  # measure → its G tensors or blocks
     kept: dict[str, list[Tensor]] = field(default_factory=dict)  # measure → (G × pairs or 1) a step
     steps: dict[str, list[int]] = field(default_factory=dict)
 
-    def add(self, step: int, conflicts: Conflicts, removed: Tensor, halves: Conflicts | None = None) -> None:
-        """One step: the tasks' gradients tensor by tensor, the share ``removed`` (G) of their sum, and where batches
-        were split the gradients of their halves (task 0's two first).
+    def add(
+        self,
+        step: int,
+        conflicts: Conflicts,
+        change: Tensor,
+        blocks: Conflicts | None = None,
+        halves: Conflicts | None = None,
+    ) -> None:
+        """One step.
+
+        Args:
+            conflicts: of the tasks' gradients, tensor by tensor.
+            change: of :func:`relative_change`, tensor by tensor (G,).
+            blocks: of the blocks that a solver worked on.
+            halves: tensor by tensor between the halves of the tasks' batches, task 0's two first.
         """
-        self.tensors = conflicts.groups
-        found = {COSINE: _upper(conflicts.cosines), REMOVED: removed[:, None]}
+        self._keep(step, COSINE, conflicts.groups, _upper(conflicts.cosines))
+        self._keep(step, CHANGE, conflicts.groups, change[:, None])
         if halves is not None:
-            found[HALVES] = _upper(halves.cosines)
-        for measure, values in found.items():
-            self.steps.setdefault(measure, []).append(step)
-            self.kept.setdefault(measure, []).append(values)
+            self._keep(step, HALVES, halves.groups, _upper(halves.cosines))
+        if blocks is not None and blocks.groups != conflicts.groups:
+            self._keep(step, BLOCKS, blocks.groups, _upper(blocks.cosines))
+        if blocks is not None and blocks.removed is not None:
+            self._keep(step, REMOVED, blocks.groups, blocks.removed[:, None])
+
+    def _keep(self, step: int, measure: str, names: tuple[str, ...], values: Tensor) -> None:
+        self.names[measure] = tuple(name or "adapter" for name in names)
+        self.steps.setdefault(measure, []).append(step)
+        self.kept.setdefault(measure, []).append(values)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything so far as tensors, for a checkpoint; waits for the device."""
-        values = {f"{measure}|values": torch.stack(several).cpu() for measure, several in self.kept.items()}
+        """Everything so far as tensors on the CPU, for a checkpoint; waits for the device."""
+        values = {f"{measure}|values": self._values(measure) for measure in self.kept}
         return values | {f"{measure}|steps": torch.tensor(steps) for measure, steps in self.steps.items()}
 
-    def restore(self, state: Mapping[str, Tensor], tensors: Sequence[str]) -> None:
+    def _values(self, measure: str) -> Tensor:
+        return torch.stack([each.cpu().float() for each in self.kept[measure]])  # after a resume on two devices
+
+    def restore(self, state: Mapping[str, Tensor], names: Mapping[str, Sequence[str]]) -> None:
         """Go on from what :meth:`state` gave."""
-        self.tensors = tuple(tensors)
+        self.names = {measure: tuple(several) for measure, several in names.items()}
         for name, tensor in state.items():
             measure, _, what = name.rpartition("|")
             if what == "steps":
@@ -62,28 +85,31 @@ class Telemetry:
                 self.kept[measure] = list(tensor)
 
     def table(self) -> pd.DataFrame:
-        """One value a row: step, tensor, measure, task, other, value; NaN where a gradient was zero.
+        """One value a row: step, tensor (or block), measure, task, other, value; NaN where a gradient was zero.
 
-        Measure "cosine" is between two tasks' gradients; "cosine of halves" between halves of tasks' batches, within a
-        task where ``task`` is ``other``; "removed" is ‖∇ − S‖ / ‖S‖, S what joint training would have taken and ∇ what
-        was taken, without tasks: 0 in joint training itself.
+        - "cosine", "cosine of blocks": between two tasks' gradients;
+        - "cosine of halves": between halves of tasks' batches, within a task where ``task`` is ``other``;
+        - "removed": the share of the tasks' gradient norm that projection took away, without tasks;
+        - "change": ‖∇ − S‖ / ‖S‖, S what joint training would have taken and ∇ what was taken, without tasks. It is no
+          share removed: two gradients of equal norm at an obtuse angle add up to a longer one after projection.
         """
         halves = [task for task in self.tasks for _ in range(2)]
-        owners = {COSINE: _pairs(self.tasks), HALVES: _pairs(halves), REMOVED: [(None, None)]}
+        between, none = _pairs(self.tasks), [(None, None)]
+        owners = {COSINE: between, BLOCKS: between, HALVES: _pairs(halves), REMOVED: none, CHANGE: none}
         frames = [self._frame(measure, pairs) for measure, pairs in owners.items() if measure in self.kept]
         table = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(COLUMNS))
         return table.astype({name: "category" for name in ("tensor", "measure", "task", "other")})
 
     def _frame(self, measure: str, owners: Sequence[tuple]) -> pd.DataFrame:
-        values, steps = torch.stack(self.kept[measure]).cpu(), self.steps[measure]
-        index = pd.MultiIndex.from_product([steps, self.tensors, range(len(owners))], names=["step", "tensor", "pair"])
-        frame = pd.DataFrame({"value": values.flatten().numpy()}, index=index).reset_index()
+        levels = [self.steps[measure], self.names[measure], range(len(owners))]
+        index = pd.MultiIndex.from_product(levels, names=["step", "tensor", "pair"])
+        frame = pd.DataFrame({"value": self._values(measure).flatten().numpy()}, index=index).reset_index()
         task, other = zip(*owners, strict=True)
         frame["task"], frame["other"] = (pd.Series(names).take(frame["pair"]).to_numpy() for names in (task, other))
         return frame.assign(measure=measure)[list(COLUMNS)]
 
 
-def removed_share(taken: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> Tensor:
+def relative_change(taken: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> Tensor:
     """‖taken − whole‖ / ‖whole‖ for every tensor (G,), in the order of ``whole``; NaN where that is zero."""
     norms = torch._foreach_norm(list(whole.values()))
     gaps = torch._foreach_norm([taken[name] - each for name, each in whole.items()])
@@ -92,8 +118,9 @@ def removed_share(taken: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> T
 
 def _upper(cosines: Tensor) -> Tensor:
     """(G × T × T) → (G × pairs), in the order of :func:`_pairs`."""
-    first, second = torch.triu_indices(cosines.shape[1], cosines.shape[2], 1)
-    return cosines[:, first, second]
+    tasks = range(cosines.shape[1])
+    # by slices: an index tensor would come from the CPU and make it wait
+    return torch.stack([cosines[:, i, j] for i in tasks for j in tasks if i < j], dim=1)
 
 
 def _pairs(names: Sequence[str]) -> list[tuple[str, str]]:

@@ -23,9 +23,10 @@ from lori_nb.lab.gradients import TaskData, TaskGradients, batch_indices, recomp
 from lori_nb.lab.methods import Live, get_method
 from lori_nb.lab.models import Base
 from lori_nb.lab.specs import RunSpec
-from lori_nb.lab.telemetry import LOOKS, Telemetry, removed_share
+from lori_nb.lab.telemetry import LOOKS, Telemetry, relative_change
 from lori_nb.method.adapters import LowRank
-from lori_nb.method.conflicts import combine_stacked, conflicts_of
+from lori_nb.method.conflicts import Conflicts, combine_stacked, conflicts_of
+from lori_nb.method.task_gradients import NotByRowsError
 
 LOOK_EVERY = 10  # steps between two looks at the losses, so that no step waits for the device
 CHECKPOINT_SECONDS = 20.0
@@ -114,16 +115,17 @@ class Loop:
             self.optimiser = self.method.optimiser(self.named, live, **settings)
         else:
             self.optimiser = torch.optim.AdamW(self.named.values(), **settings)
+        # Other forms than low-rank have no gradients by task.
+        self.together = len(tasks) > 1 and all(isinstance(low, LowRank) for low in live.values())
         self.telemetry = Telemetry([task.name for task in tasks]) if len(tasks) > 1 else None
         self.solver_state: dict[str, Tensor] = {}
 
     def step(self, step: int) -> tuple[Tensor, Tensor]:
         """One optimiser step; returns task losses (T) and the gradient norm before clipping, still on the device."""
         found, halves = self._task_gradients(step)
-        combined = self._combined(found, step)
+        combined, blocks = self._combined(found, step)
         if self.telemetry is not None:
-            of_halves = conflicts_of(halves.shared) if halves is not None else None
-            self.telemetry.add(step, conflicts_of(found.shared), removed_share(combined, self._plain(found)), of_halves)
+            self._record(step, found, combined, blocks, halves)
         if self.method.penalty is not None:
             extra = torch.autograd.grad(self.method.penalty(self.live, step), self.parameters, allow_unused=True)
             pairs = zip(self.named, extra, strict=True)
@@ -149,35 +151,49 @@ class Loop:
         """The tasks' gradients, and at the steps that telemetry looks closer, those of the halves of their batches."""
         spec, size = self.spec, self.spec.batch_size // len(self.tasks)  # an equal number of rows each
         batches = [(t, batch_indices(len(t.rows), size, step, spec.seed, t.name)) for t in self.tasks]
-        low_rank = all(isinstance(low, LowRank) for low in self.live.values())  # other forms have no gradients by task
-        shared = {"micro_batch_rows": spec.micro_batch_rows, "live": self.live if low_rank else None}
         if self.telemetry is None or size < 2 or step % max(1, spec.trained_steps // LOOKS):
-            return task_gradients(self.base, self.body, batches, self.named, **shared), None
+            return self._gradients_of(batches), None
         halves = [(task, part) for task, rows in batches for part in (rows[: size // 2], rows[size // 2 :])]
         totals = [task.targets(rows) for task, rows in batches for _ in range(2)]
-        found = task_gradients(self.base, self.body, halves, self.named, **shared, totals=totals)
+        found = self._gradients_of(halves, totals)
         return found.in_pairs(), found
 
-    def _combined(self, found: TaskGradients, step: int) -> dict[str, Tensor]:
-        """The gradient that the optimiser sees: the mean over tasks, or what solver or the method's transform makes.
+    def _gradients_of(self, batches, totals: Sequence[int] | None = None) -> TaskGradients:
+        """From one backward pass; batch by batch for a model whose modules do not see rows, found at its first step."""
+        arguments = (self.base, self.body, batches, self.named, self.spec.micro_batch_rows)
+        if self.together:
+            try:
+                return task_gradients(*arguments, self.live, totals)
+            except NotByRowsError:
+                self.together = False
+        return task_gradients(*arguments, None, totals)
+
+    def _combined(self, found: TaskGradients, step: int) -> tuple[dict[str, Tensor], Conflicts | None]:
+        """The gradient that the optimiser sees: the mean over tasks, or what solver or the method's transform makes of
+        them; with a solver also the conflicts in its blocks.
 
         A head has a gradient from its own task alone, so it is neither projected nor averaged.
         """
-        tasks = len(found.losses)
+        tasks, blocks = len(found.losses), None
         if self.method.transform is not None:
             shared = dict(self.method.transform([found.of(task) for task in range(tasks)], step))
         elif self.method.projects and tasks > 1:
-            shared = self._solved(found.shared, step)
+            shared, blocks = self._solved(found.shared, step)
         else:
             shared = found.of(0) if tasks == 1 else self._plain(found)
-        return shared | found.heads
+        return shared | found.heads, blocks
 
-    def _solved(self, gradients: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
+    def _record(self, step: int, found: TaskGradients, combined, blocks: Conflicts | None, halves) -> None:
+        by_tensor = dict(self.spec.options).get("grouping", "tensor") == "tensor"
+        conflicts = blocks if blocks is not None and by_tensor else conflicts_of(found.shared)
+        of_halves = conflicts_of(halves.shared) if halves is not None else None
+        self.telemetry.add(step, conflicts, relative_change(combined, self._plain(found)), blocks, of_halves)
+
+    def _solved(self, gradients: Mapping[str, Tensor], step: int) -> tuple[dict[str, Tensor], Conflicts]:
         """Task gradients (T × shape) combined by the conflict solver, with the switches in the spec's options."""
         generator = torch.Generator().manual_seed(self.spec.seed * 1_000_003 + step)
         settings = {"reduction": "mean"} | dict(self.spec.options)
-        combined, _ = combine_stacked(gradients, generator=generator, state=self.solver_state, **settings)
-        return combined
+        return combine_stacked(gradients, generator=generator, state=self.solver_state, **settings)
 
     def _plain(self, found: TaskGradients) -> dict[str, Tensor]:
         """What joint training takes: the mean over tasks, or their sum where the options say so."""
@@ -188,7 +204,7 @@ class Loop:
         """Write a checkpoint, with what ``about`` says of it."""
         others = {"solver": self.solver_state}
         if self.telemetry is not None:
-            about, others = about | {"tensors": self.telemetry.tensors}, others | {"telemetry": self.telemetry.state()}
+            about, others = about | {"names": self.telemetry.names}, others | {"telemetry": self.telemetry.state()}
         save_checkpoint(path, self.named, self.optimiser, about, others)
 
     def restore(self, path: Path) -> dict | None:
@@ -199,7 +215,7 @@ class Loop:
         about, others = found
         self.solver_state = {name: tensor.to(self.base.device) for name, tensor in others.get("solver", {}).items()}
         if self.telemetry is not None:
-            self.telemetry.restore(others.get("telemetry", {}), about["tensors"])
+            self.telemetry.restore(others.get("telemetry", {}), about["names"])
         return about
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from lori_nb.method.projection import check_reference, send
 from lori_nb.method.solvers import ORDERS, Problem, get_solver
 
+RECIPE = 1  # raise when the same gradients give another combination
 GROUPINGS: dict[str, Callable[[str], str]] = {
     "tensor": lambda name: name,
     "module": lambda name: name.rpartition(".")[0],
@@ -31,12 +32,14 @@ class Conflicts:
     """How the tasks' gradients lay to each other, before any projection.
 
     ``groups`` names the G blocks; ``cosines`` (G, T, T) holds cos(g_i, g_j), NaN where either gradient is zero;
-    ``conflict`` (G, T, T) is true where ⟨g_i, g_j⟩ < 0.
+    ``conflict`` (G, T, T) is true where ⟨g_i, g_j⟩ < 0. ``removed`` (G,) is the share of the gradients' norm that was
+    projected away, 1 − √(Σ_i ‖g_i'‖² / Σ_i ‖g_i‖²), NaN where all are zero; None for a solver that does not project.
     """
 
     groups: tuple[str, ...]
     cosines: Tensor
     conflict: Tensor
+    removed: Tensor | None = None
 
     def rate(self) -> Tensor:
         """Share of conflicting task pairs in each block (G,), among pairs with two nonzero gradients; NaN if none."""
@@ -74,8 +77,7 @@ def combine(
 
     Returns:
         name → combined gradient in the gradients' own dtype, and the :class:`Conflicts` before projection. Inner
-        products are taken in float32, or float64 where any gradient is; a gradient whose square norm underflows there
-        counts as zero and is added unprojected.
+        products are taken in float64, so that no square of a float32 gradient underflows or overflows.
 
     Raises:
         ValueError: no task, tasks that differ in tensor names or shapes, or a setting outside its set.
@@ -118,7 +120,7 @@ def combine_stacked(
         coefficients = get_solver(solver)(problem)
         sums = {name: coefficients[place[name]].to(row) @ row for name, row in rows.items()}
     combined = {name: sums[name].reshape(each.shape[1:]).to(each.dtype) for name, each in gradients.items()}
-    return combined, _conflicts(groups, gramians)
+    return combined, _conflicts(groups, gramians, problem.told.get("removed"))
 
 
 @torch.no_grad()
@@ -141,7 +143,7 @@ def _blocks(
 ) -> tuple[tuple[str, ...], dict[str, int], Tensor, dict[str, Tensor]]:
     """Names of the G blocks, each tensor's block, the Gramians (G, T, T), and each tensor's gradients as rows (T, n).
 
-    Rows and Gramians are float32, or float64 where any gradient is.
+    Rows are float32, or float64 where any gradient is; Gramians are float64.
     """
     key = GROUPINGS[grouping] if isinstance(grouping, str) else grouping
     numbers: dict[str, int] = {}
@@ -155,14 +157,15 @@ def _blocks(
 def _gramians(rows: Sequence[Tensor], members: Sequence[int], groups: int) -> Tensor:
     """Gramians of the blocks (G, T, T): those of their tensors, added; ``members`` holds each tensor's block."""
     device = rows[0].device
-    each = torch.stack([(row @ row.T).to(device) for row in rows])
+    wide = (row.double() for row in rows)  # one copy at a time
+    each = torch.stack([(row @ row.T).to(device) for row in wide])
     return each.new_zeros(groups, *each.shape[1:]).index_add(0, send(torch.tensor(members), device), each)
 
 
-def _conflicts(groups: tuple[str, ...], gramians: Tensor) -> Conflicts:
+def _conflicts(groups: tuple[str, ...], gramians: Tensor, removed: Tensor | None = None) -> Conflicts:
     norms = gramians.diagonal(dim1=1, dim2=2).sqrt()
     cosines = (gramians / norms[:, :, None] / norms[:, None, :]).clamp(-1, 1)  # 0/0 is NaN: a zero has no direction
-    return Conflicts(groups, cosines, gramians < 0)
+    return Conflicts(groups, cosines, gramians < 0, removed)
 
 
 def _check_gradients(task_gradients: Sequence[Mapping[str, Tensor]]) -> list[str]:

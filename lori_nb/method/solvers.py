@@ -23,11 +23,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lori_nb.method.projection import all_orders, fixed_orders, projection_coefficients, random_orders, send
+from lori_nb.method.projection import all_orders, fixed_orders, projection_matrices, random_orders, send
 
 RECIPE = 1  # raise when a solver gives other coefficients
 ORDERS = ("random", "fixed", "mean")
 MOST_TASKS_FOR_ALL_ORDERS = 6  # 120 orders
+HIGHEST_COSINE = 0.99  # of GradVac's running mean
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Problem:
         reference: "original" or "projected".
         generator: what random orders are drawn from; None unless the order is random.
         state: tensors that a solver keeps from step to step under names of its own; a checkpoint holds them.
+        told: what a solver tells of its work: "removed", see :class:`lori_nb.method.conflicts.Conflicts`.
     """
 
     gramians: Tensor
@@ -49,6 +51,7 @@ class Problem:
     reference: str = "original"
     generator: torch.Generator | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
+    told: dict[str, Tensor] = field(default_factory=dict)
 
     def orders(self) -> Tensor:
         """(T, T−1), or (G, T, T−1) where they are drawn."""
@@ -80,14 +83,22 @@ def get_solver(name: str) -> Solver:
 @solver("project")
 def project(problem: Problem) -> Tensor:
     """Each gradient off those that it conflicts with, one after another (PCGrad's step, Ortho-LoRA's)."""
-    gramians, weights = problem.gramians, problem.weights
+    gramians, tasks = problem.gramians, problem.gramians.shape[1]
     if problem.order != "mean":
-        return projection_coefficients(gramians, problem.orders(), weights, problem.reference)
-    tasks = gramians.shape[1]
-    if tasks > MOST_TASKS_FOR_ALL_ORDERS:
+        matrices = projection_matrices(gramians, problem.orders(), problem.reference)
+    else:
+        check_orders(problem.order, tasks)
+        orders = all_orders(tasks)
+        matrices = sum(projection_matrices(gramians, each, problem.reference) for each in orders) / len(orders)
+    left = (matrices @ gramians * matrices).sum((1, 2)).clamp(min=0)  # Σ_i ‖g_i'‖²
+    problem.told["removed"] = 1 - (left / gramians.diagonal(dim1=1, dim2=2).sum(1)).sqrt()
+    return torch.einsum("i,git->gt", send(problem.weights.to(matrices.dtype), matrices.device), matrices)
+
+
+def check_orders(order: str, tasks: int) -> None:
+    """ValueError where the mean over all orders would be over too many."""
+    if order == "mean" and tasks > MOST_TASKS_FOR_ALL_ORDERS:
         raise ValueError(f"tasks must be at most {MOST_TASKS_FOR_ALL_ORDERS} for order 'mean'; found {tasks}")
-    orders = all_orders(tasks)
-    return sum(projection_coefficients(gramians, each, weights, problem.reference) for each in orders) / len(orders)
 
 
 @solver("sum")
@@ -97,13 +108,14 @@ def plain_sum(problem: Problem) -> Tensor:
 
 
 @solver("gradvac")
-def gradient_vaccine(problem: Problem, beta: float = 0.5, tiny: float = 1e-8) -> Tensor:
+def gradient_vaccine(problem: Problem, beta: float = 0.5) -> Tensor:
     """Gradient Vaccine (arXiv 2010.05874): a pair whose cosine φ lies below its running mean φ̂ is turned up to it,
 
         g_i ← g_i + ‖g_i‖ (φ̂ √(1 − φ²) − φ √(1 − φ̂²)) / (‖g_j‖ √(1 − φ̂²)) · g_j,      φ̂ ← (1 − β) φ̂ + β φ,
 
-    which is PCGrad's step where φ̂ = 0. ``beta`` is β, ``tiny`` keeps a zero gradient from dividing. The running means
-    (G, T, T) are the solver's state, zero at first.
+    which is PCGrad's step where φ̂ = 0. ``beta`` is β, torchjd's default; implementations differ. φ̂ counts as at most
+    :data:`HIGHEST_COSINE`, since no gradient can be turned into another's direction by adding any multiple of it. A
+    zero gradient turns nothing. The running means (G, T, T) are the solver's state, zero at first.
     """
     gramians = problem.gramians
     groups, tasks, _ = gramians.shape
@@ -113,36 +125,37 @@ def gradient_vaccine(problem: Problem, beta: float = 0.5, tiny: float = 1e-8) ->
     matrices = torch.eye(tasks, dtype=gramians.dtype, device=gramians.device).repeat(groups, 1, 1)
     for step in range(tasks - 1):
         j = orders[:, :, step, None]  # (G, T, 1): whom every i meets
-        facing = gramians.gather(1, j.expand(-1, -1, tasks))  # row i is G_j
-        products = matrices @ gramians
-        own = (matrices * products).sum(2).clamp(min=0).sqrt()
+        inner = (matrices * gramians.gather(1, j.expand(-1, -1, tasks))).sum(2)
+        own = (matrices * (matrices @ gramians)).sum(2).clamp(min=0).sqrt()
         other = norms.gather(1, j[..., 0])
-        cosine = (matrices * facing).sum(2) / (own * other + tiny)
-        mean = means.gather(2, j)[..., 0]
-        sine, mean_sine = (1 - cosine.square()).clamp(min=0).sqrt(), (1 - mean.square()).clamp(min=0).sqrt()
-        turn = own * (mean * sine - cosine * mean_sine) / (other * mean_sine + tiny)
-        shift = torch.where(cosine < mean, turn, 0)
+        alive = (own > 0) & (other > 0)
+        cosine = torch.where(alive, inner / torch.where(alive, own * other, 1), 0).clamp(-1, 1)
+        kept = means.gather(2, j)[..., 0]
+        mean = kept.clamp(max=HIGHEST_COSINE)
+        sine, mean_sine = (1 - cosine.square()).sqrt(), (1 - mean.square()).sqrt()
+        turn = own * (mean * sine - cosine * mean_sine) / (torch.where(alive, other, 1) * mean_sine)
+        shift = torch.where(alive & (cosine < mean), turn, 0)
         matrices = matrices.scatter_add(2, j, shift[..., None])
-        means = means.scatter(2, j, ((1 - beta) * mean + beta * cosine)[..., None])
+        means = means.scatter(2, j, torch.where(alive, (1 - beta) * kept + beta * cosine, kept)[..., None])
     problem.state["gradvac"] = means
     return torch.einsum("i,git->gt", send(problem.weights.to(matrices.dtype), matrices.device), matrices)
 
 
 # torchjd's weightings by name: class, its settings, and the extra of torchjd that brings what it needs. Their
-# coefficients are those of a mean over tasks.
-_WEIGHTINGS: Mapping[str, tuple[str, dict, str]] = {
+# coefficients are those of a mean over tasks; Nash-MTL's have a scale of their own and are brought to that of a mean.
+WEIGHTINGS: Mapping[str, tuple[str, dict, str]] = {
     "upgrad": ("UPGradWeighting", {}, "quadprog-projector"),
     "dualproj": ("DualProjWeighting", {}, "quadprog-projector"),
     "mgda": ("MGDAWeighting", {}, ""),
     "aligned-mtl": ("AlignedMTLWeighting", {}, ""),
     "imtl-g": ("IMTLGWeighting", {}, ""),
     "cagrad": ("CAGradWeighting", {"c": 0.4}, "cagrad"),  # c of its authors' code
-    "nash-mtl": ("NashMTL", {}, "nash-mtl"),
+    "nash-mtl": ("NashMTL", {"max_norm": 0.0}, "nash-mtl"),  # 0: no bound on the combined gradient's norm
 }
 
 
 def _by_torchjd(name: str) -> Solver:
-    weighting, settings, extra = _WEIGHTINGS[name]
+    weighting, settings, extra = WEIGHTINGS[name]
 
     def solve(problem: Problem) -> Tensor:
         weights = problem.weights
@@ -177,8 +190,10 @@ def _weights_of(weighting: str, settings: Mapping, gramian: Tensor) -> Tensor:
         inner, scale = vectors * values.clamp(min=0).sqrt(), torch.ones(())
     else:
         chosen = getattr(aggregation, weighting)(**settings)
-    coefficients[alive] = chosen(inner / scale).to(gramian) * alive.sum() / len(gramian)
+    found = chosen(inner / scale).to(gramian)
+    found = found / found.sum() if weighting == "NashMTL" else found
+    coefficients[alive] = found * alive.sum() / len(gramian)
     return coefficients
 
 
-SOLVERS.update({name: _by_torchjd(name) for name in _WEIGHTINGS})
+SOLVERS.update({name: _by_torchjd(name) for name in WEIGHTINGS})

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 RECIPE = 1  # raise when the same rows give other bits
 
 
+class NotByRowsError(ValueError):
+    """A module's input does not have the batch's rows as its first dimension, so they cannot be told apart by task."""
+
+
 @dataclass(frozen=True)
 class TaskRows:
     """Where one module's task gradients go: ``sizes`` (T), each task's number of rows, in the order in which they stand
@@ -60,7 +64,7 @@ def by_task(live: Mapping[str, LowRank], sizes: Sequence[int]) -> Iterator[dict[
         a factor that takes no part is left out.
 
     Raises:
-        ValueError: in the backward pass, an input whose first dimension is not Σ sizes.
+        NotByRowsError: in the forward pass, a module's input is not (rows × places × d_in) with Σ sizes rows.
     """
     found: dict[str, Tensor] = {}
     for name, low in live.items():
@@ -81,8 +85,14 @@ class LowRankUpdate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, A: Tensor, values: Tensor, low: LowRank) -> Tensor:
+        rows = low.task_rows
+        if rows is not None and (x.ndim < 3 or len(x) != sum(rows.sizes)):
+            raise NotByRowsError(
+                f"the input of {rows.module} must be (rows × places × width) with the {sum(rows.sizes)} rows of the "
+                f"tasks; found {tuple(x.shape)}"
+            )
         h = F.linear(x, A.to(x.dtype))
-        ctx.low, ctx.task_rows = low, low.task_rows
+        ctx.low, ctx.task_rows = low, rows
         trains_A = A.requires_grad
         # Trained A and values are kept to notice a change in place before the backward pass.
         ctx.save_for_backward(h, values, *((A, x) if trains_A else (None, None)))
@@ -100,7 +110,8 @@ class LowRankUpdate(torch.autograd.Function):
         if wants_x or wants_A:
             down = u @ (low.B * low.scale).to(u.dtype)  # ∂L/∂h
             grad_x = down @ low.A.to(u.dtype) if wants_x else None
-            grad_A = _summed_over_rows(down, x, sizes).float() if wants_A else None
+            # x is wider than the products where an autocast is at work
+            grad_A = _summed_over_rows(down, x.to(down.dtype), sizes).float() if wants_A else None
         if wants_B:
             grad_B = low.gathered(_summed_over_rows(u, h, sizes).float() * low.scale)
         if rows is None:
@@ -114,11 +125,6 @@ def _summed_over_rows(left: Tensor, right: Tensor, sizes: Sequence[int] | None) 
     """Σ_n left_n right_nᵀ over all leading places n (m × k), or over each task's rows apart (T × m × k)."""
     if sizes is None:
         return left.flatten(0, -2).T @ right.flatten(0, -2)
-    if left.shape[0] != sum(sizes):
-        raise ValueError(
-            f"sizes must add up to the rows of the batch, the first dimension of a module's input, "
-            f"{left.shape[0]}; found {list(sizes)}"
-        )
     if len(set(sizes)) == 1:
         tasks = len(sizes)
         left, right = (each.reshape(tasks, -1, each.shape[-1]) for each in (left, right))

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from lori_nb.analysis.statistics import Interval, interval_text, t_interval
-from lori_nb.lab.telemetry import COSINE, HALVES, REMOVED
+from lori_nb.lab.telemetry import CHANGE, HALVES, REMOVED
 from lori_nb.method.adapters import layer_number
 from lori_nb.study.geometry import module_kinds
 from lori_nb.study.joint_arms import JOINT, joint_arm_spec
@@ -121,42 +121,41 @@ def cosine_matrix(results: Results, arrangement: str = JOINT) -> pd.DataFrame:
 def conflict_map(results: Results, arrangement: str = JOINT) -> pd.DataFrame:
     """Cosine between tasks by step, layer and factor, beside that within a task: one row a cell.
 
-    Columns step, layer, factor, between with low and high, within (means), excess (between − within) with its upper
-    bound excess_high, n, and inside: whether the cell lies inside the null. It does not where the cosine's interval
-    lies below 0, what unrelated tasks have, and that of the excess too, so that two tasks are more at odds than two
-    halves of one. Intervals are over seeds, or with one seed over the modules of the layer.
+    Columns step, layer, factor, between with low and high (a t interval over seeds), within, n, and inside: whether the
+    interval reaches 0 or more, what unrelated tasks have, each cell for itself, so that one cell in forty lies outside
+    by chance. With one seed nothing is tested: no interval, and inside is False. All are means over half batches.
     """
     table = recorded(results, HALVES)
     table = table[table["arrangement"] == arrangement]
-    unit = "seed" if table["seed"].nunique() > 1 else "module"
     cells = table.pivot_table(
-        index=["step", "layer", "factor", unit], columns="pairs", values="value", aggfunc="mean"
+        index=["step", "layer", "factor", "seed"], columns="pairs", values="value", aggfunc="mean"
     ).reindex(columns=[BETWEEN, WITHIN])
     rows = []
     for key, part in cells.dropna().groupby(["step", "layer", "factor"]):
-        cosine, excess = t_interval(part[BETWEEN]), t_interval(part[BETWEEN] - part[WITHIN])
-        rows.append(
-            dict(zip(("step", "layer", "factor"), key, strict=True))
-            | {BETWEEN: cosine.mean, "low": cosine.low, "high": cosine.high, WITHIN: part[WITHIN].mean()}
-            | {"excess": excess.mean, "excess_high": excess.high, "n": cosine.n}
-            | {"inside": not (cosine.high < 0 and excess.high < 0)}
-        )
-    columns = ["step", "layer", "factor", BETWEEN, "low", "high", WITHIN, "excess", "excess_high", "n", "inside"]
-    return pd.DataFrame(rows, columns=columns)
+        cosine = t_interval(part[BETWEEN])
+        about = dict(zip(("step", "layer", "factor"), key, strict=True))
+        means = {BETWEEN: cosine.mean, "low": cosine.low, "high": cosine.high, WITHIN: part[WITHIN].mean()}
+        rows.append(about | means | {"n": cosine.n, "inside": cosine.high >= 0})
+    return pd.DataFrame(rows, columns=["step", "layer", "factor", BETWEEN, "low", "high", WITHIN, "n", "inside"])
 
 
-def removed_shares(results: Results) -> pd.DataFrame:
-    """What each way takes away from the joint gradient, ‖∇ − S‖ / ‖S‖: arrangement, seed, step, factor and value, the
-    mean over tensors.
+def changes(results: Results) -> pd.DataFrame:
+    """How far each way's gradient lies from that of joint training, ‖∇ − S‖ / ‖S‖: arrangement, seed, step, factor and
+    value, the mean over tensors.
     """
-    table = recorded(results, REMOVED)
+    table = recorded(results, CHANGE)
     return table.groupby(["arrangement", "seed", "step", "factor"], sort=False)["value"].mean().reset_index()
 
 
-def cosines(results: Results, arrangement: str = JOINT) -> pd.DataFrame:
-    """Cosines between tasks' whole-batch gradients at every step: step, task, other, factor, value (mean over tensors
-    and seeds).
+def removed_shares(results: Results) -> pd.DataFrame:
+    """Share of the tasks' gradient norm that projection took away: arrangement, blocks, value, low, high, n, of.
+
+    Mean over blocks and steps; a t interval over seeds, none for one seed.
     """
-    table = recorded(results, COSINE)
-    table = table[table["arrangement"] == arrangement]
-    return table.groupby(["step", "task", "other", "factor"], sort=False)["value"].mean().reset_index()
+    table = recorded(results, REMOVED)
+    rows = []
+    for name, part in table.groupby("arrangement", sort=False):
+        per_seed = part.groupby("seed")["value"].mean()
+        about = {"arrangement": name, "blocks": part["tensor"].nunique()}
+        rows.append(about | as_columns(t_interval(per_seed), "seeds"))
+    return pd.DataFrame(rows, columns=["arrangement", "blocks", "value", "low", "high", "n", "of"])

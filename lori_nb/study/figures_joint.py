@@ -16,6 +16,7 @@ from lori_nb.study.figures import grouped_points
 from lori_nb.study.style import GREY, look_of, looks_of, title_of
 
 HATCH = "////"
+RECOVERY_LIMITS = (-3.0, 4.0)  # what is further out stands as a number at the edge
 
 
 def conflict_points(ax: Axes, summary: pd.DataFrame) -> Axes:
@@ -55,7 +56,7 @@ def _percent(ax: Axes) -> Axes:
 
 
 def conflict_map(axes: Sequence[Axes], table: pd.DataFrame) -> None:
-    """Mean cosine between tasks by step and layer, a panel a factor; hatched inside the null.
+    """Mean cosine between tasks by step and layer, a panel a factor; hatched where it is not below 0 beyond noise.
 
     Args:
         axes: one for A and one for B.
@@ -81,11 +82,12 @@ def conflict_map(axes: Sequence[Axes], table: pd.DataFrame) -> None:
             ax.add_patch(Rectangle(place, *size, fill=False, hatch=HATCH, edgecolor=GREY, linewidth=0))
         ax.set(xlabel="step", ylabel="layer", xlim=_edges(table["step"].drop_duplicates().sort_values())[[0, -1]])
         ax.grid(False)
-    axes[-1].figure.colorbar(image, ax=list(axes), label="cosine between tasks", shrink=0.9)
+    axes[-1].figure.colorbar(image, ax=list(axes), label="cosine between tasks' half batches", shrink=0.9)
+    several = bool((table["n"] > 1).all())
+    label = "inside the null: not below 0 beyond noise" if several else "one seed: not tested against the null"
+    hatch = HATCH if several else None
     axes[0].figure.legend(
-        handles=[
-            Patch(facecolor="none", edgecolor=GREY, hatch=HATCH, label="inside the null: no conflict beyond noise")
-        ],
+        handles=[Patch(facecolor="none", edgecolor=GREY, hatch=hatch, label=label, linewidth=1.0 if several else 0)],
         loc="outside lower center",
         frameon=False,
     )
@@ -110,6 +112,9 @@ def recovery(ax: Axes, table: pd.DataFrame) -> Axes:
     for row in table.itertuples():
         y = -(tasks.index(row.task) + (ways.index(row.arrangement) - (len(ways) - 1) / 2) * 0.8 / len(ways))
         look = looks[row.arrangement]
+        if not RECOVERY_LIMITS[0] < row.value < RECOVERY_LIMITS[1]:  # the ratio of a gap near zero
+            _at_edge(ax, y, row.value, look["color"])
+            continue
         fill = look["color"] if row.shown else "none"
         ax.plot(row.value, y, marker=look["marker"], color=look["color"], markerfacecolor=fill, linestyle="none")
         if np.isfinite(row.low):
@@ -123,12 +128,18 @@ def recovery(ax: Axes, table: pd.DataFrame) -> Axes:
     ax.set_yticks([-place for place in range(len(tasks))], tasks)
     ax.set(xlabel="share of the gap won back", ylim=(-len(tasks) + 0.4, 0.6))
     low, high = np.nanmin([-0.5, *table["value"]]), np.nanmax([1.5, *table["value"]])
-    ax.set_xlim(max(low - 0.2, -3), min(high + 0.2, 4))  # an interval may reach far out
+    ax.set_xlim(max(low - 0.2, RECOVERY_LIMITS[0]), min(high + 0.2, RECOVERY_LIMITS[1]))
     return ax
 
 
-def removed_lines(ax: Axes, table: pd.DataFrame) -> Axes:
-    """What each way takes away from the joint gradient over training; a row of ``conflict.removed_shares`` a point."""
+def _at_edge(ax: Axes, y: float, value: float, color: str) -> None:
+    place, side, text = (0.99, "right", f"{value:.1f} →") if value > 0 else (0.01, "left", f"← {value:.1f}")
+    look = {"ha": side, "va": "center", "color": color, "fontsize": 8}
+    ax.text(place, y, text, transform=ax.get_yaxis_transform(), **look)
+
+
+def change_lines(ax: Axes, table: pd.DataFrame) -> Axes:
+    """Distance from joint training's gradient over training; table of :func:`lori_nb.study.conflict.changes`."""
     if table.empty:
         return _not_measured(ax)
     looks = looks_of(table["arrangement"])

@@ -6,10 +6,12 @@ it changes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lori_nb.lab.specs import RunSpec
-from lori_nb.study.cells import joint, single
+from lori_nb.method.solvers import SOLVERS
+from lori_nb.study.cells import joint, rate_of, single
 from lori_nb.study.profiles import Settings
 
 SINGLE, JOINT, ORTHO = "single", "joint", "ortho-lora"
@@ -54,18 +56,28 @@ JOINT_ARMS: dict[str, JointArm] = {
 
 
 def get_joint_arm(name: str) -> JointArm:
-    """The named way; ValueError lists the known ones."""
-    if name not in JOINT_ARMS:
-        raise ValueError(f"joint_arms must be among {', '.join(JOINT_ARMS)}; found {name!r}")
-    return JOINT_ARMS[name]
+    """The named way; a conflict solver's own name is that solver, tensor by tensor. ValueError lists the known ones."""
+    if name in JOINT_ARMS:
+        return JOINT_ARMS[name]
+    if name in SOLVERS:
+        return _solved(name, name, solver=name)
+    known = dict.fromkeys((*JOINT_ARMS, *SOLVERS))
+    raise ValueError(f"joint_arms must be among {', '.join(known)}; found {name!r}")
+
+
+def check_joint_arms(names: Sequence[str]) -> None:
+    """ValueError for an unknown way, or without plain joint training, which all others are compared with."""
+    for name in names:
+        get_joint_arm(name)
+    if JOINT not in names:
+        raise ValueError(f"joint_arms must hold {JOINT!r}, which others are compared with; found {', '.join(names)}")
 
 
 def joint_arm_spec(settings: Settings, name: str, seed: int) -> RunSpec:
     """The run of one way to learn all tasks at once."""
     arm = get_joint_arm(name)
-    rates = settings.learning_rate
-    rate = rates.get(name, rates.get(arm.like, rates.get(JOINT)))
-    fixed = replace(settings, learning_rate={**rates, arm.method: rate, JOINT: rate})
+    rate = rate_of(settings, name, arm.like, JOINT, "lora")
+    fixed = replace(settings, learning_rate={**settings.learning_rate, arm.method: rate, JOINT: rate})
     if arm.wide:  # α / r as it was
         fixed = replace(fixed, rank=settings.rank * len(settings.tasks), alpha=settings.alpha * len(settings.tasks))
     return replace(joint(fixed, arm.method, seed), options=arm.options)

@@ -66,7 +66,7 @@ class Settings:
     arm_tasks: tuple[str, ...] = ()  # what they are trained on; empty takes mask_tasks
     joint_arms: tuple[str, ...] = ("joint", "ortho-lora")  # ways to learn all tasks in one adapter
     schedule: str = "linear"  # of the learning rate after the warm-up; or constant
-    micro_batch_rows: int | None = None  # rows of a task computed at a time; none takes them all
+    micro_batch_rows: int | None = None  # rows computed at a time; none takes all of a step
     checkpointing: bool = False  # activations are computed again in the backward pass, not kept
     task_steps: Mapping[str, int] = field(default_factory=dict)  # of single runs, where a task's are not ``steps``
 
@@ -165,13 +165,12 @@ def _checked(values: dict[str, Any]) -> Settings:
     values["mask_tasks"] = expand_tasks(values["mask_tasks"])
     values["arms"] = tuple(_as_list(values.get("arms", ())))
     from lori_nb.study.arms import get_arm  # arms build on settings
-    from lori_nb.study.joint_arms import get_joint_arm
+    from lori_nb.study.joint_arms import check_joint_arms
 
     for name in values["arms"]:
         get_arm(name)
     values["joint_arms"] = tuple(_as_list(values.get("joint_arms", Settings.joint_arms)))
-    for name in values["joint_arms"]:
-        get_joint_arm(name)
+    check_joint_arms(values["joint_arms"])
     values["arm_tasks"] = expand_tasks(_as_list(values.get("arm_tasks") or values["mask_tasks"]))
     for name in values["method"]:
         get_method(name)

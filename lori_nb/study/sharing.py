@@ -45,9 +45,9 @@ def gap_recovery(results: Results) -> pd.DataFrame:
     """How much of what joint training loses each way wins back: (way − joint) / (single − joint), by task and in all.
 
     Columns arrangement, task ("mean over tasks" last), value, low, high (Fieller's interval over seeds), n, of; gap
-    (single − joint) with gap_low and gap_high; shown, whether the gap's interval leaves zero out, without which the
-    ratio means nothing; p, the paired t test of the way against joint over seeds, and detectable, the least difference
-    that it would find in four of five studies. NaN where there is one seed.
+    (single − joint) with gap_low and gap_high; shown, whether the gap's interval lies above zero, without which there
+    was nothing to win back; p, the paired t test of the way against joint over seeds, each for itself, and detectable,
+    the least difference that it would find in four of five studies. NaN where there is one seed.
     """
     settings = results.settings
     rows = []
@@ -66,7 +66,7 @@ def gap_recovery(results: Results) -> pd.DataFrame:
 def _recovery(gains: Sequence[float], losses: Sequence[float]) -> dict:
     gap, gain = t_interval(losses), paired_estimate(gains)
     ratio = ratio_interval(gains, losses) if gap.mean else Interval(math.nan, math.nan, math.nan, len(gains))
-    about = {"gap": gap.mean, "gap_low": gap.low, "gap_high": gap.high, "shown": gap.low > 0 or gap.high < 0}
+    about = {"gap": gap.mean, "gap_low": gap.low, "gap_high": gap.high, "shown": gap.low > 0}
     several = len(gains) > 1
     tests = (
         {"p": difference_p(gain), "detectable": detectable_effect(gain)}
@@ -88,6 +88,7 @@ def arrangement_pairs(results: Results, a: str, b: str, tasks: Sequence[str] | N
 
 
 def rows_per_task(settings: Settings) -> tuple[int, int]:
-    """Training rows that a task has in a run of its own (the most of any task), and in the shared adapter."""
+    """Training rows that a task has in a run of its own, and in the shared adapter, where they differ most."""
     shared = settings.joint_steps * (settings.joint_batch_size // len(settings.tasks))
-    return max(map(settings.steps_on, settings.tasks)) * settings.batch_size, shared
+    alone = [settings.steps_on(task) * settings.batch_size for task in settings.tasks]
+    return max(alone, key=lambda rows: abs(rows - shared)), shared
