@@ -3,8 +3,9 @@
 T tasks of like length share one adapter: MiniLM with adapters on query and value (r = 8) and a head a task, or
 SmolLM2-135M with adapters on all linear modules of its last 8 layers (r = 16). Every side takes the same rows, clips
 and steps AdamW. *Joint* sends one batch forward and backward. *Ours* does so too, takes every task's gradient out of
-that backward pass and projects. The *loop* has a forward and a backward pass a task, with the same projection.
-*torchjd* has one forward pass, ``mtl_backward`` and its PCGrad for every tensor, on peft's LoRA.
+that backward pass, projects, and records how the gradients conflict. The *loop* has a forward and a backward pass a
+task, with the same projection. *torchjd* has one forward pass, ``mtl_backward`` and its PCGrad for every tensor, on
+peft's LoRA.
 
     python benchmarks/ortho.py --pairs 30
 """
@@ -33,13 +34,13 @@ from lori_nb.lab.tasks import Example, get_task
 from lori_nb.lab.text import encode_decoder_rows, encode_encoder_rows
 from lori_nb.lab.training import Loop
 from lori_nb.method.adapters import LowRank, attach, target_linears
-from lori_nb.method.conflicts import combine
+from lori_nb.method.conflicts import combine, combine_stacked
 
 MODELS = {
     "MiniLM, q and v": {"base": "all-minilm-l6-v2", "modules": "query,value", "rank": 8, "last_layers": None},
-    "SmolLM2, all linear": {"base": "smollm2-135m-instruct", "modules": "all-linear", "rank": 16, "last_layers": 8},
+    "SmolLM2, last 8 layers": {"base": "smollm2-135m-instruct", "modules": "all-linear", "rank": 16, "last_layers": 8},
 }
-ROWS = 4  # of a task, a step
+ROWS = 2  # of a task, a step
 CLIP, RATE = 1.0, 1e-6
 
 
@@ -90,26 +91,26 @@ def low_rank(setting: Setting) -> dict[str, LowRank]:
     return live
 
 
-def losses_of(setting: Setting, body: nn.Module, states: Tensor, batch) -> list[Tensor]:
-    """Each task's mean loss, from the states that the heads read."""
+def losses_of(setting: Setting, states: Tensor, batch) -> list[Tensor]:
+    """Each task's mean loss, from the states that the heads read; the tasks share nothing above the states."""
     decoder = setting.base.kind == "decoder"
     ends = [task.targets(rows) if decoder else len(rows) for task, rows in setting.parts]
-    scores = setting.base.head(states).float().split(ends) if decoder else states.split(ends)
     return [
-        task_loss(setting.base, each if decoder else task.head(each), targets)
-        for (task, _), each, targets in zip(setting.parts, scores, batch.targets.split(ends), strict=True)
+        task_loss(setting.base, (setting.base.head if decoder else task.head)(own).float(), targets)
+        for (task, _), own, targets in zip(setting.parts, states.split(ends), batch.targets.split(ends), strict=True)
     ]
 
 
-def ours(setting: Setting, telemetry: bool = False) -> Callable[[], None]:
-    """The kit's own step, as training takes it."""
+def ours(setting: Setting, telemetry: bool = True, looks: bool = False) -> Callable[[], None]:
+    """The kit's own step as training takes it, with its record of conflicts; ``looks`` splits the batches in halves, as
+    every twentieth part of a run's steps does.
+    """
     loop = Loop(setting.spec, setting.base, setting.body, low_rank(setting), setting.tasks)
     record = loop.telemetry
 
     def step() -> None:
-        # The second step of a run, which looks at no halves; a record of one step does not grow.
-        loop.telemetry = copy.copy(record) if telemetry else None
-        loop.step(1)
+        loop.telemetry = copy.deepcopy(record) if telemetry else None  # a record of one step does not grow
+        loop.step(0 if looks else 1)
 
     return step
 
@@ -122,7 +123,7 @@ def joint(setting: Setting) -> Callable[[], None]:
 
     def step() -> None:
         batch = concatenated(setting.base, setting.parts)
-        losses = losses_of(setting, setting.body, states_at(setting.base, setting.body, batch), batch)
+        losses = losses_of(setting, states_at(setting.base, setting.body, batch), batch)
         _take(optimiser, parameters, torch.autograd.grad(sum(losses) / len(losses), parameters))
 
     return step
@@ -168,7 +169,7 @@ def torchjd(setting: Setting, chunk: int | None) -> Callable[[], None]:
     def step() -> None:
         batch = concatenated(setting.base, setting.parts)
         states = states_at(setting.base, setting.body, batch)
-        losses = losses_of(setting, setting.body, states, batch)
+        losses = losses_of(setting, states, batch)
         mtl_backward(losses, states, tasks_params=heads, shared_params=shared, parallel_chunk_size=chunk)
         for parameter in shared:
             jac_to_grad([parameter], PCGrad())
@@ -221,8 +222,11 @@ def step_rows(model: str, tasks: int, dtype: str, pairs: int) -> list[dict]:
     setting = fresh()
     allowed = (peaks[1] + (tasks + 1) * adapter_bytes(setting) + 0.05 * peaks[1]) / peaks[1]
     rows.append(judged(f"{name}: peak allocated, ours / joint", allowed, counted_ratio(*peaks, "bytes")))
-    watched = ours(fresh(), telemetry=True)
-    rows.append(judged(f"{name}: step, telemetry on / off", 1.03, wall_ratio(watched, mine, pairs)))
+    silent, looking = ours(fresh(), telemetry=False), ours(fresh(), looks=True)
+    rows.append(judged(f"{name}: step, telemetry on / off", 1.03, wall_ratio(mine, silent, pairs)))
+    rows.append(
+        judged(f"{name}: step that looks at halves / one that does not", None, wall_ratio(looking, mine, pairs))
+    )
     return rows
 
 
@@ -231,12 +235,11 @@ def projection_rows(pairs: int) -> list[dict]:
     rows, draw = [], torch.Generator().manual_seed(0)
     for shape, target in (((8, 384), 1 / 15), ((16, 720), None), ((16, 1536), None)):
         tensors = {f"{i}.B": torch.randn(8, *shape, generator=draw) for i in range(48)}
-        tasks = [{name: each[t] for name, each in tensors.items()} for t in range(8)]
         jacobians = [each.flatten(1) for each in tensors.values()]
         generator = torch.Generator().manual_seed(1)
 
-        def mine(tasks=tasks, generator=generator) -> None:
-            combine(tasks, generator=generator)
+        def mine(tensors=tensors, generator=generator) -> None:
+            combine_stacked(tensors, generator=generator)
 
         def peer(jacobians=jacobians) -> None:
             for jacobian in jacobians:
