@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "__init__.py": set(),
 }
 UPPER = {
-    "method": {"torch", "numpy", "safetensors", "scipy"},
+    "method": {"torch", "numpy", "safetensors", "scipy", "torchjd"},
     "analysis": {"torch", "numpy", "scipy", "statsmodels", "pandas"},
 }
 STANDARD = {"__future__", "collections", "contextlib", "dataclasses", "fractions", "functools", "hashlib", "itertools"}

@@ -37,5 +37,5 @@ In reading order:
 - ``task_gradients``: every task's gradient of A and B from one backward pass.
 - ``projection``: conflicts found and removed, for all blocks at once.
 
-This room knows torch and numpy, and no other room.
+This room knows torch and numpy, torchjd for other conflict solvers, and no other room.
 """

@@ -16,7 +16,6 @@ a mean, it is brought to Σ_t w_t.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -181,7 +180,8 @@ def _weights_of(weighting: str, settings: Mapping, gramian: Tensor) -> Tensor:
     coefficients = gramian.new_zeros(len(gramian))
     if alive.sum() < 2:
         return torch.where(alive, 1 / len(gramian), coefficients)
-    aggregation = importlib.import_module("torchjd.aggregation")
+    from torchjd import aggregation  # takes longer to import than a short run
+
     inner = gramian[alive][:, alive]
     scale = inner.diagonal().mean()
     if weighting == "NashMTL":  # asks for the gradients themselves; any root of the Gramian has their inner products
