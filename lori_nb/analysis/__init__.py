@@ -5,7 +5,8 @@ module here takes plain tensors or numbers and returns numbers; none touches a m
 
 - ``overlap``: do two updates ΔW (d_out × d_in) point the same way, read the same input subspace (rows of A,
   r × d_in), write the same output subspace (columns of B, d_out × r)? From factors alone.
-- ``merging``: N adapters in, one out, Σ_i w_i s_i B_i A_i, exact by concatenation or approximate by adding factors.
+- ``merging``: N adapters in, one out, Σ_i w_i s_i B_i A_i, exact by concatenation or approximate by adding factors;
+  ``spectral_merging``: merges on singular vectors (SVD, TSV-M, Iso-C, KnOTS, Core Space), of small cores.
 - ``continual``: R (stages × tasks), the score on task j after training stage i; forgetting and transfer read off it.
 - ``pass_at_k``: the chance that one of k drawn programs passes, from n of which c did.
 - ``statistics``: what n seeds or n rows can say: t, Wilson and crossed (seeds × rows) intervals.
@@ -13,3 +14,5 @@ module here takes plain tensors or numbers and returns numbers; none touches a m
 
 Symbols as on the first page of :mod:`lori_nb.method`. This room imports from ``method`` alone.
 """
+
+from lori_nb.analysis import spectral_merging  # noqa: F401  (importing registers its merges)

@@ -1,0 +1,178 @@
+"""Merges that act on singular vectors, from factors alone.
+
+All updates of a module live in the column space of [B_1 … B_N] and the row space of the stacked A_i. With orthonormal
+bases U (d_out × p) and V (d_in × q) of these, ΔW_i = U K_i Vᵀ with a core K_i of at most Σ r × Σ r, and every product,
+singular value decomposition and polar factor of the updates is one of cores. What the papers' code computes on dense
+d_out × d_in matrices is computed here on cores, exactly, and restricted to the numerical rank: on low-rank updates the
+dense forms bring null directions in, which hold nothing but rounding.
+
+- **svd**: Σ w_i ΔW_i at the rank of the largest adapter, by truncation.
+- **tsv-m**: task singular vectors made orthogonal across tasks (arXiv 2412.00081).
+- **iso-c**, **iso-cts**: one singular value for all common, and task-specific, directions (arXiv 2502.04959).
+- **knots-ties**: TIES on the tasks' right factors of one common decomposition (arXiv 2410.19735).
+- **core-ties**: TIES on the cores themselves, Core Space merging (arXiv 2509.17786).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lori_nb.analysis.merging import compress, concatenate, merge_method
+from lori_nb.method.adapters import Factors
+
+DENSITY = 0.2  # share of entries that TIES keeps of each task, its paper's choice
+
+
+@dataclass(frozen=True)
+class Cores:
+    """ΔW_i = columns · cores[i] · rowsᵀ, in float64: orthonormal ``columns`` (d_out × p) and ``rows`` (d_in × q) and
+    ``cores`` (N × p × q); ``like`` says what dtypes the result has.
+    """
+
+    columns: Tensor
+    cores: Tensor
+    rows: Tensor
+    like: Factors
+
+    def factors(self, left: Tensor, right: Tensor) -> Factors:
+        """columns · left · right · rowsᵀ as factors, left (p × k) and right (k × q)."""
+        B, A = self.columns @ left, right @ self.rows.T
+        return Factors(A.to(self.like.A.dtype), B.to(self.like.B.dtype), 1.0)
+
+
+def cores_of(factors: Sequence[Factors]) -> Cores:
+    """The updates of one module in common bases, at their numerical rank."""
+    columns = _basis(torch.cat([f.B.detach().double() for f in factors], dim=1))
+    rows = _basis(torch.cat([f.A.detach().double() for f in factors], dim=0).T)
+    cores = [f.scale * (columns.T @ f.B.double()) @ (f.A.double() @ rows) for f in factors]
+    return Cores(columns, torch.stack(cores), rows, factors[0])
+
+
+def _basis(X: Tensor) -> Tensor:
+    """Orthonormal basis of the column space of X (d × n) at its numerical rank (d × rank)."""
+    U, singular, _ = torch.linalg.svd(X, full_matrices=False)
+    return U[:, : _rank(singular, max(X.shape))]
+
+
+def _rank(singular: Tensor, size: int) -> int:
+    return int((singular > size * torch.finfo(torch.float64).eps * singular[:1].sum()).sum())
+
+
+def _svd(K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U, Σ, Vᵀ of a core at its numerical rank."""
+    U, singular, Vh = torch.linalg.svd(K, full_matrices=False)
+    rank = _rank(singular, max(K.shape))
+    return U[:, :rank], singular[:rank], Vh[:rank]
+
+
+def _polar(X: Tensor) -> Tensor:
+    """The matrix with orthonormal columns nearest to X (p × k), at its numerical rank: P Qᵀ of X = P D Qᵀ."""
+    P, _, Qh = _svd(X)
+    return P @ Qh
+
+
+def _weighted(cores: Tensor, weights: Sequence[float]) -> Tensor:
+    return torch.einsum("i,ipq->pq", torch.tensor(weights, dtype=cores.dtype), cores)
+
+
+@merge_method("svd")
+def truncated(factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
+    """Σ_i w_i ΔW_i cut to the largest rank of any adapter: PEFT's "svd", without a dense matrix."""
+    most = min(*factors[0].B.shape[:1], *factors[0].A.shape[1:])
+    return compress(concatenate(factors, weights), min(max(len(f.A) for f in factors), most))
+
+
+@merge_method("tsv-m")
+def task_singular_vectors(factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
+    """TSV-M: with ΔW_i = U_i Σ_i V_iᵀ, the sum Û diag(w_i Σ_i) V̂ᵀ, where Û and V̂ are the orthonormal matrices nearest
+    to [U_1 … U_N] and [V_1 … V_N].
+
+    Every task keeps all directions of its numerical rank, where the paper cuts full-rank updates to a share each.
+    """
+    common = cores_of(factors)
+    parts = [_svd(core) for core in common.cores]
+    U, V = torch.cat([u for u, _, _ in parts], dim=1), torch.cat([vh.T for _, _, vh in parts], dim=1)
+    values = torch.cat([weight * singular for weight, (_, singular, _) in zip(weights, parts, strict=True)])
+    return common.factors(_polar(U) * values, _polar(V).T)
+
+
+@merge_method("iso-c")
+def isotropic(factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
+    """Iso-C: Σ_i w_i ΔW_i = U Σ Vᵀ with every singular value replaced by their mean, over the numerical rank."""
+    common = cores_of(factors)
+    U, singular, Vh = _svd(_weighted(common.cores, weights))
+    return common.factors(U * singular.mean() if len(singular) else U, Vh)
+
+
+@merge_method("iso-cts")
+def isotropic_with_task_directions(
+    factors: Sequence[Factors], weights: Sequence[float], common_share: float = 0.8
+) -> Factors:
+    """Iso-CTS: the leading ``common_share`` of the common directions, the rest from what the tasks add outside of them.
+
+    With U Σ Vᵀ the sum at rank R, k = ⌊share · R⌋ common directions stay. Of each w_i (ΔW_i − U_k U_kᵀ ΔW_i) the
+    leading (R − k) / N directions join them, all are made orthonormal, and every singular value is the mean.
+    """
+    common = cores_of(factors)
+    U, singular, Vh = _svd(_weighted(common.cores, weights))
+    keep = int(common_share * len(singular))
+    each = (len(singular) - keep) // len(factors)
+    left, right, values = [U[:, :keep]], [Vh[:keep].T], [singular[:keep]]
+    for weight, core in zip(weights, common.cores, strict=True):
+        own = weight * core
+        u, s, vh = _svd(own - U[:, :keep] @ (U[:, :keep].T @ own))
+        left.append(u[:, :each])
+        right.append(vh[:each].T)
+        values.append(s[:each])
+    mean = torch.cat(values).mean() if sum(map(len, values)) else 0.0
+    return common.factors(_polar(torch.cat(left, dim=1)) * mean, _polar(torch.cat(right, dim=1)).T)
+
+
+@merge_method("knots-ties")
+def knots(factors: Sequence[Factors], weights: Sequence[float], density: float = DENSITY) -> Factors:
+    """KnOTS with TIES: [ΔW_1 … ΔW_N] = U Σ [V_1ᵀ … V_Nᵀ] side by side, then U · TIES({Σ V_iᵀ}).
+
+    The right factors (k × d_in) are merged entry by entry in the coordinates of the module's input.
+    """
+    common = cores_of(factors)
+    U, singular, Vh = _svd(torch.cat(list(common.cores), dim=1))
+    right = (singular[:, None] * Vh).unflatten(1, (len(factors), -1)).transpose(0, 1)  # (N × k × q)
+    merged = ties(right @ common.rows.T, weights, density)  # (k × d_in)
+    B = common.columns @ U
+    return Factors(merged.to(common.like.A.dtype), B.to(common.like.B.dtype), 1.0)
+
+
+@merge_method("core-ties")
+def core_space(factors: Sequence[Factors], weights: Sequence[float], density: float = DENSITY) -> Factors:
+    """Core Space merging with TIES: the cores are merged entry by entry and put back between the common bases.
+
+    Which entries a core has depends on its bases: the singular vectors of the stacked factors, as in the paper.
+    """
+    common = cores_of(factors)
+    merged = ties(common.cores, weights, density)
+    return common.factors(merged, torch.eye(merged.shape[1], dtype=merged.dtype))
+
+
+def ties(updates: Tensor, weights: Sequence[float], density: float = DENSITY) -> Tensor:
+    """TIES (arXiv 2306.01708) of N tensors (N × …): trim, elect signs, average those that agree.
+
+    Of each the ⌈density · n⌉ entries of largest magnitude stay; the sign of an entry is that of Σ_i w_i v_i; the result
+    is the mean of the w_i v_i that have it, over the tasks that do.
+
+    Raises ValueError unless 0 < density ≤ 1.
+    """
+    if not 0 < density <= 1:
+        raise ValueError(f"density must be in (0, 1]; found {density}")
+    flat = updates.flatten(1)
+    keep = max(1, -int(-density * flat.shape[1] // 1)) if flat.shape[1] else 0
+    places = flat.abs().topk(keep, dim=1).indices
+    trimmed = torch.zeros_like(flat).scatter(1, places, flat.gather(1, places))
+    weighted = trimmed * torch.tensor(weights, dtype=flat.dtype)[:, None]
+    elected = weighted.sum(0).sign()
+    agree = (weighted.sign() == elected) & (weighted != 0)
+    total = (weighted * agree).sum(0) / agree.sum(0).clamp(min=1)
+    return total.unflatten(0, updates.shape[1:]) if updates.ndim > 2 else total

@@ -1,0 +1,206 @@
+"""Merges on singular vectors, against their definitions on dense matrices in float64."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lori_nb.analysis.merging import MERGE_METHODS, merge
+from lori_nb.analysis.spectral_merging import cores_of, ties
+from lori_nb.method.adapters import Factors
+
+D_OUT, D_IN = 14, 11
+METHODS = ("svd", "tsv-m", "iso-c", "iso-cts", "knots-ties", "core-ties")
+
+
+def random_factors(seed: int, rank: int = 3, scale: float = 1.5) -> Factors:
+    draw = torch.Generator().manual_seed(seed)
+    A = torch.randn(rank, D_IN, generator=draw, dtype=torch.float64)
+    return Factors(A, torch.randn(D_OUT, rank, generator=draw, dtype=torch.float64), scale)
+
+
+def hard_bank() -> dict[str, list[Factors]]:
+    one, two, three = random_factors(0), random_factors(1, 2), random_factors(2, 4, 0.3)
+    twin = Factors(one.A, random_factors(5).B, one.scale)
+    deficient = Factors(torch.cat([one.A[:1]] * 3), one.B, one.scale)
+    zero = Factors(one.A, torch.zeros_like(one.B), one.scale)
+    return {
+        "plain": [one, two, three],
+        "shared A": [one, twin],
+        "repeated": [one, one],
+        "rank deficient": [deficient, two],
+        "with a zero one": [zero, two],
+        "alone": [one],
+        "large ranks": [random_factors(7, 10), random_factors(8, 9)],
+    }
+
+
+def weights_of(factors) -> list[float]:
+    return [0.7, -0.4, 1.3][: len(factors)]
+
+
+# The definitions, on dense matrices
+
+
+def rank_of(X):
+    s = torch.linalg.svdvals(X)
+    return int((s > 1e-10 * s[:1].sum()).sum())
+
+
+def dsvd(X):
+    U, s, Vh = torch.linalg.svd(X, full_matrices=False)
+    r = rank_of(X)
+    return U[:, :r], s[:r], Vh[:r]
+
+
+def dpolar(X):
+    P, _, Qh = dsvd(X)
+    return P @ Qh
+
+
+def dense_tsv(deltas, weights):
+    parts = [dsvd(d) for d in deltas]
+    U, V = torch.cat([u for u, _, _ in parts], 1), torch.cat([v.T for _, _, v in parts], 1)
+    s = torch.cat([w * x for w, (_, x, _) in zip(weights, parts, strict=True)])
+    return dpolar(U) @ torch.diag(s) @ dpolar(V).T
+
+
+def dense_iso(deltas, weights):
+    U, s, Vh = dsvd(sum(w * d for w, d in zip(weights, deltas, strict=True)))
+    return s.mean() * U @ Vh
+
+
+def dense_iso_cts(deltas, weights):
+    U, s, Vh = dsvd(sum(w * d for w, d in zip(weights, deltas, strict=True)))
+    k = int(0.8 * len(s))
+    each = (len(s) - k) // len(deltas)
+    left, right, values = [U[:, :k]], [Vh[:k].T], [s[:k]]
+    for w, d in zip(weights, deltas, strict=True):
+        u, x, v = dsvd(w * d - U[:, :k] @ U[:, :k].T @ (w * d))
+        left.append(u[:, :each])
+        right.append(v[:each].T)
+        values.append(x[:each])
+    return torch.cat(values).mean() * dpolar(torch.cat(left, 1)) @ dpolar(torch.cat(right, 1)).T
+
+
+def dense_knots(deltas, weights):
+    U, s, Vh = dsvd(torch.cat(deltas, 1))
+    right = (s[:, None] * Vh).split(D_IN, dim=1)
+    return U @ ties(torch.stack(right), weights)
+
+
+def dense_svd(deltas, weights):
+    U, s, Vh = torch.linalg.svd(sum(w * d for w, d in zip(weights, deltas, strict=True)), full_matrices=False)
+    return U, s, Vh
+
+
+DENSE = {"tsv-m": dense_tsv, "iso-c": dense_iso, "iso-cts": dense_iso_cts, "knots-ties": dense_knots}
+
+
+# Of equal adapters Iso-CTS takes the leading one of equal directions, which is any of them.
+CASES = [(name, case) for name in DENSE for case in hard_bank() if (name, case) != ("iso-cts", "repeated")]
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_factored_equals_dense(name, case):
+    factors = hard_bank()[case]
+    weights = weights_of(factors)
+    found = MERGE_METHODS[name](factors, weights).delta()
+    expected = DENSE[name]([f.delta() for f in factors], weights)
+    assert (found - expected).norm() <= 1e-9 * max(1.0, expected.norm()), (found - expected).norm()
+
+
+@pytest.mark.parametrize("case", hard_bank())
+def test_svd_is_the_nearest_of_its_rank(case):
+    factors = hard_bank()[case]
+    weights = weights_of(factors)
+    rank = max(len(f.A) for f in factors)
+    U, s, Vh = dense_svd([f.delta() for f in factors], weights)
+    expected = U[:, :rank] @ torch.diag(s[:rank]) @ Vh[:rank]
+    assert (MERGE_METHODS["svd"](factors, weights).delta() - expected).norm() <= 1e-10 * max(1, expected.norm())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_order_of_adapters_does_not_matter(name):
+    factors, weights = hard_bank()["plain"], [0.5, 0.8, 0.3]
+    one = MERGE_METHODS[name](factors, weights).delta()
+    other = MERGE_METHODS[name](factors[::-1], weights[::-1]).delta()
+    assert (one - other).norm() <= 1e-9 * one.norm()
+
+
+@pytest.mark.parametrize("name", ["svd", "tsv-m"])
+def test_one_adapter_of_weight_one_is_itself(name):
+    f = random_factors(3)
+    assert (MERGE_METHODS[name]([f], [1.0]).delta() - f.delta()).norm() <= 1e-12 * f.delta().norm()
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "core-ties"])  # it depends on the factors' bases
+def test_another_basis_of_the_factors_changes_nothing(name):
+    factors, weights = hard_bank()["plain"], [0.5, 0.8, 0.3]
+    draw = torch.Generator().manual_seed(9)
+    turned = []
+    for f in factors:
+        noise = torch.randn(len(f.A), len(f.A), generator=draw, dtype=torch.float64)
+        R = torch.linalg.qr(noise).Q + 0.5 * torch.eye(len(f.A))
+        turned.append(Factors(torch.linalg.inv(R) @ f.A, f.B @ R, f.scale))
+    one, other = (MERGE_METHODS[name](each, weights).delta() for each in (factors, turned))
+    assert (one - other).norm() <= 1e-8 * one.norm()
+
+
+@given(st.integers(0, 200), st.floats(0.05, 1.0))
+@settings(max_examples=40, deadline=None)
+def test_ties_by_hand(seed, density):
+    draw = torch.Generator().manual_seed(seed)
+    v = torch.randn(3, 4, 5, generator=draw, dtype=torch.float64)
+    w = [0.5, -1.0, 2.0]
+    k = max(1, math.ceil(density * 20))
+    trimmed = []
+    for each in v:
+        floor = each.abs().flatten().sort(descending=True).values[k - 1]
+        trimmed.append(torch.where(each.abs() >= floor, each, 0))
+    found = ties(v, w, density)
+    for i in range(4):
+        for j in range(5):
+            values = [wi * float(t[i, j]) for wi, t in zip(w, trimmed, strict=True)]
+            sign = 1 if sum(values) > 0 else -1 if sum(values) < 0 else 0
+            agreeing = [x for x in values if x * sign > 0]
+            expected = sum(agreeing) / len(agreeing) if agreeing else 0.0
+            assert abs(float(found[i, j]) - expected) < 1e-12
+
+
+def test_the_merges_differ_from_each_other_and_from_the_plain_sum():
+    factors, weights = hard_bank()["plain"], [0.5, 0.8, 0.3]
+    deltas = {name: MERGE_METHODS[name](factors, weights).delta() for name in (*METHODS, "cat")}
+    for one, other in itertools.combinations(deltas, 2):
+        assert (deltas[one] - deltas[other]).norm() > 1e-3 * deltas["cat"].norm(), (one, other)
+
+
+def test_nothing_leaves_the_spaces_of_the_factors():
+    """Published code of Iso-C and TSV-M on dense low-rank updates brings null directions in."""
+    factors = [random_factors(0), random_factors(1)]
+    common = cores_of(factors)
+    for name in METHODS:
+        delta = MERGE_METHODS[name](factors, [1.0, 1.0]).delta()
+        outside = delta - common.columns @ (common.columns.T @ delta)
+        assert outside.norm() <= 1e-12 * delta.norm(), name
+        if name != "knots-ties":  # merges entries of the input's own coordinates
+            assert (delta - delta @ common.rows @ common.rows.T).norm() <= 1e-12 * delta.norm(), name
+
+
+def test_zero_updates_merge_to_zero():
+    zero = Factors(random_factors(0).A, torch.zeros(D_OUT, 3, dtype=torch.float64), 1.0)
+    for name in METHODS:
+        assert MERGE_METHODS[name]([zero, zero], [1.0, 1.0]).delta().abs().max() == 0, name
+    with pytest.raises(ValueError, match=r"density must be in \(0, 1\]; found 0"):
+        ties(torch.ones(2, 3), [1.0, 1.0], 0)
+
+
+def test_merging_an_adapter_of_several_modules_goes_module_by_module():
+    adapters = [{"q": random_factors(0), "v": random_factors(1)}, {"q": random_factors(2)}]
+    merged = merge(adapters, [0.5, 0.5], "tsv-m")
+    assert set(merged) == {"q", "v"}
