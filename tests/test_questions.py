@@ -345,6 +345,16 @@ def test_where_gradients_conflict(results, settings):
     assert list(removed.index) == ["ortho-lora"] and 0 < removed.loc["ortho-lora", "value"] < 1
 
 
+def test_batches_of_one_row_a_task_leave_conflicts_unmeasured(results, monkeypatch):
+    monkeypatch.setattr(conflict, "HALVES", "a measure that no run has")
+    rates = conflict.conflict_rates(results)
+    assert rates.empty and conflict.excess_conflict(rates) is None
+    assert conflict.conflict_map(results).empty and conflict.cosine_matrix(results).empty
+    assert conflict.conflict_summary(rates, ["module", "pairs"]).empty
+    judged = claims.judged(results).set_index("measured as")
+    assert judged.loc["conflict rate between tasks − ½ (unrelated gradients)", "verdict"] == "not measured"
+
+
 def test_the_gap_and_what_is_won_back(results, settings):
     table = sharing.gap_recovery(results).set_index(["arrangement", "task"])
     assert set(table.index.get_level_values("task")) == {*settings.tasks, "mean over tasks"}

@@ -33,9 +33,9 @@ def recorded(results: Results, *measures: str) -> pd.DataFrame:
                 table = run.conflicts[run.conflicts["measure"].isin(measures)].dropna(subset="value")
                 frames.append(table.assign(arrangement=name, seed=seed))
     columns = [*ABOUT, "measure", "task", "other", "pairs", "value"]
-    if not frames:
+    table = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+    if table.empty:  # not measured: a batch of one row a task has no halves
         return pd.DataFrame(columns=columns)
-    table = pd.concat(frames, ignore_index=True)
     names = pd.Series(table["tensor"].unique(), dtype=object)
     modules = names.str.rpartition(".")[0]
     kinds = module_kinds(modules.unique())
@@ -111,6 +111,8 @@ def cosine_matrix(results: Results, arrangement: str = JOINT) -> pd.DataFrame:
     """
     table = recorded(results, HALVES)
     table = table[table["arrangement"] == arrangement]
+    if table.empty:
+        return pd.DataFrame()
     turned = table.rename(columns={"task": "other", "other": "task"})
     both = pd.concat([table, turned[turned["task"] != turned["other"]]])
     wide = both.pivot_table(index="task", columns="other", values="value", aggfunc="mean")
@@ -127,6 +129,9 @@ def conflict_map(results: Results, arrangement: str = JOINT) -> pd.DataFrame:
     """
     table = recorded(results, HALVES)
     table = table[table["arrangement"] == arrangement]
+    columns = ["step", "layer", "factor", BETWEEN, "low", "high", WITHIN, "n", "inside"]
+    if table.empty:
+        return pd.DataFrame(columns=columns)
     cells = table.pivot_table(
         index=["step", "layer", "factor", "seed"], columns="pairs", values="value", aggfunc="mean"
     ).reindex(columns=[BETWEEN, WITHIN])
@@ -136,7 +141,7 @@ def conflict_map(results: Results, arrangement: str = JOINT) -> pd.DataFrame:
         about = dict(zip(("step", "layer", "factor"), key, strict=True))
         means = {BETWEEN: cosine.mean, "low": cosine.low, "high": cosine.high, WITHIN: part[WITHIN].mean()}
         rows.append(about | means | {"n": cosine.n, "inside": cosine.high >= 0})
-    return pd.DataFrame(rows, columns=["step", "layer", "factor", BETWEEN, "low", "high", WITHIN, "n", "inside"])
+    return pd.DataFrame(rows, columns=columns)
 
 
 def changes(results: Results) -> pd.DataFrame:
