@@ -8,10 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings as hypothesis_settings
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from lori_nb.lab.models import Base, load_base
 from lori_nb.lab.paths import PROJECT
+
+hypothesis_settings.register_profile("kit", deadline=None)  # no test is judged by the clock of a busy machine
+hypothesis_settings.load_profile("kit")
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # where there is a GPU too; what is tested on it names it
