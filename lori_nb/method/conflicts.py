@@ -49,18 +49,12 @@ class Conflicts:
 
 @torch.no_grad()
 def combine(
-    task_gradients: Sequence[Mapping[str, Tensor]],
-    grouping: str | Callable[[str], str] = "tensor",
-    *,
-    reduction: str = "sum",
-    weights: Sequence[float] | None = None,
-    solver: str = "project",
-    order: str = "random",
-    reference: str = "original",
-    generator: torch.Generator | None = None,
-    state: dict[str, Tensor] | None = None,
+    task_gradients: Sequence[Mapping[str, Tensor]], grouping: str | Callable[[str], str] = "tensor", **settings
 ) -> tuple[dict[str, Tensor], Conflicts]:
     """One conflict-free gradient out of T tasks' gradients, and how much they conflicted.
+
+    ``settings`` are the keywords of :func:`combine_stacked`: reduction, weights, solver, order, reference, generator
+    and state.
 
     Args:
         task_gradients: for each task, tensor name ("<module>.A", "<module>.B") → gradient; never altered.
@@ -84,17 +78,7 @@ def combine(
     """
     names = _check_gradients(task_gradients)
     stacked = {name: torch.stack([task[name] for task in task_gradients]) for name in names}
-    return combine_stacked(
-        stacked,
-        grouping,
-        reduction=reduction,
-        weights=weights,
-        solver=solver,
-        order=order,
-        reference=reference,
-        generator=generator,
-        state=state,
-    )
+    return combine_stacked(stacked, grouping, **settings)
 
 
 @torch.no_grad()
