@@ -86,6 +86,7 @@ def train(
     """
     _allow_code(allow_code_execution)
     from lori_nb.lab import distributed
+    from lori_nb.lab.specs import with_parents
     from lori_nb.study.conduct import chosen_notebooks, plan_text, planned
     from lori_nb.study.grid import expand_values
     from lori_nb.study.profiles import load_settings
@@ -97,7 +98,7 @@ def train(
     specs = planned(settings, chosen_notebooks(_names(notebooks)))
     chosen = selected(specs, _names(method), _names(task), expand_values(seed) if seed else ())
     if plan:
-        print(plan_text(chosen, 1))
+        print(plan_text(with_parents(chosen), 1))
         return
     train_each(chosen, functools.partial(print, flush=True))
     distributed.leave()

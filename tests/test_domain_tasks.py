@@ -135,7 +135,9 @@ class TestRealData:
         assert Counter(row.target for row in official_rows(name, "test")) == halves
         assert len(get_task(name).rows("test", 10**6)) == sum(halves.values())
         for split in ("train", "tune"):
-            with pytest.raises(ValueError, match=f"split must be test for '{name}', a set for evaluation only; found"):
+            with pytest.raises(
+                ValueError, match=f"split of task '{name}' must be one of test .it is for evaluation only.; found"
+            ):
                 get_task(name).rows(split, 1)
 
     def test_safe_answers_to_train_on(self):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import gguf
 import huggingface_hub
@@ -106,6 +109,55 @@ def test_a_hub_id_without_a_network_names_what_works(home, monkeypatch):
     words = "hub cannot be reached .*these work: smollm2-135m-instruct, all-minilm-l6-v2, or a folder with config.json"
     with pytest.raises(BaseModelError, match=words):
         base_digest("somebody/some-model")
+
+
+@contextmanager
+def hub_that_answers(monkeypatch, code: str):
+    """A server in the hub's place that refuses every request with one of the hub's own error codes."""
+
+    class Refusing(BaseHTTPRequestHandler):
+        def do_GET(self):  # noqa: N802 (the name that http.server looks for)
+            self.send_response(404 if code == "RepoNotFound" else 403)
+            self.send_header("X-Error-Code", code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        yield
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("RepoNotFound", "base must be a model of the hub, .* the hub has no 'somebody/some-model'"),
+        ("GatedRepo", "'somebody/some-model' is gated: accept its terms .* hf auth login"),
+    ],
+)
+def test_a_hub_that_refuses_is_not_called_unreachable(home, monkeypatch, code, words):
+    with hub_that_answers(monkeypatch, code), pytest.raises(BaseModelError, match=words):
+        base_digest("somebody/some-model")
+
+
+def test_without_a_network_the_cached_commit_of_a_hub_model_counts(home, monkeypatch, tmp_path):
+    commit = "0123456789abcdef" * 2 + "01234567"
+    repository = tmp_path / "models--somebody--some-model"
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    (repository / "snapshots" / commit / "config.json").write_text("{}")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert base_digest("somebody/some-model") == f"hub:{commit}"
+    with pytest.raises(BaseModelError, match="hub cannot be reached"):
+        base_digest("somebody/another-model")
 
 
 def test_parameters_of_large_models_are_counted_without_memory(home):

@@ -22,7 +22,9 @@ def test_a_cell_of_the_papers_study_is_planned_without_weights(home, monkeypatch
     result = invoke("train", "--profile", "paper", *cell, "--plan")
     assert result.exit_code == 0, result.output
     lines = [line for line in result.stdout.splitlines() if "gsm8k" in line]
-    assert len(lines) == 1 and lines[0].startswith("lori-s 0.9 · gsm8k ·") and " 4,404,019 " in lines[0]
+    calibration, chosen = lines  # what it builds on is trained with it
+    assert calibration.startswith("lori-d · gsm8k ·") and " 44,040,192 " in calibration
+    assert chosen.startswith("lori-s 0.9 · gsm8k ·") and " 4,404,019 " in chosen
 
 
 def test_selection_takes_part_of_the_plan_and_none_takes_all(home):

@@ -250,6 +250,18 @@ def test_an_encoder_needs_tasks_for_encoders(tiny_encoder, home):
         check(tiny_spec(tiny_encoder))
 
 
+def test_a_set_for_evaluation_only_is_scored_and_never_learned_from(base):
+    words = r"splits of task 'advbench' that a run learns from must be some with train; found \('test',\)"
+    plain = tiny_spec(base, evaluate=("advbench",))
+    check(plain)
+    check(replace(plain, method="base", tasks=("advbench",)))
+    for change in ({}, {"method": "base", "shots": 4}):
+        with pytest.raises(ValueError, match=words):
+            check(replace(plain, tasks=("advbench",), **change))
+    with pytest.raises(ValueError, match="score_on for task 'advbench' must be test; found 'tune'"):
+        check(replace(plain, score_on="tune"))
+
+
 def test_a_mask_belongs_to_the_A_that_it_is_used_with(base):
     plain = sparse_spec(base)
     check(plain)

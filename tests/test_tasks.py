@@ -83,7 +83,7 @@ def test_a_prompt_belongs_to_one_split():
 @pytest.mark.parametrize(
     ("split", "limit", "words"),
     [
-        ("dev", 5, "split must be one of train, tune, test; found 'dev'"),
+        ("dev", 5, "must be one of train, tune, test; found 'dev'"),
         ("train", 0, "limit must be at least 1 row; found 0"),
     ],
 )

@@ -90,33 +90,25 @@ class Full(nn.Module):
         return F.linear(x, self.weight.to(x.dtype), self.bias)
 
 
-def make_dora(
-    linear: nn.Linear, rank: int, alpha: float, A: Tensor, B: Tensor | None = None, magnitude: Tensor | None = None
-) -> Dora:
+def make_dora(linear: nn.Linear, factors: Factors, magnitude: Tensor | None = None) -> Dora:
     """DoRA around a frozen linear module, by peft's own layer.
 
     Args:
-        A: (rank × d_in).
-        B: (d_out × rank); zero where it is not given.
+        factors: what A and B begin as.
         magnitude: m (d_out); the row norms of W + s·B A where it is not given, so that the module then begins as the
             plain linear one with W + s·B A.
 
     Raises:
         ValueError: a shape does not fit, named.
     """
-    d_out, d_in = linear.weight.shape
-    B = A.new_zeros(d_out, rank) if B is None else B
-    for name, tensor, shape in (("A", A, (rank, d_in)), ("B", B, (d_out, rank)), ("magnitude", magnitude, (d_out,))):
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} of DoRA must have shape {shape}; found {tuple(tensor.shape)}")
-    return _dora_of(linear, Factors(A, B, alpha / rank), magnitude)
-
-
-def _dora_of(linear: nn.Linear, factors: Factors, magnitude: Tensor | None = None) -> Dora:
     from peft import LoraConfig
     from peft.tuners.lora.layer import Linear
 
-    rank = factors.A.shape[0]
+    (d_out, d_in), rank = linear.weight.shape, len(factors.A)
+    shapes = {"A": (factors.A, (rank, d_in)), "B": (factors.B, (d_out, rank)), "magnitude": (magnitude, (d_out,))}
+    for name, (tensor, shape) in shapes.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} of DoRA must have shape {shape}; found {tuple(tensor.shape)}")
     config = LoraConfig(r=rank, lora_alpha=rank, use_dora=True, lora_dropout=0.0)
     with torch.random.fork_rng(devices=[]):  # peft draws an A of its own
         layer = Linear(linear, _NAME, config, r=rank, lora_alpha=rank)
@@ -145,7 +137,7 @@ def make_full(linear: nn.Linear) -> Full:
 
 # How a module that replaces a linear one is made from it and the factors that a run begins with.
 REPLACEMENTS: dict[str, Callable[[nn.Linear, Factors], Dora | Full]] = {
-    "dora": _dora_of,
+    "dora": make_dora,
     "full": lambda linear, factors: make_full(linear),
 }
 
@@ -198,11 +190,6 @@ def dora_extras(live: Mapping[str, Dora]) -> dict[str, Tensor]:
     return {f"{MAGNITUDE}{name}": dora.magnitude.detach().clone().cpu() for name, dora in live.items()}
 
 
-def has_magnitudes(adapter: Adapter) -> bool:
-    """Whether the adapter is DoRA's: its factors alone are then not its update."""
-    return any(name.startswith(MAGNITUDE) for name in adapter.extras)
-
-
 def restore_dora(body: nn.Module, adapter: Adapter) -> dict[str, Dora]:
     """The modules of a finished DoRA adapter, to be swapped into the body.
 
@@ -216,7 +203,7 @@ def restore_dora(body: nn.Module, adapter: Adapter) -> dict[str, Dora]:
         if magnitude is None or name not in linears:
             lacks = "the adapter has no magnitude for it" if name in linears else "the model has no such linear module"
             raise ValueError(f"a DoRA adapter must have a magnitude for each linear module; {name}: {lacks}")
-        restored[name] = _dora_of(linears[name], f, magnitude)
+        restored[name] = make_dora(linears[name], f, magnitude)
     return restored
 
 

@@ -194,19 +194,32 @@ def empty_body(name: str) -> nn.Module:
 
 
 def base_digest(name: str) -> str:
-    """SHA-256 of the base's files; the commit for a hub model. File digests are kept by path, size and change time."""
+    """SHA-256 of the base's files; the commit for a hub model. File digests are kept by path, size and change time.
+
+    Where the hub does not answer, the commit of the copy in its local cache counts, which is what will be loaded.
+    """
     where, files = locate(name)
     if where == "hub":
-        from huggingface_hub import HfApi  # only a hub model needs it
-
-        try:
-            return "hub:" + HfApi().model_info(name, timeout=10).sha
-        except Exception as error:  # noqa: BLE001 (any network error means the same to the user)
-            raise _unreachable(name, error) from error
+        return f"hub:{_hub_commit(name)}"
     total = hashlib.sha256()
     for file in files:
         total.update(_file_digest(file).encode())
     return total.hexdigest()
+
+
+def _hub_commit(name: str) -> str:
+    from huggingface_hub import HfApi, snapshot_download  # only a hub model needs them
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return HfApi().model_info(name, timeout=10).sha
+    except HfHubHTTPError as error:  # an answer, though not the wanted one
+        raise _no_such_model(name, error) from error
+    except Exception as error:  # noqa: BLE001 (any network error means the same to the user)
+        try:
+            return Path(snapshot_download(name, local_files_only=True)).name
+        except OSError:
+            raise _no_such_model(name, error) from error
 
 
 def _file_digest(file: Path) -> str:
@@ -298,11 +311,17 @@ def load_tokenizer(name: str):
 
 def _cannot_load(name: str, where: str, error: Exception) -> BaseModelError:
     if where == "hub" and isinstance(error, OSError):
-        return _unreachable(name, error)
+        return _no_such_model(name, error.__cause__ or error)  # transformers wraps the hub's own error
     return BaseModelError(f"base {name!r} must be a model and tokenizer that transformers can load; found: {error}")
 
 
-def _unreachable(name: str, error: Exception) -> BaseModelError:
+def _no_such_model(name: str, error: BaseException) -> BaseModelError:
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return BaseModelError(f"base {name!r} is gated: accept its terms on its hub page, then log in: hf auth login")
+    if isinstance(error, RepositoryNotFoundError):
+        return BaseModelError(f"base must be a model of the hub, public or open to you; the hub has no {name!r}")
     return BaseModelError(
         f"base {name!r} is a hub id and the hub cannot be reached ({type(error).__name__}). "
         f"Without a network these work: "

@@ -217,8 +217,18 @@ def _check_merge(spec: MergeSpec) -> None:
 
 def _check_tasks(spec: Spec) -> None:
     kind = base_kind(spec.base)
+    learns = isinstance(spec, RunSpec) and (get_method(spec.method).trains or spec.shots > 0)
     for name in dict.fromkeys((*spec.tasks, *spec.scored)):
         task = get_task(name)
+        if learns and name in spec.tasks:
+            _require(
+                f"splits of task {name!r} that a run learns from",
+                task.splits,
+                "train" in task.splits,
+                "some with train",
+            )
+        if name in spec.scored:
+            _require(f"score_on for task {name!r}", spec.score_on, spec.score_on in task.splits, ", ".join(task.splits))
         for metric in (task.metric, *task.also):
             evaluation.get_metric(metric)
         if kind == "encoder" and task.reads != "encoder":

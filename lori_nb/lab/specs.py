@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from typing import ClassVar
 
@@ -182,13 +182,9 @@ def spec_hash(spec: Spec) -> str:
     return hashlib.sha256(canonical_json(spec).encode()).hexdigest()[:32]
 
 
-def with_parents(specs: list[Spec]) -> list[Spec]:
+def with_parents(specs: Iterable[Spec]) -> list[Spec]:
     """Every spec once, each after all the specs it depends on."""
-    ordered: dict[str, Spec] = {}
-    for spec in specs:
-        for each in _ancestry(spec):
-            ordered.setdefault(each.hash, each)
-    return list(ordered.values())
+    return list(dict.fromkeys(each for spec in specs for each in _ancestry(spec)))
 
 
 def _ancestry(spec: Spec) -> Iterator[Spec]:

@@ -105,21 +105,6 @@ def projection_matrices(gramians: Tensor, orders: Tensor, reference: str = "orig
     return (_off_projected if reference == "projected" else _off_originals)(gramians, orders)
 
 
-def projection_coefficients(
-    gramians: Tensor, orders: Tensor, weights: Tensor | None = None, reference: str = "original"
-) -> Tensor:
-    """c (G, T) such that the combined gradient of a block is ∇ = Σ_t c_t g_t = Σ_i w_i Σ_t C_it g_t.
-
-    ``weights`` (T,) are the w_i, ones by default; the rest as in :func:`projection_matrices`.
-    """
-    matrices = projection_matrices(gramians, orders, reference)
-    if weights is None:
-        return matrices.sum(dim=1)
-    if weights.shape != (gramians.shape[1],):
-        raise ValueError(f"weights must have shape ({gramians.shape[1]},), one a task; found {tuple(weights.shape)}")
-    return torch.einsum("i,git->gt", send(weights.to(matrices.dtype), matrices.device), matrices)
-
-
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """A small tensor on another device, without waiting for a GPU."""
     # A blocking copy would wait for the GPU's queue; towards the CPU it has to block, or the values are not there yet.

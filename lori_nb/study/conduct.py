@@ -14,7 +14,7 @@ from lori_nb.lab.models import BaseModelError, locate
 from lori_nb.lab.paths import PROJECT, data_folder
 from lori_nb.lab.resolving import check, resolve
 from lori_nb.lab.runs import Store
-from lori_nb.lab.specs import Spec
+from lori_nb.lab.specs import Spec, with_parents
 from lori_nb.lab.tasks.hub import HubUnreachableError
 from lori_nb.study.cells import base_runs, single
 from lori_nb.study.cost import Cost, cost_of, prefix_seconds
@@ -55,20 +55,11 @@ def planned(settings: Settings, notebooks: Sequence[str]) -> list[Spec]:
     Raises:
         ValueError: a setting outside its range, a rank above a matrix's dimension, layers that the base does not have.
     """
-    ordered: dict[Spec, None] = {}
-
-    def add(spec: Spec) -> None:
-        for parent in spec.parents:
-            add(parent)
-        ordered.setdefault(spec)
-
-    for name in notebooks:
-        for spec in PLANS[name](settings):
-            add(spec)
-    for spec in ordered:
+    specs = with_parents(spec for name in notebooks for spec in PLANS[name](settings))
+    for spec in specs:
         check(spec)
         cost_of(spec)
-    return list(ordered)
+    return specs
 
 
 def plan_text(specs: Sequence[Spec], jobs: int) -> str:

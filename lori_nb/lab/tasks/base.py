@@ -60,6 +60,7 @@ class Task:
     ``also`` names further metrics of the same scores. ``system`` is the system message of a chat model: None for the
     kit's own short one, empty for what the model's template puts there. ``extra`` holds the settings of a generator,
     or of generation: max_new_tokens (required then), samples (1), temperature (0, greedy), stop (no strings).
+    ``splits`` are those that have rows: "test" alone for a set that is for evaluation only.
     """
 
     name: str
@@ -76,14 +77,18 @@ class Task:
     also: tuple[str, ...] = ()
     system: str | None = None
     extra: dict = field(default_factory=dict)
+    splits: tuple[str, ...] = SPLITS
 
     def rows(self, split: str, limit: int) -> list[Example]:
         """The first ``limit`` rows of a split, fewer where the source ends earlier; repeated prompts are dropped.
 
-        Raises ValueError when the split is unknown, ``limit`` is below 1, or the source has no row at all.
+        Raises ValueError when the task has no such split, ``limit`` is below 1, or the source has no row at all.
         """
-        if split not in SPLITS:
-            raise ValueError(f"split must be one of {', '.join(SPLITS)}; found {split!r}")
+        if split not in self.splits:
+            only = " (it is for evaluation only)" if self.splits == ("test",) else ""
+            raise ValueError(
+                f"split of task {self.name!r} must be one of {', '.join(self.splits)}{only}; found {split!r}"
+            )
         if limit < 1:
             raise ValueError(f"limit must be at least 1 row; found {limit}")
         rows = list(itertools.islice(_without_repeats(self.load(split)), limit))

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 
-from lori_nb.analysis.pass_at_k import pass_at_k_of_rows
 from lori_nb.lab.sandbox import Verdict, check_execution_allowed, run_program
 from lori_nb.lab.tasks.base import Example, task
 from lori_nb.lab.tasks.hub import load_from_hub
@@ -64,14 +63,9 @@ _STATEMENT = re.compile(
 )  # opens a line of code, hardly one of prose
 
 
-@task("humaneval", licence="MIT", source="folder or hub", **ABOUT)
+@task("humaneval", licence="MIT", source="folder or hub", splits=("test",), **ABOUT)
 def humaneval(split: str) -> Iterator[Example]:
-    """The 164 problems in their own order; ValueError for any split but "test"."""
-    if split != "test":
-        raise ValueError(
-            f"task 'humaneval' is for evaluation only and has no split {split!r}, only 'test'; "
-            "to train on code take a task that has one, such as 'mbpp'"
-        )
+    """The 164 problems in their own order."""
     where, rows = _humaneval_source()
     for number, row in enumerate(rows, start=1):
         prompt, solution, test, entry = _texts(
@@ -158,13 +152,6 @@ def score_completions(rows: Sequence[Example], completions: Sequence[Sequence[st
     return np.array([[v.passed for v in each] for each in verdicts], dtype=bool).reshape(
         len(rows), max(counts, default=0)
     )
-
-
-def score_execution(
-    rows: Sequence[Example], completions: Sequence[Sequence[str]], ks: tuple[int, ...] = (1, 5, 10)
-) -> dict[int, np.ndarray]:
-    """pass@k of every row (rows,) for each k; errors as in :func:`score_completions`, and k above the samples."""
-    return pass_at_k_of_rows(score_completions(rows, completions), ks)
 
 
 def _function_head(prompt: str) -> tuple[str, str] | None:

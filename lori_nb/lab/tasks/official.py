@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-from lori_nb.lab.tasks.base import Example, Task, register
+from lori_nb.lab.tasks.base import SPLITS, Example, Task, register
 from lori_nb.lab.tasks.hub import load_from_hub
 from lori_nb.lab.tasks.reading import DATA_VARIABLE, data_file, read_rows, source_folder
 
@@ -78,7 +78,8 @@ def official_task(name: str, data: DataSet, **about) -> Task:
             return official_rows(name, "test")
         return split_rows(split, official_rows(name, "train"), official_rows(name, "test"))
 
-    return register(Task(name=name, load=load, source="folder or hub", **about))
+    splits = SPLITS if data.train_file else ("test",)
+    return register(Task(name=name, load=load, source="folder or hub", splits=splits, **about))
 
 
 def official_rows(name: str, part: str) -> Sequence[Example]:
