@@ -4,7 +4,9 @@ Adapters that work alone can hurt each other when they share weights (merging) o
 module here takes plain tensors or numbers and returns numbers; none touches a model, and none writes a weight.
 
 - ``overlap``: do two updates ΔW (d_out × d_in) point the same way, read the same input subspace (rows of A,
-  r × d_in), write the same output subspace (columns of B, d_out × r)? From factors alone.
+  r × d_in), write the same output subspace (columns of B, d_out × r)? From factors alone. ``interference``: distances
+  of these subspaces, alignment, singular task interference, signs, masks; ``nulls``: what chance gives;
+  ``reduced``: the small core K of ΔW = U K Vᵀ that all of this is computed on.
 - ``merging``: N adapters in, one out, Σ_i w_i s_i B_i A_i, exact by concatenation or approximate by adding factors;
   ``spectral_merging``: merges on singular vectors (SVD, TSV-M, Iso-C, KnOTS, Core Space), of small cores.
 - ``continual``: R (stages × tasks), the score on task j after training stage i; forgetting and transfer read off it.
@@ -15,4 +17,4 @@ module here takes plain tensors or numbers and returns numbers; none touches a m
 Symbols as on the first page of :mod:`lori_nb.method`. This room imports from ``method`` alone.
 """
 
-from lori_nb.analysis import spectral_merging  # noqa: F401  (importing registers its merges)
+from lori_nb.analysis import interference, spectral_merging  # noqa: F401  (importing registers measures and merges)

@@ -6,39 +6,98 @@ Two updates ΔW = s·B A and ΔW' = s'·B' A' of one module can meet in three wa
 - in what they read: the row spaces of A and A', subspaces of the module's input;
 - in what they write: the column spaces of B and B', subspaces of the module's output.
 
-No dense ΔW is formed: with U_b, U_a orthonormal bases of the two spaces, ΔW = U_b K U_aᵀ with a core K of at most
-r × r, so norms and inner products are those of cores. All in float64, on the device of the factors.
+No dense ΔW is formed: norms and inner products are those of the cores of :mod:`lori_nb.analysis.reduced`.
+
+A *measure* is a function of such a pair, registered by name; :mod:`lori_nb.analysis.interference` has more of them::
+
+    @measure("norm_ratio", symmetric=False)
+    def norm_ratio(pair):
+        return pair.f.norm / pair.g.norm
 
 How to read the numbers: where adapters share one draw of a frozen A, row overlap is 1 by construction, and independent
 draws make it small by chance alone (r / d_in is expected of two random r-dimensional subspaces). Compare with
-adapters drawn under the same policy, not with 0. Nor does a zero inner product mean that tasks leave each other's
-activations alone.
+adapters drawn under the same policy (:mod:`lori_nb.analysis.nulls`), not with 0. Nor does a zero inner product mean
+that tasks leave each other's activations alone.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import pandas as pd
 import torch
 from torch import Tensor
 
+from lori_nb.analysis.reduced import Reduced, orthonormal, reduced
 from lori_nb.method.adapters import Factors
 
 MEASURES = ("cosine", "row_overlap", "column_overlap")
 COLUMNS = ("adapter_a", "adapter_b", "module", "measure", "value")
 
 
+@dataclass(frozen=True)
+class Pair:
+    """Two updates of one module; what several measures need is computed once."""
+
+    f: Reduced
+    g: Reduced
+
+    @cached_property
+    def inner(self) -> float:
+        """⟨ΔW_f, ΔW_g⟩."""
+        crossed = (self.f.columns.T @ self.g.columns) @ self.g.core @ (self.g.rows.T @ self.f.rows)
+        return float((self.f.core * crossed).sum())
+
+    @cached_property
+    def row_angles(self) -> Tensor:
+        """Principal angles of the row spaces of A, ascending, in radians."""
+        return _angles(self.f.rows, self.g.rows)
+
+    @cached_property
+    def column_angles(self) -> Tensor:
+        """Principal angles of the column spaces of B, ascending, in radians."""
+        return _angles(self.f.columns, self.g.columns)
+
+    @cached_property
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """ΔW_f and ΔW_g (d_out × d_in), float64: for what is elementwise, one module at a time."""
+        return tuple(
+            each.factors.scale * each.factors.B.double() @ each.factors.A.double() for each in (self.f, self.g)
+        )
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number about a pair; one that is not symmetric is taken both ways, as f seen from g and the reverse."""
+
+    value: Callable[[Pair], float]
+    symmetric: bool = True
+
+
+REGISTERED: dict[str, Measure] = {}
+
+
+def measure(name: str, *, symmetric: bool = True) -> Callable[[Callable[[Pair], float]], Callable[[Pair], float]]:
+    """Decorator that registers ``(pair) -> float``, NaN where undefined; a name registered again is replaced."""
+
+    def register(value: Callable[[Pair], float]) -> Callable[[Pair], float]:
+        REGISTERED[name] = Measure(value, symmetric)
+        return value
+
+    return register
+
+
 def inner_product(f: Factors, g: Factors) -> float:
     """⟨ΔW_f, ΔW_g⟩ = tr(ΔW_fᵀ ΔW_g). ValueError when the two are not of one shape or not finite."""
-    return _inner(*_reduced_pair(f, g))
+    return _checked(reduced(f), reduced(g)).inner
 
 
 def norm(f: Factors) -> float:
     """Frobenius norm ‖ΔW‖ = ‖K‖, with K the core. ValueError when a factor is not finite."""
-    return _reduce(f).norm
+    return reduced(f).norm
 
 
 def frobenius_cosine(f: Factors, g: Factors) -> float:
@@ -46,7 +105,7 @@ def frobenius_cosine(f: Factors, g: Factors) -> float:
 
     ValueError when the two are not of one shape or not finite.
     """
-    return _cosine(*_reduced_pair(f, g))
+    return _cosine(_checked(reduced(f), reduced(g)))
 
 
 def principal_angles(X: Tensor, Y: Tensor, rtol: float | None = None) -> Tensor:
@@ -70,7 +129,7 @@ def principal_angles(X: Tensor, Y: Tensor, rtol: float | None = None) -> Tensor:
         raise ValueError(
             f"X and Y must be matrices with the same number of rows; found {tuple(X.shape)} and {tuple(Y.shape)}"
         )
-    return _angles(_basis(X, "X", rtol)[0], _basis(Y, "Y", rtol)[0])
+    return _angles(orthonormal(X, "X", rtol)[0], orthonormal(Y, "Y", rtol)[0])
 
 
 def subspace_overlap(X: Tensor, Y: Tensor, rtol: float | None = None) -> float:
@@ -82,87 +141,46 @@ def subspace_overlap(X: Tensor, Y: Tensor, rtol: float | None = None) -> float:
     return _mean_squared_cosine(principal_angles(X, Y, rtol))
 
 
-def overlap_table(adapters: Mapping[str, Mapping[str, Factors]]) -> pd.DataFrame:
+def overlap_table(adapters: Mapping[str, Mapping[str, Factors]], measures: Sequence[str] = MEASURES) -> pd.DataFrame:
     """Every pair of adapters, module by module: a tidy table, one measurement a row.
 
     Args:
-        adapters: adapter name → module name → factors. A pair is compared on the modules that both have; it stands
-            once, the adapter that comes first in the mapping as ``adapter_a``.
+        adapters: adapter name → module name → factors. A pair is compared on the modules that both have, at whatever
+            rank and scale each has; it stands once, the adapter that comes first in the mapping as ``adapter_a``. A
+            measure that is not symmetric stands in a second row too, with the two exchanged.
+        measures: names of :data:`REGISTERED`; by default "cosine" (of ΔW), "row_overlap" (of A's row spaces) and
+            "column_overlap" (of B's column spaces).
 
     Returns:
-        Columns ``adapter_a``, ``adapter_b``, ``module``, ``measure`` and ``value``; measures "cosine" (of ΔW),
-        "row_overlap" (of A's row spaces) and "column_overlap" (of B's column spaces). NaN where undefined (zero B).
+        Columns ``adapter_a``, ``adapter_b``, ``module``, ``measure`` and ``value``. NaN where undefined (zero B).
 
     Raises:
-        ValueError: fewer than two adapters, or factors of one module that differ in shape or are not finite.
+        ValueError: fewer than two adapters, an unknown measure, or factors of one module that differ in shape or are
+            not finite.
     """
     if len(adapters) < 2:
         raise ValueError(f"adapters must hold at least two adapters to compare; found {len(adapters)}")
-    reduced = {
-        adapter: {module: _reduce(factors, f" of {adapter!r}, {module!r}") for module, factors in modules.items()}
-        for adapter, modules in adapters.items()
-    }
-    rows = [
-        (a, b, module, measure, value)
-        for a, b in itertools.combinations(adapters, 2)
-        for module in adapters[a]
-        if module in adapters[b]
-        for measure, value in zip(MEASURES, _measures(reduced[a][module], reduced[b][module], module), strict=True)
-    ]
+    for name in measures:
+        if name not in REGISTERED:
+            raise ValueError(f"measures must be among {', '.join(REGISTERED)}; found {name!r}")
+    rows = []
+    for module in dict.fromkeys(name for modules in adapters.values() for name in modules):
+        present = {a: reduced(m[module], f" of {a!r}, {module!r}") for a, m in adapters.items() if module in m}
+        for a, b in itertools.combinations(present, 2):
+            rows += _measured(a, b, module, _checked(present[a], present[b], repr(module)), measures)
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-@dataclass(frozen=True)
-class _Reduced:
-    """ΔW = columns · core · rowsᵀ with orthonormal ``columns`` (d_out × p) and ``rows`` (d_in × q), core (p × q)."""
-
-    columns: Tensor
-    core: Tensor
-    rows: Tensor
-
-    @property
-    def norm(self) -> float:
-        return float(torch.linalg.matrix_norm(self.core)) if self.core.numel() else 0.0
+def _measured(a: str, b: str, module: str, pair: Pair, measures: Sequence[str]) -> list[tuple]:
+    rows = [(a, b, module, name, REGISTERED[name].value(pair)) for name in measures]
+    turned = Pair(pair.g, pair.f)
+    return rows + [(b, a, module, n, REGISTERED[n].value(turned)) for n in measures if not REGISTERED[n].symmetric]
 
 
-def _reduce(f: Factors, where: str = "") -> _Reduced:
-    columns, from_b = _basis(f.B, f"B{where}")
-    rows, from_a = _basis(f.A.T, f"A{where}")
-    return _Reduced(columns, f.scale * from_b @ from_a.T, rows)
-
-
-def _reduced_pair(f: Factors, g: Factors) -> tuple[_Reduced, _Reduced]:
-    pair = _reduce(f), _reduce(g)
-    _check_same_shape(*pair)
-    return pair
-
-
-def _check_same_shape(f: _Reduced, g: _Reduced, module: str = "the module") -> None:
-    shapes = [(len(reduced.columns), len(reduced.rows)) for reduced in (f, g)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"updates of {module} must have one shape d_out × d_in; found {shapes[0]} and {shapes[1]}")
-
-
-def _basis(X: Tensor, name: str, rtol: float | None = None) -> tuple[Tensor, Tensor]:
-    """X (d × p) = U·rest: U (d × rank) orthonormal, rest (rank × p), rank counted numerically."""
-    if not torch.isfinite(X).all():
-        raise ValueError(f"{name} must be finite; found NaN or infinity")
-    U, singular, Vh = torch.linalg.svd(X.detach().to(torch.float64), full_matrices=False)
-    rtol = max(X.shape) * torch.finfo(torch.float64).eps if rtol is None else rtol
-    floor = rtol * singular[:1].sum()  # the sum of one or no value: a matrix without columns has rank 0
-    rank = int((singular > floor).sum())
-    return U[:, :rank], singular[:rank, None] * Vh[:rank]
-
-
-def _inner(f: _Reduced, g: _Reduced) -> float:
-    crossed = (f.columns.T @ g.columns) @ g.core @ (g.rows.T @ f.rows)
-    return float((f.core * crossed).sum())
-
-
-def _cosine(f: _Reduced, g: _Reduced) -> float:
-    if f.norm == 0 or g.norm == 0:
-        return float("nan")
-    return min(1.0, max(-1.0, _inner(f, g) / f.norm / g.norm))
+def _checked(f: Reduced, g: Reduced, module: str = "the module") -> Pair:
+    if f.shape != g.shape:
+        raise ValueError(f"updates of {module} must have one shape d_out × d_in; found {f.shape} and {g.shape}")
+    return Pair(f, g)
 
 
 def _angles(U: Tensor, V: Tensor) -> Tensor:
@@ -180,7 +198,18 @@ def _mean_squared_cosine(angles: Tensor) -> float:
     return float(angles.cos().square().mean())  # of no angle at all: NaN
 
 
-def _measures(f: _Reduced, g: _Reduced, module: str) -> tuple[float, float, float]:
-    _check_same_shape(f, g, repr(module))
-    row, column = _angles(f.rows, g.rows), _angles(f.columns, g.columns)
-    return _cosine(f, g), _mean_squared_cosine(row), _mean_squared_cosine(column)
+@measure("cosine")
+def _cosine(pair: Pair) -> float:
+    if pair.f.norm == 0 or pair.g.norm == 0:
+        return float("nan")
+    return min(1.0, max(-1.0, pair.inner / pair.f.norm / pair.g.norm))
+
+
+@measure("row_overlap")
+def _row_overlap(pair: Pair) -> float:
+    return _mean_squared_cosine(pair.row_angles)
+
+
+@measure("column_overlap")
+def _column_overlap(pair: Pair) -> float:
+    return _mean_squared_cosine(pair.column_angles)

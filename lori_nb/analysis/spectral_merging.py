@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lori_nb.analysis.merging import compress, concatenate, merge_method
+from lori_nb.analysis.reduced import numerical_rank, orthonormal
 from lori_nb.method.adapters import Factors
 
 DENSITY = 0.2  # share of entries that TIES keeps of each task, its paper's choice
@@ -46,26 +47,16 @@ class Cores:
 
 def cores_of(factors: Sequence[Factors]) -> Cores:
     """The updates of one module in common bases, at their numerical rank."""
-    columns = _basis(torch.cat([f.B.detach().double() for f in factors], dim=1))
-    rows = _basis(torch.cat([f.A.detach().double() for f in factors], dim=0).T)
+    columns, _ = orthonormal(torch.cat([f.B.detach().double() for f in factors], dim=1), "B")
+    rows, _ = orthonormal(torch.cat([f.A.detach().double() for f in factors], dim=0).T, "A")
     cores = [f.scale * (columns.T @ f.B.double()) @ (f.A.double() @ rows) for f in factors]
     return Cores(columns, torch.stack(cores), rows, factors[0])
-
-
-def _basis(X: Tensor) -> Tensor:
-    """Orthonormal basis of the column space of X (d × n) at its numerical rank (d × rank)."""
-    U, singular, _ = torch.linalg.svd(X, full_matrices=False)
-    return U[:, : _rank(singular, max(X.shape))]
-
-
-def _rank(singular: Tensor, size: int) -> int:
-    return int((singular > size * torch.finfo(torch.float64).eps * singular[:1].sum()).sum())
 
 
 def _svd(K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U, Σ, Vᵀ of a core at its numerical rank."""
     U, singular, Vh = torch.linalg.svd(K, full_matrices=False)
-    rank = _rank(singular, max(K.shape))
+    rank = numerical_rank(singular, max(K.shape))
     return U[:, :rank], singular[:rank], Vh[:rank]
 
 

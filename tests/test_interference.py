@@ -1,0 +1,270 @@
+"""Measures of interference against their definitions on dense matrices, and what chance gives."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lori_nb.analysis import interference
+from lori_nb.analysis.interference import ALL, similarity_curve
+from lori_nb.analysis.nulls import mean_over_modules, null_table, null_update
+from lori_nb.analysis.overlap import REGISTERED, Pair, measure, overlap_table
+from lori_nb.analysis.reduced import reduced
+from lori_nb.method.adapters import Factors
+from lori_nb.method.subspaces import random_down_projection
+
+D_OUT, D_IN = 18, 25
+U = np.finfo(np.float64).eps
+
+
+def noise(rows: int, columns: int, seed: int) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def factors(seed: int, rank: int = 4, scale: float = 1.5) -> Factors:
+    return Factors(noise(rank, D_IN, 2 * seed), noise(D_OUT, rank, 2 * seed + 1), scale)
+
+
+def value(name: str, f: Factors, g: Factors) -> float:
+    return REGISTERED[name].value(Pair(reduced(f), reduced(g)))
+
+
+ONE, TWO = factors(0), factors(1, 3, -0.7)
+BANK = {
+    "plain": (ONE, TWO),
+    "shared A": (ONE, Factors(ONE.A, factors(5).B, 0.3)),
+    "repeated": (ONE, ONE),
+    "opposite": (ONE, Factors(ONE.A, -2 * ONE.B, ONE.scale)),
+    "rank deficient": (Factors(torch.cat([ONE.A[:1]] * 4), ONE.B, 1.5), TWO),
+    "sparse": (Factors(ONE.A, ONE.B * (ONE.B.abs() > 1), 1.5), Factors(TWO.A, TWO.B * (TWO.B.abs() > 0.5), 1.0)),
+    "rank above a dimension": (factors(7, 22), factors(8, 20)),
+    "one module's scale is small": (Factors(ONE.A, 1e-9 * ONE.B, 1.0), TWO),
+}
+
+
+# The definitions, on dense matrices
+
+
+def dense(f: Factors) -> np.ndarray:
+    return f.scale * (f.B.numpy() @ f.A.numpy())
+
+
+def dense_svd(X: np.ndarray):
+    left, values, right = np.linalg.svd(X, full_matrices=False)
+    rank = int((values > 1e-10 * values[0]).sum())
+    return left[:, :rank], values[:rank], right[:rank].T
+
+
+def angles(X, Y) -> np.ndarray:
+    return scipy.linalg.subspace_angles(scipy.linalg.orth(X.numpy()), scipy.linalg.orth(Y.numpy()))
+
+
+def dense_alignment(f, g) -> float:
+    left, values, _ = dense_svd(dense(g))
+    k = next(k for k in range(1, len(values) + 1) if np.linalg.norm(values[:k]) >= 0.95 * np.linalg.norm(values))
+    return np.linalg.norm(left[:, :k] @ left[:, :k].T @ dense(f)) / np.linalg.norm(dense(f))
+
+
+def dense_singular_interference(f, g) -> float:
+    parts = [dense_svd(dense(each)) for each in (f, g)]
+    left, right = (np.concatenate([part[place] for part in parts], axis=1) for place in (0, 2))
+    values = np.concatenate([part[1] for part in parts])
+    unit = np.eye(len(values))
+    return np.abs((left.T @ left - unit) @ np.diag(values) @ (right.T @ right - unit)).sum()
+
+
+def dense_magnitude_overlap(f, g) -> float:
+    keep = round(0.2 * D_OUT * D_IN)
+    first, second = (set(np.argsort(-np.abs(dense(each)).ravel())[:keep].tolist()) for each in (f, g))
+    return len(first & second) / keep
+
+
+DEFINITIONS = {
+    "row_grassmann": lambda f, g: np.linalg.norm(angles(f.A.T, g.A.T)),
+    "column_grassmann": lambda f, g: np.linalg.norm(angles(f.B, g.B)),
+    "row_chordal": lambda f, g: np.linalg.norm(np.sin(angles(f.A.T, g.A.T))),
+    "column_chordal": lambda f, g: np.linalg.norm(np.sin(angles(f.B, g.B))),
+    "alignment": dense_alignment,
+    "singular_interference": dense_singular_interference,
+    "sign_conflict": lambda f, g: (dense(f) * dense(g) < 0).sum() / (dense(f) * dense(g) != 0).sum(),
+    "magnitude_overlap": dense_magnitude_overlap,
+}
+
+
+@pytest.mark.parametrize("pair", BANK)
+@pytest.mark.parametrize("name", DEFINITIONS)
+def test_every_measure_is_its_dense_definition(name, pair):
+    f, g = BANK[pair]
+    # Singular vectors and bases turn by u times the condition number of what they come from.
+    condition = max(np.linalg.cond(x.numpy()) if np.linalg.cond(x.numpy()) < 1e10 else 1 for x in (f.A, f.B, g.A, g.B))
+    expected = DEFINITIONS[name](f, g)
+    allowed = 1e-10 * condition * max(1.0, abs(expected))
+    assert value(name, f, g) == pytest.approx(expected, abs=allowed)
+
+
+@given(seed=st.integers(0, 10**6), rank_f=st.integers(1, 6), rank_g=st.integers(1, 6))
+def test_another_factorization_of_the_same_updates_measures_the_same(seed, rank_f, rank_g):
+    """(B, A) → (B R, R⁻¹ A) leaves ΔW as it is; only the support of B is a matter of the factors."""
+    f, g = factors(seed, rank_f), factors(seed + 1, rank_g)
+    R = torch.linalg.qr(noise(rank_f, rank_f, seed))[0] * torch.linspace(1, 3, rank_f, dtype=torch.float64)
+    other = Factors(torch.linalg.inv(R) @ f.A, f.B @ R, f.scale)
+    for name in ALL:
+        if name != "mask_overlap":
+            assert value(name, other, g) == pytest.approx(value(name, f, g), abs=1e-8)
+
+
+@given(seed=st.integers(0, 10**6))
+def test_symmetric_measures_do_not_depend_on_the_order(seed):
+    f, g = factors(seed, 3), factors(seed + 1, 5)
+    for name, known in REGISTERED.items():
+        if known.symmetric:
+            assert value(name, f, g) == pytest.approx(value(name, g, f), abs=1e-9, nan_ok=True), name
+    assert value("alignment", ONE, TWO) != pytest.approx(value("alignment", TWO, ONE), abs=1e-3)
+
+
+def test_an_update_beside_itself_and_beside_one_that_is_orthogonal():
+    f = factors(3)
+    same = {name: value(name, f, f) for name in ALL}
+    ones = ("cosine", "row_overlap", "column_overlap", "alignment", "magnitude_overlap", "mask_overlap")
+    zeros = ("row_grassmann", "column_grassmann", "row_chordal", "column_chordal", "sign_conflict")
+    # the directions of the alignment hold 95 % of the norm, so up to that of an update beside itself
+    assert {name: round(same[name], 9) for name in ones if name != "alignment"} == dict.fromkeys(ones[:3] + ones[4:], 1)
+    assert 0.95 <= same["alignment"] <= 1
+    assert all(abs(same[name]) < 1e-7 for name in zeros) and same["singular_interference"] > 1
+    basis_out, basis_in = torch.linalg.qr(noise(D_OUT, 8, 0))[0], torch.linalg.qr(f.A.T)[0]
+    apart_in = torch.linalg.qr(torch.cat([basis_in, noise(D_IN, 4, 1)], 1))[0][:, 4:].T
+    one, two = Factors(f.A, basis_out[:, :4] * 2, 1.0), Factors(apart_in, basis_out[:, 4:], 3.0)
+    for name in ("cosine", "row_overlap", "column_overlap", "alignment", "singular_interference"):
+        assert abs(value(name, one, two)) < 1e-12, name
+    assert value("row_grassmann", one, two) == pytest.approx(math.sqrt(4) * math.pi / 2)
+    assert value("column_chordal", one, two) == pytest.approx(math.sqrt(4))
+
+
+def test_masks_overlap_by_their_supports_alone():
+    mask = torch.zeros(D_OUT, 4, dtype=torch.float64)
+    first, second, both = mask.clone(), mask.clone(), mask.clone()
+    first[:4], second[2:8], both[:8] = 1.0, -3.0, 0.5
+    A = ONE.A
+    assert value("mask_overlap", Factors(A, first, 1.0), Factors(A, second, 1.0)) == 0.5
+    assert value("mask_overlap", Factors(A, first, 1.0), Factors(A, both, 1.0)) == 1.0
+    assert math.isnan(value("mask_overlap", Factors(A, first, 1.0), Factors(TWO.A, TWO.B, 1.0)))  # another rank
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_a_zero_update_leaves_undefined_is_nan(name):
+    zero = Factors(ONE.A, torch.zeros_like(ONE.B), 1.0)
+    defined = {"row_overlap", "row_grassmann", "row_chordal"} | ({"singular_interference"})
+    assert math.isnan(value(name, zero, ONE)) == (name not in defined)
+    assert math.isnan(value(name, zero, zero)) == (name not in defined - {"singular_interference"})
+
+
+# The curve of subspace similarity
+
+
+def test_the_curve_is_its_definition_on_dense_matrices():
+    f, g = BANK["plain"]
+    for side, place in (("columns", 0), ("rows", 2)):
+        left, right = dense_svd(dense(f))[place], dense_svd(dense(g))[place]
+        curve = similarity_curve(reduced(f), reduced(g), side).numpy()
+        assert curve.shape == (4, 3)
+        for i in range(1, 5):
+            for j in range(1, 4):
+                expected = np.linalg.norm(left[:, :i].T @ right[:, :j]) ** 2 / min(i, j)
+                assert curve[i - 1, j - 1] == pytest.approx(expected, abs=1e-10)
+    itself = similarity_curve(reduced(f), reduced(f)).numpy()
+    assert np.allclose(itself, 1)  # nested subspaces
+    with pytest.raises(ValueError, match="side must be rows or columns; found 'left'"):
+        similarity_curve(reduced(f), reduced(g), "left")
+
+
+# The table
+
+
+def test_a_measure_that_is_not_symmetric_stands_in_both_directions():
+    table = overlap_table({"a": {"m": ONE}, "b": {"m": TWO}}, ("alignment", "cosine"))
+    rows = table.set_index(["adapter_a", "adapter_b", "measure"])["value"]
+    assert len(rows) == 3
+    assert rows["a", "b", "alignment"] == value("alignment", ONE, TWO)
+    assert rows["b", "a", "alignment"] == value("alignment", TWO, ONE)
+
+
+def test_an_own_measure_is_one_decorated_function(monkeypatch):
+    monkeypatch.setattr("lori_nb.analysis.overlap.REGISTERED", dict(REGISTERED))
+
+    @measure("norm_ratio", symmetric=False)
+    def norm_ratio(pair):
+        return pair.f.norm / pair.g.norm
+
+    table = overlap_table({"a": {"m": ONE}, "b": {"m": TWO}}, ("norm_ratio",))
+    assert table["value"].prod() == pytest.approx(1)
+    with pytest.raises(ValueError, match="measures must be among cosine, .*norm_ratio; found 'norm'"):
+        overlap_table({"a": {"m": ONE}, "b": {"m": TWO}}, ("norm",))
+
+
+def test_all_names_every_measure_of_the_kit():
+    own = {name for name, known in REGISTERED.items() if known.value.__module__.startswith("lori_nb.")}
+    assert set(ALL) == own and interference.UNDEFINED != interference.UNDEFINED
+
+
+# What chance gives
+
+
+@pytest.mark.parametrize("pair", ["plain", "shared A", "rank deficient", "rank above a dimension"])
+def test_a_null_update_has_the_same_singular_values_and_other_directions(pair):
+    f, _ = BANK[pair]
+    for A in (None, f.A):
+        null = null_update(f, torch.Generator().manual_seed(0), A)
+        found, expected = reduced(null), reduced(f)
+        assert torch.allclose(found.singular[1], expected.singular[1], rtol=1e-10)
+        assert (found.columns @ found.core @ found.rows.T).shape == dense(f).shape
+        assert value("cosine", null, f) < 0.9
+        if A is not None:
+            assert value("row_overlap", null, f) == pytest.approx(1, abs=1e-10)
+
+
+def test_a_null_update_of_a_sparse_one_keeps_its_zeros_and_sizes():
+    f, _ = BANK["sparse"]
+    null = null_update(f, torch.Generator().manual_seed(0))
+    assert torch.equal(null.B.flatten().sort().values, f.B.flatten().sort().values)
+    assert not torch.equal(null.B, f.B)
+    assert float(null.A.norm()) == pytest.approx(float(f.A.norm()))
+
+
+def test_the_null_of_a_shared_A_is_shared_rows():
+    """Overlap of rows is 1 under a shared draw, trained or not; independent draws give about r / d_in."""
+    shared = random_down_projection(0, "shared", "m", 4, 400)
+    adapters = {name: {"m": Factors(shared, noise(50, 4, place), 2.0)} for place, name in enumerate("abc")}
+    given_A = {name: {"m": shared} for name in adapters}
+    under = null_table(adapters, draws=4, A=given_A).set_index("measure")["null"]
+    apart = null_table(adapters, draws=4).set_index("measure")["null"]
+    assert under["row_overlap"].to_numpy() == pytest.approx(1, abs=1e-9)
+    assert (apart["row_overlap"] < 0.05).all()
+    assert (under["column_overlap"] < 0.3).all() and (apart["column_overlap"] < 0.3).all()
+
+
+def test_the_null_table_is_seeded_and_covers_the_pairs_of_the_table():
+    adapters = {"a": {"m": ONE, "n": factors(9)}, "b": {"m": TWO}, "c": {"m": factors(11), "n": factors(12)}}
+    null = null_table(adapters, 6, 3, ALL)
+    found = mean_over_modules(overlap_table(adapters, ALL))
+    keys = ["adapter_a", "adapter_b", "measure"]
+    assert null[keys].equals(found[keys])
+    assert null.equals(null_table(adapters, 6, 3, ALL)) and not null.equals(null_table(adapters, 6, 4, ALL))
+    defined = null.dropna()
+    assert ((defined["null_low"] <= defined["null"]) & (defined["null"] <= defined["null_high"])).all()
+    assert set(null["draws"]) == {6}
+    with pytest.raises(ValueError, match="draws must be at least 1; found 0"):
+        null_table(adapters, 0)
+
+
+def test_sign_conflict_of_noise_is_a_half_and_large_entries_meet_by_chance():
+    adapters = {name: {"m": Factors(noise(8, 60, seed), noise(60, 8, seed + 2), 1.0)} for seed, name in enumerate("ab")}
+    null = null_table(adapters, 12, 0, ("sign_conflict", "magnitude_overlap")).set_index("measure")["null"]
+    # 12 draws of 3,600 entries that hang together in rank-8 updates: a few hundredths
+    assert null["sign_conflict"] == pytest.approx(0.5, abs=0.05)
+    assert 0.15 < null["magnitude_overlap"] < 0.35
