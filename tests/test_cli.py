@@ -75,6 +75,7 @@ def test_a_misspelt_parameter_is_answered_before_torch_is_even_imported(tmp_path
         (BaseModelError("x"), 2),
         (HubUnreachableError("x"), 2),
         (DiskFullError(28, "x"), 1),
+        (OSError(28, "No space left on device"), 1),
         (ProcessesError("x"), 1),
         (NotebookError("x"), 1),
         (KeyboardInterrupt(), 130),

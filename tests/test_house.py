@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "analysis": {"method"},
     "lab": {"method", "analysis"},
     "study": {"method", "analysis", "lab"},
-    "cli.py": {"method", "analysis", "lab", "study"},
+    "cli": {"method", "analysis", "lab", "study"},
     "__init__.py": set(),
 }
 UPPER = {

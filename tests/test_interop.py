@@ -219,7 +219,7 @@ def test_a_failed_export_leaves_nothing(adapter, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lori_nb.lab.interop.os.replace", full)
+    monkeypatch.setattr("lori_nb.lab.peft_writing.os.replace", full)
     with pytest.raises(OSError, match="No space left"):
         export_peft(adapter, tmp_path / "peft")
     assert [p.name for p in tmp_path.iterdir() if p.name != "home"] == []

@@ -21,6 +21,7 @@ others it grows with the size of the updates. The sign and magnitude measures ne
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +30,7 @@ from lori_nb.analysis.reduced import Reduced
 
 ALL = ("cosine", "row_overlap", "column_overlap", "row_grassmann", "column_grassmann", "row_chordal", "column_chordal")
 ALL += ("alignment", "singular_interference", "sign_conflict", "magnitude_overlap", "mask_overlap")
+ELEMENTWISE = ("sign_conflict", "magnitude_overlap")  # these need the dense ΔW
 NORM_SHARE = 0.95  # of ‖ΔW_g‖, held by the directions that an alignment is measured against, as in its paper
 LARGEST = 0.2  # share of entries that count as large, TIES' density
 UNDEFINED = float("nan")
@@ -88,9 +90,9 @@ def singular_interference(pair: Pair) -> float:
 @measure("sign_conflict")
 def sign_conflict(pair: Pair) -> float:
     """Share of the entries (of ΔW) that are not zero in both updates whose signs differ; noise gives 0.5."""
-    signs = [dense.sign() for dense in pair.dense]
-    both = (signs[0] * signs[1]).abs().sum()
-    return float(((signs[0] * signs[1]) < 0).sum() / both) if both else UNDEFINED
+    products = pair.f.dense * pair.g.dense
+    both = int(products.count_nonzero())
+    return int((products < 0).sum()) / both if both else UNDEFINED
 
 
 @measure("magnitude_overlap")
@@ -98,10 +100,17 @@ def magnitude_overlap(pair: Pair) -> float:
     """Share of the 20 % largest entries of one update that are among the 20 % largest of the other."""
     if pair.f.norm == 0 or pair.g.norm == 0:
         return UNDEFINED
-    f, g = (dense.flatten().abs() for dense in pair.dense)
-    keep = max(1, round(LARGEST * len(f)))
-    large = torch.zeros(len(f), dtype=torch.bool, device=f.device).scatter(0, f.topk(keep).indices, True)
-    return float(large[g.topk(keep).indices].double().mean())
+    f, g = (_largest(each.dense) for each in (pair.f, pair.g))
+    return float((f & g).sum() / f.sum())
+
+
+def _largest(dense: Tensor) -> np.ndarray:
+    """Whether each entry is among the 20 % largest by magnitude; of equal ones any are taken."""
+    magnitudes = dense.flatten().abs().cpu().numpy()
+    keep = max(1, round(LARGEST * magnitudes.size))
+    large = np.zeros(magnitudes.size, dtype=bool)
+    large[np.argpartition(magnitudes, -keep)[-keep:]] = True
+    return large
 
 
 @measure("mask_overlap")
@@ -112,7 +121,7 @@ def mask_overlap(pair: Pair) -> float:
     """
     f, g = (each.factors.B != 0 for each in (pair.f, pair.g))
     smaller = min(int(f.sum()), int(g.sum()))
-    return float((f & g).sum() / smaller) if f.shape == g.shape and smaller else UNDEFINED
+    return int((f & g).sum()) / smaller if f.shape == g.shape and smaller else UNDEFINED
 
 
 def similarity_curve(f: Reduced, g: Reduced, side: str = "rows") -> Tensor:

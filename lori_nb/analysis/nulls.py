@@ -45,6 +45,16 @@ def null_update(f: Factors, generator: torch.Generator, A: Tensor | None = None)
     return Factors(inside.T.contiguous(), _haar(len(f.B), k, generator) * singular, 1.0)
 
 
+def null_set(
+    adapters: Adapters, generator: torch.Generator, A: Mapping[str, Mapping[str, Tensor]] | None = None
+) -> dict[str, dict[str, Factors]]:
+    """One draw of null adapters; ``A`` as in :func:`null_table`."""
+    return {
+        name: {m: null_update(f, generator, A[name][m] if A else None) for m, f in modules.items()}
+        for name, modules in adapters.items()
+    }
+
+
 def null_table(
     adapters: Adapters,
     draws: int = 8,
@@ -70,11 +80,7 @@ def null_table(
     generator = torch.Generator().manual_seed(seed)
     frames = []
     for draw in range(draws):
-        null = {
-            name: {m: null_update(f, generator, A[name][m] if A else None) for m, f in modules.items()}
-            for name, modules in adapters.items()
-        }
-        frames.append(mean_over_modules(overlap_table(null, measures)).assign(draw=draw))
+        frames.append(mean_over_modules(overlap_table(null_set(adapters, generator, A), measures)).assign(draw=draw))
     values = pd.concat(frames).groupby(["adapter_a", "adapter_b", "measure"], sort=False)["value"]
     low, high = (values.quantile(q) for q in QUANTILES)
     return pd.DataFrame({"null": values.mean(), "null_low": low, "null_high": high}).assign(draws=draws).reset_index()

@@ -23,6 +23,7 @@ that tasks leave each other's activations alone.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -60,13 +61,6 @@ class Pair:
     def column_angles(self) -> Tensor:
         """Principal angles of the column spaces of B, ascending, in radians."""
         return _angles(self.f.columns, self.g.columns)
-
-    @cached_property
-    def dense(self) -> tuple[Tensor, Tensor]:
-        """ΔW_f and ΔW_g (d_out × d_in), float64: for what is elementwise, one module at a time."""
-        return tuple(
-            each.factors.scale * each.factors.B.double() @ each.factors.A.double() for each in (self.f, self.g)
-        )
 
 
 @dataclass(frozen=True)
@@ -106,6 +100,16 @@ def frobenius_cosine(f: Factors, g: Factors) -> float:
     ValueError when the two are not of one shape or not finite.
     """
     return _cosine(_checked(reduced(f), reduced(g)))
+
+
+def total_cosine(f: Mapping[str, Factors], g: Mapping[str, Factors]) -> float:
+    """Frobenius cosine of two whole adapters, all modules' ΔW side by side; one that lacks a module is zero there.
+
+    In [−1, 1]; NaN where either adapter is zero. ValueError as in :func:`frobenius_cosine`.
+    """
+    inner = sum(inner_product(f[module], g[module]) for module in f.keys() & g.keys())
+    squares = [sum(norm(each) ** 2 for each in modules.values()) for modules in (f, g)]
+    return inner / math.sqrt(squares[0] * squares[1]) if all(squares) else float("nan")
 
 
 def principal_angles(X: Tensor, Y: Tensor, rtol: float | None = None) -> Tensor:

@@ -45,6 +45,11 @@ class Reduced:
         rank = numerical_rank(values, max(self.core.shape))
         return self.columns @ U[:, :rank], values[:rank], self.rows @ Vh[:rank].T
 
+    @cached_property
+    def dense(self) -> Tensor:
+        """ΔW itself (d_out × d_in), float64: for what is elementwise, one module at a time."""
+        return self.factors.scale * self.factors.B.double() @ self.factors.A.double()
+
 
 def reduced(f: Factors, where: str = "") -> Reduced:
     """A module's update in orthonormal bases; ValueError when a factor is not finite, ``where`` names it."""

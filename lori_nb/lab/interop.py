@@ -12,32 +12,18 @@ rsLoRA the scale is lora_alpha / √r. A is always written in full: PEFT fills a
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from lori_nb.lab.models import base_digest, base_kind, empty_body
-from lori_nb.lab.paths import write_atomically
-from lori_nb.lab.peft_folder import (
-    CONFIG,
-    HEAD,
-    TOP,
-    WEIGHTS,
-    check_plain,
-    read_config,
-    read_tensors,
-    scale_of,
-    sorted_out,
-)
+from lori_nb.lab.peft_folder import HEAD, TOP, check_plain, read_config, read_tensors, scale_of, sorted_out
+from lori_nb.lab.peft_writing import KEY, check_new, plain, portable, write_peft
 from lori_nb.method.adapters import Adapter, Factors
 from lori_nb.method.subspaces import down_projection
 
@@ -67,7 +53,9 @@ class PooledClassifier(nn.Module):
         return self.classifier((hidden * keep).sum(1) / keep.sum(1))
 
 
-def export_peft(adapter: Adapter, folder: Path, *, weight: float = 1.0, head: str | None = None) -> Path:
+def export_peft(
+    adapter: Adapter, folder: Path, *, weight: float = 1.0, head: str | None = None, for_serving: bool = False
+) -> Path:
     """Write an adapter as a PEFT LoRA folder, whole or not at all, and return the folder.
 
     Args:
@@ -75,33 +63,36 @@ def export_peft(adapter: Adapter, folder: Path, *, weight: float = 1.0, head: st
         weight: the folder's update is weight · ΔW; the factors keep their bits, the weight goes into the scale.
         head: the task whose head an encoder's folder carries, as the module "classifier" of a
             :class:`PooledClassifier`; needed where there are several.
+        for_serving: the portable form of :mod:`lori_nb.lab.peft_writing`, without a head.
 
     Raises:
         ValueError: the folder holds something, the adapter does not fit its base or is not low-rank alone (DoRA's
             magnitudes), a value is not finite, or the head is not one of the adapter's.
     """
-    folder = Path(folder)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise ValueError(f"folder must be new or empty; found {folder} with something in it")
+    folder = check_new(folder)
     if not math.isfinite(weight):
         raise ValueError(f"weight must be finite; found {weight}")
     body = empty_body(adapter.base)
     _check_factors(adapter.factors, body)
-    tensors = {}
-    for name, f in adapter.factors.items():
-        for part in "AB":
-            tensors[f"{TOP}{body.base_model_prefix}.{name}.lora_{part}.weight"] = _plain(getattr(f, part))
-    task, heads = _head_tensors(adapter, head)
+    _check_low_rank(adapter)
+    task, heads = (None, {}) if for_serving else _head_tensors(adapter, head)
+    factors = {f"{body.base_model_prefix}.{name}{KEY}": f for name, f in adapter.factors.items()}
+    if for_serving:
+        factors, weight, usual = portable(factors, weight), 1.0, None
+    else:
+        usual = (adapter.rank, adapter.alpha / adapter.rank)
     about = {"base": adapter.base, "base_digest": adapter.base_digest, "seed": adapter.seed}
     about |= {"subspace": adapter.subspace, "head": task}
-    config = _config(adapter, body.base_model_prefix, weight, task)
-    metadata = {"format": "pt", "lori_nb": json.dumps(about, sort_keys=True)}
-    _write_folder(folder, {CONFIG: json.dumps(config, indent=2), WEIGHTS: save(tensors | heads, metadata=metadata)})
-    return folder
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().float().contiguous().clone()  # safetensors refuses tensors that share memory
+    return write_peft(
+        folder,
+        factors,
+        adapter.base,
+        weight=weight,
+        usual=usual,
+        task_type="CAUSAL_LM" if base_kind(adapter.base) == "decoder" else None,
+        heads=heads,
+        about=about,
+    )
 
 
 def _check_factors(factors: Mapping[str, Factors], body: nn.Module) -> None:
@@ -120,63 +111,21 @@ def _check_factors(factors: Mapping[str, Factors], body: nn.Module) -> None:
                 raise ValueError(f"{part} must be finite in every module; found NaN or infinity in {name!r}")
 
 
-def _head_tensors(adapter: Adapter, head: str | None) -> tuple[str | None, dict[str, Tensor]]:
-    """(task, its head under PEFT's keys); (None, {}) where there is none."""
+def _check_low_rank(adapter: Adapter) -> None:
     others = [name for name in adapter.extras if not name.startswith("head.")]
     if others:
         raise ValueError(f"adapter must be low-rank factors and heads alone; found {', '.join(sorted(others))}")
+
+
+def _head_tensors(adapter: Adapter, head: str | None) -> tuple[str | None, dict[str, Tensor]]:
+    """(task, its head under PEFT's keys); (None, {}) where there is none."""
     tasks = sorted({name.removeprefix("head.").rpartition(".")[0] for name in adapter.extras})
     if head is None and len(tasks) > 1 or head is not None and head not in tasks:
         raise ValueError(f"head must be one of the adapter's ({', '.join(tasks) or 'none'}); found {head!r}")
     if not tasks:
         return None, {}
     task = head or tasks[0]
-    return task, {f"{TOP}{HEAD}.{part}": _plain(adapter.extras[f"head.{task}.{part}"]) for part in ("weight", "bias")}
-
-
-def _config(adapter: Adapter, prefix: str, weight: float, task: str | None) -> dict[str, Any]:
-    usual = adapter.alpha / adapter.rank
-    ranks, alphas = {}, {}
-    for name, f in adapter.factors.items():
-        if f.A.shape[0] != adapter.rank or f.scale != usual:
-            ranks[f"{prefix}.{name}"] = f.A.shape[0]
-            alphas[f"{prefix}.{name}"] = _alpha_for(f.scale * weight, f.A.shape[0])
-    alpha = adapter.alpha if weight == 1.0 else _alpha_for(usual * weight, adapter.rank)
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if base_kind(adapter.base) == "decoder" else None,
-        "base_model_name_or_path": adapter.base,
-        "r": adapter.rank,
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "rank_pattern": ranks,
-        "alpha_pattern": alphas,
-        "target_modules": sorted(f"{prefix}.{name}" for name in adapter.factors),
-        "modules_to_save": None if task is None else [HEAD],
-        "bias": "none",
-        "lora_dropout": 0.0,
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "inference_mode": True,
-    }
-
-
-def _alpha_for(scale: float, rank: int) -> float:
-    """The α whose α / rank is scale, or nearest to it where no double gives its last bit."""
-    near = scale * rank
-    candidates = (near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf))
-    return min(candidates, key=lambda alpha: abs(alpha / rank - scale))
-
-
-def _write_folder(folder: Path, files: Mapping[str, str | bytes]) -> None:
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        for name, content in files.items():
-            write_atomically(partial / name, content)
-        os.replace(partial, folder)  # an empty folder of that name gives way, one with something in it does not
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    return task, {f"{TOP}{HEAD}.{part}": plain(adapter.extras[f"head.{task}.{part}"]) for part in ("weight", "bias")}
 
 
 def import_peft(folder: Path, base_name: str) -> Adapter:

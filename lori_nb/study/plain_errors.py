@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import sys
@@ -34,7 +35,7 @@ def exit_code(error: BaseException) -> int | None:
     where, name = type(error).__module__, type(error).__name__
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
-    if name in _FAILED.get(where, ()):
+    if name in _FAILED.get(where, ()) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
         return FAILED
     if isinstance(error, (ValueError, FileNotFoundError)) or name == _BAD_INPUT.get(where):
         return BAD_INPUT

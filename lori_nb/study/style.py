@@ -63,6 +63,8 @@ _LOOKS = {
     "between": (VERMILLION, "D", "-"),
     "within": (GREY, "x", ":"),
     "null": (GREY, "x", ":"),
+    "random": (GREY, "x", ":"),
+    "adapters": (BLUE, "o", "-"),
     "held": (GREEN, "^", "none"),
     "not held": (VERMILLION, "X", "none"),
     "cannot tell": (GREY, "o", "none"),
@@ -72,8 +74,10 @@ _TITLES = {
     "between": "between tasks",
     "within": "within a task (two halves of its batch)",
     "null": "null (before training)",
+    "random": "null (random adapters)",
 }
 _SPARE = [(PURPLE, "X", "-"), (SKY, "v", "--"), (BLACK, "*", "-."), (VERMILLION, "<", (0, (5, 1))), (ORANGE, ">", ":")]
+_SPARE += [(GREEN, "p", (0, (3, 1, 1, 1))), (BLUE, "d", (0, (1, 1))), (GREY, "h", "-")]
 
 
 def look_of(name: str) -> dict:

@@ -1,0 +1,113 @@
+"""Adapters as files: out to PEFT folders and in from them, compared and merged wherever they come from."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lori_nb.cli.options import app, names_in, whole_hash
+from lori_nb.study.plain_errors import plain_errors
+
+Portable = Annotated[
+    bool,
+    typer.Option("--portable", help="For serving engines: scale in B, one allowed rank, no heads, no patterns."),
+]
+Folders = Annotated[list[str], typer.Argument(metavar="DIR...", help="PEFT LoRA folders, or hub ids owner/name.")]
+
+
+@app.command()
+@plain_errors
+def overlap(
+    folders: Folders,
+    out: Annotated[str, typer.Option(help="Folder for tables and figures.")] = "figures/overlap",
+    null: Annotated[
+        str, typer.Option(help="What chance is: independent rows, or given, each adapter's own frozen A.")
+    ] = "independent",
+    draws: Annotated[int, typer.Option(min=1, help="Random sets of adapters that the null is a mean of.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the null's draws.")] = 0,
+    elementwise: Annotated[
+        bool, typer.Option("--elementwise", help="Also signs and magnitudes of entries: slow for large models.")
+    ] = False,
+) -> None:
+    """Measure interference between adapters that were trained anywhere, from their files alone."""
+    from pathlib import Path
+
+    from lori_nb.lab.folders import not_shared, read_folders
+    from lori_nb.study import foreign
+
+    found = read_folders(folders)
+    adapters = {name: folder.factors for name, folder in found.items()}
+    measured = foreign.measured(adapters, null=null, draws=draws, seed=seed, elementwise=elementwise)
+    print(*foreign.lines(measured), *(f"note: {line}" for line in not_shared(found)), sep="\n")
+    for path in foreign.write_report(measured, list(adapters), Path(out)):
+        print(path)
+
+
+@app.command()
+@plain_errors
+def merge(
+    folders: Folders,
+    out: Annotated[str, typer.Option(help="The new PEFT folder.")],
+    method: Annotated[str, typer.Option(help="cat, linear, svd, tsv-m, iso-c, knots-ties, ...")] = "cat",
+    weights: Annotated[str, typer.Option(help="One number an adapter, or one for all: 0.4,0.4.")] = "1",
+    rank: Annotated[int | None, typer.Option(min=1, help="Cut the result to this rank (truncated SVD).")] = None,
+    portable: Portable = False,
+) -> None:
+    """Merge adapters that were trained anywhere into one PEFT folder, from their files alone."""
+    from pathlib import Path
+
+    from lori_nb.analysis import merging
+    from lori_nb.lab.folders import not_shared, read_folders, write_merged
+
+    numbers = [float(word) for word in names_in(weights)]
+    numbers = numbers * len(folders) if len(numbers) == 1 else numbers
+    found = read_folders(folders)
+    merged = merging.merge([folder.factors for folder in found.values()], numbers, method)
+    if rank is not None:
+        merged = {name: merging.compress(f, min(rank, *f.A.shape, len(f.B))) for name, f in merged.items()}
+    for line in not_shared(found):
+        print(f"note: {line}")
+    print(write_merged(Path(out), merged, found, portable))
+
+
+@app.command("export")
+@plain_errors
+def export_run(
+    spec_hash: Annotated[str, typer.Argument(metavar="HASH", help="A run's hash, or its beginning.")],
+    folder: Annotated[str, typer.Argument(help="The new folder.")],
+    weight: Annotated[float, typer.Option(help="The folder's update is this times the adapter's.")] = 1.0,
+    head: Annotated[str, typer.Option(help="The task whose head goes with an encoder's adapter of several.")] = "",
+    portable: Portable = False,
+) -> None:
+    """Write a run's adapter as a PEFT LoRA folder."""
+    from pathlib import Path
+
+    from lori_nb.lab.interop import export_peft
+    from lori_nb.lab.runs import Store
+
+    store = Store()
+    run = store.load(whole_hash(store.hashes(), spec_hash))
+    print(export_peft(run.adapter, Path(folder), weight=weight, head=head or None, for_serving=portable))
+
+
+@app.command("import")
+@plain_errors
+def import_folder(
+    folder: Annotated[str, typer.Argument(help="A PEFT LoRA folder with safetensors.")],
+    file: Annotated[str, typer.Argument(help="The adapter file to write.")],
+    base: Annotated[str, typer.Option(help="The base model that the adapter is for.")],
+) -> None:
+    """Turn a PEFT LoRA folder into an adapter file of this kit."""
+    from pathlib import Path
+
+    from lori_nb.lab.interop import import_peft
+    from lori_nb.method.adapter_file import save_adapter
+
+    path = Path(file)
+    if path.exists():
+        raise ValueError(f"FILE must be new; found {path}")
+    adapter = import_peft(Path(folder), base)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_adapter(adapter, path)
+    print(f"{path}: rank {adapter.rank}, {len(adapter.factors)} modules of {base}")

@@ -1,0 +1,200 @@
+"""Anyone's LoRA adapters, read and written without their base model: enough to compare them and to merge them.
+
+A name is a PEFT folder, or a hub id owner/name, of which the two files are fetched. Modules are known by their place
+in the network from the layers on ("layers.3.self_attn.q_proj"), so that adapters that PEFT wrapped with and without a
+head meet. An adapter on an embedding, B A of shape d × vocabulary, counts as a module like any other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lori_nb.lab.peft_folder import CONFIG, TOP, WEIGHTS, check_plain, read_config, read_tensors, scale_of
+from lori_nb.lab.peft_writing import KEY, check_new, portable, write_peft
+from lori_nb.method.adapters import Factors
+
+_FACTOR = re.compile(rf"{re.escape(TOP)}((?:\w+\.)*\w+)\.(lora_([AB])\.weight|lora_embedding_([AB]))")
+_LAYERS = re.compile(r"(?:^|\.)((?:encoder\.|decoder\.)?(?:layers?|h|blocks?)\.\d+\..*)$")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A PEFT LoRA folder as it stands.
+
+    Attributes:
+        factors: module → its update; A (r × d_in), B (d_out × r).
+        keys: module → the key of its factors in the file, after what PEFT puts before every key, "{}" for A or B.
+        saved: whole tensors beside the factors (heads, extended embeddings), which are neither compared nor merged.
+        base: the base model that the folder names, "" where it names none.
+    """
+
+    name: str
+    path: Path
+    base: str
+    factors: dict[str, Factors]
+    keys: dict[str, str]
+    saved: tuple[str, ...]
+    config: dict[str, Any]
+
+
+def read_folders(names: Sequence[str]) -> dict[str, Folder]:
+    """Folders by a short name each: its last part, with what comes before it where two would be called alike.
+
+    Raises:
+        ValueError: a folder that is not whole, plain LoRA (what was found is named), or named twice.
+        FileNotFoundError: neither a folder nor a hub id, or a hub id and no answer from the hub.
+    """
+    paths = [_path_of(name) for name in names]
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise ValueError(f"adapters must be different folders; found {', '.join(map(str, names))}")
+    found = [_read(path) for path in paths]
+    return {short: Folder(short, *each) for short, each in zip(short_names(names), found, strict=True)}
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """The last parts of paths or hub ids, as many of each as tell them apart."""
+    parts = [[part for part in str(name).replace("\\", "/").split("/") if part not in ("", ".")] for name in names]
+    longest = max((len(each) for each in parts), default=0)
+    for count in range(1, longest + 1):
+        short = ["/".join(each[-count:]) for each in parts]
+        if len(set(short)) == len(short):
+            return short
+    return [str(name) for name in names]
+
+
+def _path_of(name: str) -> Path:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise FileNotFoundError(f"adapter must be a PEFT folder or a hub id owner/name; found {name!r}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(f"adapter must be a folder or a hub id open to you; the hub has no {name!r}") from error
+    except Exception as error:  # noqa: BLE001 (any network error means the same to the user)
+        raise FileNotFoundError(
+            f"adapter {name!r} is no folder here, and the hub cannot be reached ({type(error).__name__})"
+        ) from error
+
+
+def _read(path: Path) -> tuple:
+    config = read_config(path)
+    tensors, _ = read_tensors(path)
+    check_plain(config | {"modules_to_save": None}, own_head=False)
+    pairs, saved = _sorted_out(tensors, path)
+    factors, keys = {}, {}
+    for key, pair in pairs.items():
+        spelt = key.rpartition(".lora_")[0]
+        module = in_layers(spelt)
+        if module in factors:
+            raise ValueError(
+                f"a module must stand once in {path}; found {key.format('A')} and {keys[module].format('A')}"
+            )
+        factors[module] = Factors(pair["A"], pair["B"], scale_of(config, spelt, len(pair["A"])))
+        keys[module] = key
+    return path, str(config.get("base_model_name_or_path") or ""), factors, keys, saved, config
+
+
+def in_layers(module: str) -> str:
+    """A module's name from the layers on; one that stands in no layer keeps its last part ("embed_tokens")."""
+    found = _LAYERS.search(module)
+    return found.group(1).removeprefix("encoder.") if found else module.rpartition(".")[2]
+
+
+def _sorted_out(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, dict[str, Tensor]], tuple[str, ...]]:
+    pairs: dict[str, dict[str, Tensor]] = {}
+    saved = []
+    for key, tensor in tensors.items():
+        found = _FACTOR.fullmatch(key)
+        if found:
+            part = found[3] or found[4]
+            pairs.setdefault(f"{found[1]}.{found[2].replace(f'_{part}', '_{}')}", {})[part] = tensor
+        elif "lora_" not in key and re.fullmatch(rf"{re.escape(TOP)}(?:\w+\.)*\w+", key):
+            saved.append(key.removeprefix(TOP))
+        else:
+            raise ValueError(f"tensors of {path} must be factors of plain LoRA or whole saved modules; found {key!r}")
+    for key, pair in pairs.items():
+        if len(pair) != 2 or any(each.ndim != 2 for each in pair.values()) or len(pair["A"]) != pair["B"].shape[1]:
+            shapes = {part: tuple(each.shape) for part, each in sorted(pair.items())}
+            raise ValueError(f"{key} in {path} must have A (r × d_in) and B (d_out × r); found {shapes}")
+    if not pairs:
+        raise ValueError(f"{path} must hold the factors of at least one module; found none")
+    return pairs, tuple(saved)
+
+
+def write_merged(
+    folder: Path, merged: Mapping[str, Factors], sources: Mapping[str, Folder], for_serving: bool = False
+) -> Path:
+    """Write what was made of some folders as a PEFT folder for the first one's base, under its names of modules.
+
+    Args:
+        folder: new, or empty.
+        merged: module → update, over modules of the sources.
+        for_serving: the portable form of :mod:`lori_nb.lab.peft_writing`.
+
+    Raises:
+        ValueError: the folder holds something, or the portable form cannot hold the result.
+    """
+    folder, first = check_new(folder), next(iter(sources.values()))
+    keys = _keys(list(sources.values()))
+    embedded = [module for module in merged if not keys[module].endswith(KEY)]
+    if for_serving and embedded:
+        raise ValueError(f"a portable folder must have no adapter on an embedding; found one on {embedded[0]}")
+    factors = {keys[module]: f for module, f in (portable(merged) if for_serving else merged).items()}
+    return write_peft(folder, factors, first.base, task_type=first.config.get("task_type"))
+
+
+def _keys(sources: Sequence[Folder]) -> dict[str, str]:
+    """Module → its key in the first folder's spelling: what stands before the layers is that of the first."""
+    keys: dict[str, str] = {}
+    before = _before_layers(sources[0])
+    for source in sources:
+        own = _before_layers(source)
+        for module, key in source.keys.items():
+            keys.setdefault(module, f"{before}{key.removeprefix(own)}" if _LAYERS.search(module) else key)
+    return keys
+
+
+def _before_layers(source: Folder) -> str:
+    found = ((module, key) for module, key in source.keys.items() if _LAYERS.search(module))
+    return next((key[: key.index(module)] for module, key in found), "")
+
+
+def not_shared(folders: Mapping[str, Folder]) -> list[str]:
+    """What a comparison leaves out or mixes, one sentence each: modules that not all have, other ranks, scales, bases,
+    shapes and saved modules.
+    """
+    every = set.intersection(*(set(folder.factors) for folder in folders.values()))
+    lines = []
+    for name, folder in folders.items():
+        own = sorted(set(folder.factors) - every)
+        if own:
+            lines.append(f"{name}: {len(own)} of {len(folder.factors)} modules are not in all ({_some(own)})")
+        if folder.saved:
+            lines.append(f"{name}: whole saved tensors are left out ({_some(sorted(folder.saved))})")
+    ranks = {name: _range(len(f.A) for f in folder.factors.values()) for name, folder in folders.items()}
+    scales = {name: _range(f.scale for f in folder.factors.values()) for name, folder in folders.items()}
+    bases = {name: folder.base or "none named" for name, folder in folders.items()}
+    for what, values in (("ranks", ranks), ("scales α/r", scales), ("base models", bases)):
+        if len(set(values.values())) > 1:
+            lines.append(f"{what} differ: " + ", ".join(f"{name} {value}" for name, value in values.items()))
+    return lines
+
+
+def _range(values) -> str:
+    values = sorted(set(values))
+    return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")

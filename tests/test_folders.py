@@ -1,0 +1,349 @@
+"""Anyone's PEFT folders: read as peft means them, compared and merged without a base, written so that peft agrees."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pandas as pd
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny import gaussian
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from lori_nb import cli
+from lori_nb.analysis.merging import merge
+from lori_nb.analysis.overlap import total_cosine
+from lori_nb.lab.folders import in_layers, not_shared, read_folders, short_names, write_merged
+from lori_nb.lab.interop import export_peft, import_peft
+from lori_nb.lab.peft_writing import portability
+from lori_nb.method.adapters import Factors
+from lori_nb.study import foreign
+
+TOKENS = torch.arange(3, 27).view(2, 12) * 5
+
+
+def invoke(*words):
+    return CliRunner().invoke(cli.app, [str(word) for word in words])
+
+
+def decoder(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+
+
+def logits_of(folder, adapter=None) -> torch.Tensor:
+    model = decoder(folder)
+    with torch.no_grad():
+        model = model if adapter is None else PeftModel.from_pretrained(model, adapter).eval()
+        return model(input_ids=TOKENS).logits
+
+
+def saved_by_peft(base, folder, seed: int, **settings):
+    """A folder that peft wrote, its update about as large as the weights that it is added to."""
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | settings
+    model = get_peft_model(decoder(base), LoraConfig(**settings))
+    with torch.no_grad():
+        for place, (key, p) in enumerate(model.named_parameters()):
+            if "lora_" in key:
+                p.copy_(gaussian(*p.shape, seed=100 * seed + place) * 0.08)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pair(tiny_decoder, tmp_path):
+    """Two adapters of different rank, scale and modules."""
+    first = saved_by_peft(tiny_decoder, tmp_path / "one", 1)
+    other = {"r": 3, "use_rslora": True, "target_modules": ["q_proj", "v_proj"]}
+    return first, saved_by_peft(tiny_decoder, tmp_path / "two", 2, **other)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return float((found - expected).abs().max() / expected.abs().max()) <= 1e-5
+
+
+# Read
+
+
+def test_a_folder_is_read_without_its_base_as_with_it(pair, tiny_decoder, home):
+    for name, folder in zip(pair, read_folders([str(path) for path in pair]).values(), strict=True):
+        expected = import_peft(name, str(tiny_decoder)).factors
+        assert folder.factors.keys() == expected.keys() and folder.base == str(tiny_decoder)
+        for module, f in expected.items():
+            assert torch.equal(folder.factors[module].A, f.A) and torch.equal(folder.factors[module].B, f.B)
+            assert folder.factors[module].scale == f.scale
+
+
+def test_embeddings_are_adapters_and_saved_modules_are_named(tiny_decoder, tmp_path, home):
+    settings = {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]}
+    (folder,) = read_folders([str(saved_by_peft(tiny_decoder, tmp_path / "a", 3, **settings))]).values()
+    vocabulary, width = decoder(tiny_decoder).model.embed_tokens.weight.shape
+    f = folder.factors["embed_tokens"]
+    assert f.A.shape == (4, vocabulary) and f.B.shape == (width, 4)
+    assert set(folder.saved) == {"lm_head.weight", "model.embed_tokens.base_layer.weight"}
+
+
+def test_modules_meet_whatever_wraps_the_layers():
+    spellings = {
+        "layers.3.self_attn.q_proj": (
+            "model.layers.3.self_attn.q_proj",
+            "language_model.model.layers.3.self_attn.q_proj",
+        ),
+        "layer.0.attention.self.query": ("bert.encoder.layer.0.attention.self.query", "layer.0.attention.self.query"),
+        "h.1.attn.c_attn": ("transformer.h.1.attn.c_attn",),
+        "decoder.block.0.layer.1.EncDecAttention.q": ("decoder.block.0.layer.1.EncDecAttention.q",),
+        "embed_tokens": ("model.embed_tokens",),
+    }
+    for expected, names in spellings.items():
+        assert {in_layers(name) for name in names} == {expected}
+    assert in_layers("encoder.block.0.layer.0.SelfAttention.q") != in_layers("decoder.block.0.layer.0.SelfAttention.q")
+
+
+def test_short_names_tell_folders_apart():
+    assert short_names(["runs/nlu", "runs/math/"]) == ["nlu", "math"]
+    assert short_names(["a/adapter", "b/adapter"]) == ["a/adapter", "b/adapter"]
+    assert short_names(["x"]) == ["x"]
+
+
+def rewritten(folder, change) -> None:
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.popitem(), r"must have A \(r × d_in\) and B \(d_out × r\); found"),
+        (
+            lambda t: t.update({"base_model.model.lora_magnitude_vector.x": torch.ones(2)}),
+            "factors of plain LoRA or whole",
+        ),
+        (
+            lambda t: t.update({"base_model.model.../../x.lora_A.weight": torch.ones(2, 2)}),
+            "factors of plain LoRA or whole",
+        ),
+        (lambda t: t.update({"x": torch.full((2,), math.nan)}), "tensors must be finite"),
+        (lambda t: t.clear(), "at least one module"),
+        (
+            lambda t: t.update({k.replace("model.model.", "model.", 1): v.clone() for k, v in dict(t).items()}),
+            "a module must stand once in",
+        ),
+    ],
+)
+def test_bad_folders_are_refused_by_name(pair, change, said):
+    rewritten(pair[0], change)
+    with pytest.raises(ValueError, match=said):
+        read_folders([str(pair[0])])
+
+
+def test_what_is_not_lora_is_refused_by_name(pair):
+    path = pair[0] / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": True}))
+    with pytest.raises(ValueError, match="use_dora of a plain LoRA folder must be unset"):
+        read_folders([str(pair[0])])
+
+
+def test_names_that_lead_nowhere(pair, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(FileNotFoundError, match="must be a PEFT folder or a hub id owner/name; found './none'"):
+        read_folders(["./none"])
+    with pytest.raises(FileNotFoundError, match="'somebody/lora' is no folder here, and the hub cannot be reached"):
+        read_folders(["somebody/lora"])
+    with pytest.raises(ValueError, match="adapters must be different folders"):
+        read_folders([str(pair[0]), str(pair[0])])
+
+
+def test_a_hub_id_s_cached_copy_is_read_without_a_network(pair, monkeypatch, tmp_path):
+    """A published LoRI-S adapter is a PEFT folder whose masks are the zeros of B; this folder stands in for one."""
+    commit = "ab" * 20
+    repository = tmp_path / "hub" / "models--somebody--LoRI-S_math"
+    (repository / "snapshots").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    rewritten(pair[0], lambda t: [v.mul_(v.abs() > 0.1) for k, v in t.items() if "lora_B" in k])
+    pair[0].rename(repository / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    found = read_folders(["somebody/LoRI-S_math", str(pair[1])])
+    assert list(found) == ["LoRI-S_math", "two"]
+    kept = torch.cat([f.B.flatten() != 0 for f in found["LoRI-S_math"].factors.values()]).float().mean()
+    assert 0.1 < kept < 0.4
+
+
+def test_what_is_not_shared_is_said(pair, tiny_decoder):
+    lines = not_shared(read_folders([str(path) for path in pair]))
+    assert any(line.startswith("one: 20 of 28 modules are not in all (") for line in lines)
+    assert "ranks differ: one 4, two 3" in lines
+    assert any(line.startswith("scales α/r differ: one 1.5, two 3.4641") for line in lines)
+    assert not any("base models" in line for line in lines)
+
+
+# Merged and written
+
+
+@pytest.mark.parametrize("portable", [False, True])
+def test_peft_reads_a_merge_as_the_sum_that_it_is(pair, tiny_decoder, tmp_path, home, portable):
+    """cat is exact: peft on the merged folder computes what the base with both updates folded in computes."""
+    found = read_folders([str(path) for path in pair])
+    weights = [0.7, -0.4]
+    merged = merge([folder.factors for folder in found.values()], weights)
+    out = write_merged(tmp_path / "merged", merged, found, portable)
+    model = decoder(tiny_decoder)
+    modules = dict(model.named_modules())
+    with torch.no_grad():
+        for weight, folder in zip(weights, found.values(), strict=True):
+            for module, f in folder.factors.items():
+                modules[f"model.{module}"].weight.add_(weight * f.delta())
+        expected = model(input_ids=TOKENS).logits
+    assert close(logits_of(tiny_decoder, out), expected)
+    assert not close(logits_of(tiny_decoder), expected)
+    assert all(portability(out).values()) == portable
+
+
+def test_an_embedding_survives_a_merge_and_no_portable_folder_holds_one(tiny_decoder, tmp_path, home):
+    first = saved_by_peft(tiny_decoder, tmp_path / "a", 3, target_modules=["q_proj", "embed_tokens"])
+    found = read_folders([str(first)])
+    merged = merge([folder.factors for folder in found.values()], [1.0])
+    out = write_merged(tmp_path / "same", merged, found)
+    assert close(logits_of(tiny_decoder, out), logits_of(tiny_decoder, first))
+    with pytest.raises(ValueError, match="must have no adapter on an embedding; found one on embed_tokens"):
+        write_merged(tmp_path / "portable", merged, found, for_serving=True)
+
+
+def test_modules_go_under_the_first_folder_s_names(pair, tiny_decoder, tmp_path, home):
+    """The second was wrapped without its head: its keys lack "model."; the merged folder must fit one model."""
+    rewritten(pair[1], lambda t: [t.update({k.replace("model.model.model", "model.model"): t.pop(k)}) for k in list(t)])
+    found = read_folders([str(pair[1]), str(pair[0])])
+    out = write_merged(tmp_path / "out", merge([f.factors for f in found.values()], [1.0, 1.0]), found)
+    keys = load_file(out / "adapter_model.safetensors")
+    assert len(keys) == 2 * 28 and all(key.startswith("base_model.model.layers.") for key in keys)
+
+
+# The portable form
+
+
+def test_a_portable_export_gives_the_same_logits_at_an_allowed_rank(pair, tiny_decoder, tmp_path, home):
+    adapter = import_peft(pair[0], str(tiny_decoder))
+    out = export_peft(adapter, tmp_path / "portable", weight=0.5, for_serving=True)
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == 8  # 4 is not among the allowed ones
+    assert all(portability(out).values())
+    half = export_peft(adapter, tmp_path / "plain", weight=0.5)
+    assert close(logits_of(tiny_decoder, out), logits_of(tiny_decoder, half))
+    broken = {rule for rule, kept in portability(half).items() if not kept}
+    assert len(broken) == 2 and any("rank is one of 1, 8" in rule for rule in broken)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "rule"),
+    [
+        ("lora_alpha", 16, "α is that rank, so that an engine that ignores α is right"),
+        ("r", 16, "all modules have one rank, the configuration's"),
+        ("use_rslora", True, "no scale by √r"),
+        ("rank_pattern", {"q_proj": 8}, "no module has a rank or an α of its own"),
+        ("alpha_pattern", {"q_proj": 8}, "no module has a rank or an α of its own"),
+        ("bias", "all", "no bias is trained"),
+        ("modules_to_save", ["lm_head"], "no whole module is saved beside"),
+        ("target_modules", ["q_proj"], "target_modules names the file's modules"),
+        ("use_dora", True, "it is plain LoRA"),
+    ],
+)
+def test_every_rule_of_the_portable_form_is_looked_at(pair, tiny_decoder, tmp_path, home, setting, value, rule):
+    out = export_peft(import_peft(pair[0], str(tiny_decoder)), tmp_path / "portable", for_serving=True)
+    assert portability(out)[rule]
+    path = out / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {setting: value}))
+    assert not portability(out)[rule]
+
+
+def test_tensors_of_a_portable_folder_are_looked_at(pair, tiny_decoder, tmp_path, home):
+    adapter = import_peft(pair[0], str(tiny_decoder))
+    broken = {
+        "every tensor is a factor of a linear module": lambda t: t.update({"base_model.model.x": torch.ones(1)}),
+        "every module has A and B": lambda t: t.pop(next(iter(t))),
+        "all modules have one rank, the configuration's": lambda t: t.update({next(iter(t)): torch.ones(9, 64)}),
+    }
+    for place, (rule, change) in enumerate(broken.items()):
+        out = export_peft(adapter, tmp_path / str(place), for_serving=True)
+        rewritten(out, change)
+        assert not portability(out)[rule], rule
+
+
+def test_a_rank_that_no_engine_takes_is_refused(pair, tiny_decoder, tmp_path, home):
+    found = read_folders([str(pair[0])])
+    merged = {name: Factors(torch.ones(600, 64), torch.ones(64, 600), 1.0) for name in list(found["one"].factors)[:1]}
+    with pytest.raises(ValueError, match="rank of a portable folder must be at most 512; found 600"):
+        write_merged(tmp_path / "out", merged, found, for_serving=True)
+
+
+# From the command line
+
+
+def test_overlap_from_the_command_line(pair, tmp_path, home):
+    said = invoke("overlap", *pair, "--out", tmp_path / "report", "--draws", 3, "--elementwise")
+    assert said.exit_code == 0, said.output
+    found = read_folders([str(path) for path in pair])
+    one, two = (folder.factors for folder in found.values())
+    assert said.stdout.startswith(f"one · two: cosine {total_cosine(one, two):+.4f}, row overlap ")
+    assert "note: ranks differ: one 4, two 3" in said.stdout
+    pairs = pd.read_csv(tmp_path / "report" / "pairs.csv").set_index("measure")
+    assert set(pairs.index) == {*foreign.ALL, "total_cosine"}
+    assert (pairs.loc["row_overlap", ["modules", "draws"]] == [8, 3]).all()
+    assert pairs.loc["row_overlap", "excess"] == pytest.approx(
+        pairs.loc["row_overlap", "value"] - pairs.loc["row_overlap", "null"]
+    )
+    written = {path.name for path in (tmp_path / "report").iterdir()}
+    assert written == {f"{s}.{e}" for s in ("maps", "spectra", "depth") for e in ("pdf", "svg", "png")} | {
+        f"{s}.{e}" for s in ("modules", "pairs", "angles") for e in ("csv", "parquet")
+    } | {"pairs.tex"}
+
+
+def test_the_null_may_keep_each_adapter_s_own_A(pair, tmp_path, home):
+    adapters = {name: folder.factors for name, folder in read_folders([str(path) for path in pair]).items()}
+    shared = {"a": adapters["one"], "b": {m: Factors(f.A, -2 * f.B.flip(0), 1.0) for m, f in adapters["one"].items()}}
+    for null, expected in (("given", 1.0), ("independent", 4 / 64)):
+        row = foreign.measured(shared, null=null, draws=2).pairs.set_index("measure").loc["row_overlap"]
+        assert row["value"] == pytest.approx(1) and row["null"] == pytest.approx(expected, abs=0.03)
+    with pytest.raises(ValueError, match="null must be one of independent, given; found 'none'"):
+        foreign.measured(adapters, null="none")
+
+
+def test_merge_from_the_command_line(pair, tiny_decoder, tmp_path, home):
+    out = tmp_path / "merged"
+    said = invoke("merge", *pair, "--method", "svd", "--weights", "0.4,0.4", "--out", out)
+    assert said.exit_code == 0 and said.stdout.strip().splitlines()[-1] == str(out), said.output
+    assert not close(logits_of(tiny_decoder, out), logits_of(tiny_decoder))
+    cut = invoke("merge", *pair, "--weights", "0.4", "--rank", "2", "--out", tmp_path / "cut", "--portable")
+    assert cut.exit_code == 0, cut.output
+    assert json.loads((tmp_path / "cut" / "adapter_config.json").read_text())["r"] == 8
+    (found,) = read_folders([str(tmp_path / "cut")]).values()
+    assert {int(torch.linalg.matrix_rank(f.B)) for f in found.factors.values()} == {2}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--method", "knotts"), "method must be one of cat, "),
+        (("--weights", "1,2,3"), "weights must be 2 finite numbers"),
+        (("--weights", "one"), "could not convert"),
+        (("--method", "linear"), "ranks must be equal to add factors"),
+    ],
+)
+def test_a_bad_merge_is_one_line_and_leaves_nothing(pair, tmp_path, home, words, said):
+    result = invoke("merge", *pair, "--out", tmp_path / "out", *words)
+    assert result.exit_code == 2 and said in result.stderr and result.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_merge_never_overwrites(pair, tmp_path, home):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes").write_text("mine")
+    result = invoke("merge", *pair, "--out", tmp_path / "out")
+    assert result.exit_code == 2 and "folder must be new or empty" in result.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes"]
