@@ -205,7 +205,7 @@ def test_a_method_of_ones_own_is_registered_by_name():
     ("call", "words"),
     [
         (lambda: merge([], []), "at least one adapter; found none"),
-        (lambda: merge([{}], [1.0], "ties"), "method must be one of cat, .*linear.*; found 'ties'"),
+        (lambda: merge([{}], [1.0], "tie"), "method must be one of cat, .*linear.*; found 'tie'"),
         (lambda: merge([{}], [1.0, 2.0]), r"weights must be 1 finite numbers, one an adapter; found \[1.0, 2.0\]"),
         (lambda: merge([{}], [math.nan]), r"weights must be 1 finite numbers"),
         (

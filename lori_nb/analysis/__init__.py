@@ -8,7 +8,8 @@ module here takes plain tensors or numbers and returns numbers; none touches a m
   of these subspaces, alignment, singular task interference, signs, masks; ``nulls``: what chance gives;
   ``reduced``: the small core K of ΔW = U K Vᵀ that all of this is computed on.
 - ``merging``: N adapters in, one out, Σ_i w_i s_i B_i A_i, exact by concatenation or approximate by adding factors;
-  ``spectral_merging``: merges on singular vectors (SVD, TSV-M, Iso-C, KnOTS, Core Space), of small cores.
+  ``spectral_merging``: merges on singular vectors (SVD, TSV-M, Iso-C, KnOTS, Core Space), of small cores;
+  ``elementwise_merging``: on the entries of ΔW (magnitude, TIES, DARE), one module at a time.
 - ``continual``: R (stages × tasks), the score on task j after training stage i; forgetting and transfer read off it.
 - ``pass_at_k``: the chance that one of k drawn programs passes, from n of which c did.
 - ``statistics``: what n seeds or n rows can say: t, Wilson and crossed (seeds × rows) intervals.
@@ -17,4 +18,5 @@ module here takes plain tensors or numbers and returns numbers; none touches a m
 Symbols as on the first page of :mod:`lori_nb.method`. This room imports from ``method`` alone.
 """
 
-from lori_nb.analysis import interference, spectral_merging  # noqa: F401  (importing registers measures and merges)
+# importing these registers their measures and merges
+from lori_nb.analysis import elementwise_merging, interference, spectral_merging  # noqa: F401

@@ -5,6 +5,8 @@ The goal of a merge with weights w_i is Σ_i w_i ΔW_i = Σ_i w_i s_i B_i A_i.
 - **cat** stacks factors: exact, rank Σ r_i.
 - **linear** adds factors: rank stays r, but cross terms B_i A_j come in.
 
+``spectral_merging`` and ``elementwise_merging`` add more.
+
 A method is a function of one module's factors, registered by name::
 
     @merge_method("first")
@@ -41,39 +43,62 @@ def merge_method(name: str) -> Callable[[MergeMethod], MergeMethod]:
 
 
 def merge(
-    adapters: Sequence[Mapping[str, Factors]], weights: Sequence[float], method: str = "cat"
+    adapters: Sequence[Mapping[str, Factors]],
+    weights: Sequence[float | Mapping[str, float]],
+    method: str = "cat",
+    rank: int | None = None,
 ) -> dict[str, Factors]:
     """One adapter out of several; inputs are not altered.
 
     Args:
         adapters: for each adapter, module name → factors. Ranks and scales may differ; a module that an adapter lacks
             counts as ΔW = 0 there.
-        weights: one finite w_i an adapter.
+        weights: one finite w_i an adapter, which may be below zero; or, for an adapter whose modules differ, a mapping
+            module → w_i of every module that it has.
         method: a key of :data:`MERGE_METHODS`.
+        rank: cut each merged module to at most this rank, as soon as it is made (:func:`compress`).
 
     Returns:
         module name → merged factors, for every module of any adapter.
 
     Raises:
-        ValueError: no adapter, unknown method, weights of another number or not finite, updates of a module in two
-            shapes, or what the method itself refuses.
+        ValueError: no adapter, unknown method, weights of another number, not finite or without a module, a rank below
+            1, updates of a module in two shapes, or what the method itself refuses.
     """
     if not adapters:
         raise ValueError("adapters must hold at least one adapter; found none")
     if method not in MERGE_METHODS:
         raise ValueError(f"method must be one of {', '.join(sorted(MERGE_METHODS))}; found {method!r}")
-    if len(weights) != len(adapters) or not all(math.isfinite(weight) for weight in weights):
-        raise ValueError(f"weights must be {len(adapters)} finite numbers, one an adapter; found {list(weights)}")
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank must be at least 1; found {rank}")
+    by_module = _weights_by_module(adapters, weights)
     merged = {}
     for module in dict.fromkeys(name for adapter in adapters for name in adapter):
-        present = [(a[module], float(w)) for a, w in zip(adapters, weights, strict=True) if module in a]
+        present = [(a[module], w[module]) for a, w in zip(adapters, by_module, strict=True) if module in a]
         factors, own_weights = zip(*present, strict=True)
         _check_shapes(module, factors)
         try:
-            merged[module] = MERGE_METHODS[method](factors, own_weights)
+            found = MERGE_METHODS[method](factors, own_weights)
         except ValueError as error:
             raise ValueError(f"method {method!r} cannot merge module {module!r}: {error}") from error
+        merged[module] = found if rank is None else compress(found, min(rank, *found.A.shape, len(found.B)))
     return merged
+
+
+def _weights_by_module(
+    adapters: Sequence[Mapping[str, Factors]], weights: Sequence[float | Mapping[str, float]]
+) -> list[dict[str, float]]:
+    numbers = [each for own in weights for each in (own.values() if isinstance(own, Mapping) else (own,))]
+    if len(weights) != len(adapters) or not all(math.isfinite(number) for number in numbers):
+        raise ValueError(f"weights must be {len(adapters)} finite numbers, one an adapter; found {list(weights)}")
+    by_module = []
+    for adapter, own in zip(adapters, weights, strict=True):
+        own = own if isinstance(own, Mapping) else dict.fromkeys(adapter, own)
+        missing = sorted(set(adapter) - set(own))
+        if missing:
+            raise ValueError(f"weights by module must name every module of their adapter; missing: {missing[0]}")
+        by_module.append({module: float(own[module]) for module in adapter})
+    return by_module
 
 
 @merge_method("cat")

@@ -156,14 +156,26 @@ def ties(updates: Tensor, weights: Sequence[float], density: float = DENSITY) ->
 
     Raises ValueError unless 0 < density ≤ 1.
     """
+    return elected(largest(updates, density), weights)
+
+
+def largest(updates: Tensor, density: float) -> Tensor:
+    """N tensors (N × …) with all but the ⌈density · n⌉ entries of largest magnitude of each set to zero.
+
+    Raises ValueError unless 0 < density ≤ 1.
+    """
     if not 0 < density <= 1:
         raise ValueError(f"density must be in (0, 1]; found {density}")
     flat = updates.flatten(1)
     keep = max(1, -int(-density * flat.shape[1] // 1)) if flat.shape[1] else 0
     places = flat.abs().topk(keep, dim=1).indices
-    trimmed = torch.zeros_like(flat).scatter(1, places, flat.gather(1, places))
-    weighted = trimmed * torch.tensor(weights, dtype=flat.dtype)[:, None]
-    elected = weighted.sum(0).sign()
-    agree = (weighted.sign() == elected) & (weighted != 0)
-    total = (weighted * agree).sum(0) / agree.sum(0).clamp(min=1)
-    return total.unflatten(0, updates.shape[1:]) if updates.ndim > 2 else total
+    return torch.zeros_like(flat).scatter(1, places, flat.gather(1, places)).view_as(updates)
+
+
+def elected(updates: Tensor, weights: Sequence[float]) -> Tensor:
+    """The mean of those w_i v_i, entry by entry, whose sign is that of Σ_i w_i v_i; zeros have no vote and no share."""
+    weighted = updates * torch.tensor(weights, dtype=updates.dtype, device=updates.device).view(
+        -1, *[1] * (updates.ndim - 1)
+    )
+    agree = (weighted.sign() == weighted.sum(0).sign()) & (weighted != 0)
+    return (weighted * agree).sum(0) / agree.sum(0).clamp(min=1)

@@ -49,7 +49,7 @@ def overlap(
 def merge(
     folders: Folders,
     out: Annotated[str, typer.Option(help="The new PEFT folder.")],
-    method: Annotated[str, typer.Option(help="cat, linear, svd, tsv-m, iso-c, knots-ties, ...")] = "cat",
+    method: Annotated[str, typer.Option(help="cat, linear, svd, tsv-m, iso-c, knots-ties, ties, dare, ...")] = "cat",
     weights: Annotated[str, typer.Option(help="One number an adapter, or one for all: 0.4,0.4.")] = "1",
     rank: Annotated[int | None, typer.Option(min=1, help="Cut the result to this rank (truncated SVD).")] = None,
     portable: Portable = False,
@@ -63,9 +63,7 @@ def merge(
     numbers = [float(word) for word in names_in(weights)]
     numbers = numbers * len(folders) if len(numbers) == 1 else numbers
     found = read_folders(folders)
-    merged = merging.merge([folder.factors for folder in found.values()], numbers, method)
-    if rank is not None:
-        merged = {name: merging.compress(f, min(rank, *f.A.shape, len(f.B))) for name, f in merged.items()}
+    merged = merging.merge([folder.factors for folder in found.values()], numbers, method, rank)
     for line in not_shared(found):
         print(f"note: {line}")
     print(write_merged(Path(out), merged, found, portable))
