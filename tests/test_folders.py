@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import gaussian
 from transformers import AutoModelForCausalLM
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 from lori_nb import cli
 from lori_nb.analysis.merging import merge
 from lori_nb.analysis.overlap import total_cosine
-from lori_nb.lab.folders import in_layers, not_shared, read_folders, short_names, write_merged
+from lori_nb.lab.folders import not_shared, read_folders, short_names, unwrapped, write_merged
 from lori_nb.lab.interop import export_peft, import_peft
 from lori_nb.lab.peft_writing import portability
 from lori_nb.method.adapters import Factors
@@ -86,20 +87,23 @@ def test_embeddings_are_adapters_and_saved_modules_are_named(tiny_decoder, tmp_p
     assert set(folder.saved) == {"lm_head.weight", "model.embed_tokens.base_layer.weight"}
 
 
-def test_modules_meet_whatever_wraps_the_layers():
-    spellings = {
-        "layers.3.self_attn.q_proj": (
-            "model.layers.3.self_attn.q_proj",
-            "language_model.model.layers.3.self_attn.q_proj",
-        ),
-        "layer.0.attention.self.query": ("bert.encoder.layer.0.attention.self.query", "layer.0.attention.self.query"),
-        "h.1.attn.c_attn": ("transformer.h.1.attn.c_attn",),
-        "decoder.block.0.layer.1.EncDecAttention.q": ("decoder.block.0.layer.1.EncDecAttention.q",),
-        "embed_tokens": ("model.embed_tokens",),
+def test_modules_meet_whatever_wraps_the_body():
+    same = {
+        "layers.3.self_attn.q_proj": ["model.layers.3.self_attn.q_proj"],
+        "encoder.layer.0.attention.self.query": ["bert.encoder.layer.0.attention.self.query"],
+        "h.1.attn.c_attn": ["transformer.h.1.attn.c_attn"],
+        "layer.2.attention.q_lin": ["distilbert.transformer.layer.2.attention.q_lin"],
+        "embed_tokens": ["model.embed_tokens"],
     }
-    for expected, names in spellings.items():
-        assert {in_layers(name) for name in names} == {expected}
-    assert in_layers("encoder.block.0.layer.0.SelfAttention.q") != in_layers("decoder.block.0.layer.0.SelfAttention.q")
+    for expected, names in same.items():
+        assert {unwrapped(name) for name in (expected, *names)} == {expected}
+    other = [
+        "encoder.layers.0.q_proj",
+        "decoder.layers.0.q_proj",
+        "vision_tower.layers.0.q_proj",
+        "down_blocks.0.attn.to_q",
+    ]
+    assert len({unwrapped(f"model.{name}") for name in (*other, "layers.0.q_proj", "down_blocks.1.attn.to_q")}) == 6
 
 
 def test_short_names_tell_folders_apart():
@@ -145,6 +149,31 @@ def test_what_is_not_lora_is_refused_by_name(pair):
     path = pair[0] / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": True}))
     with pytest.raises(ValueError, match="use_dora of a plain LoRA folder must be unset"):
+        read_folders([str(pair[0])])
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"rank_pattern": {"([a-z._0-9]+)+!": 4}}, "at most three repetitions and repeat no group; found"),
+        ({"rank_pattern": {".*.*.*.*!": 4}}, "at most three repetitions and repeat no group; found"),
+        ({"rank_pattern": {"(": 4}}, r"patterns must be regular expressions; found '\('"),
+        ({"lora_alpha": 10**400}, "lora_alpha of a plain LoRA folder must be a finite number"),
+        ("[" * 200_000, "must be a file of JSON"),
+    ],
+)
+def test_a_configuration_can_neither_hang_nor_crash_the_reader(pair, config, said):
+    path = pair[0] / "adapter_config.json"
+    text = config if isinstance(config, str) else json.dumps(json.loads(path.read_text()) | config)
+    path.write_text(text)
+    with pytest.raises(ValueError, match=said):
+        read_folders([str(pair[0])])
+
+
+def test_a_configuration_that_is_a_folder_is_refused(pair):
+    (pair[0] / "adapter_config.json").unlink()
+    (pair[0] / "adapter_config.json").mkdir()
+    with pytest.raises(ValueError, match="must be a file of JSON"):
         read_folders([str(pair[0])])
 
 
@@ -225,6 +254,28 @@ def test_modules_go_under_the_first_folder_s_names(pair, tiny_decoder, tmp_path,
     assert len(keys) == 2 * 28 and all(key.startswith("base_model.model.layers.") for key in keys)
 
 
+def test_an_encoder_s_and_a_decoder_s_layers_stay_apart(tmp_path):
+    """Of two halves of one model, each adapter knows its own; the merge has both under the names that they have."""
+    f = {"A": torch.ones(2, 8), "B": torch.ones(8, 2)}
+    halves = {"enc": ("encoder",), "both": ("encoder", "decoder")}
+    for name, parts in halves.items():
+        (tmp_path / name).mkdir()
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config))
+        tensors = {
+            f"base_model.model.model.{part}.layers.0.q_proj.lora_{x}.weight": f[x].clone()
+            for part in parts
+            for x in "AB"
+        }
+        save_file(tensors, tmp_path / name / "adapter_model.safetensors")
+    found = read_folders([str(tmp_path / name) for name in halves])
+    out = write_merged(tmp_path / "out", merge([folder.factors for folder in found.values()], [1.0, 1.0]), found)
+    assert (
+        load_file(out / "adapter_model.safetensors").keys()
+        == load_file(tmp_path / "both" / "adapter_model.safetensors").keys()
+    )
+
+
 # The portable form
 
 
@@ -290,18 +341,58 @@ def test_overlap_from_the_command_line(pair, tmp_path, home):
     assert said.exit_code == 0, said.output
     found = read_folders([str(path) for path in pair])
     one, two = (folder.factors for folder in found.values())
-    assert said.stdout.startswith(f"one · two: cosine {total_cosine(one, two):+.4f}, row overlap ")
+    assert said.stdout.startswith(f"one · two: cosine {total_cosine(one, two):.4f} (null -0.")
     assert "note: ranks differ: one 4, two 3" in said.stdout
     pairs = pd.read_csv(tmp_path / "report" / "pairs.csv").set_index("measure")
     assert set(pairs.index) == {*foreign.ALL, "total_cosine"}
-    assert (pairs.loc["row_overlap", ["modules", "draws"]] == [8, 3]).all()
+    assert pairs.loc["row_overlap", "modules"] == 8 and pairs.loc["total_cosine", "null_low"] < 0
+    modules = pd.read_parquet(tmp_path / "report" / "modules.parquet")
+    assert len(modules) == 8 * (len(foreign.ALL) + 1) and modules[["null", "null_low", "null_high"]].notna().any(
+        axis=None
+    )
+    about = json.loads((tmp_path / "report" / "about.json").read_text())
+    assert about["adapters"] == {name: folder.digest for name, folder in found.items()} and about["draws"] == 3
     assert pairs.loc["row_overlap", "excess"] == pytest.approx(
         pairs.loc["row_overlap", "value"] - pairs.loc["row_overlap", "null"]
     )
     written = {path.name for path in (tmp_path / "report").iterdir()}
-    assert written == {f"{s}.{e}" for s in ("maps", "spectra", "depth") for e in ("pdf", "svg", "png")} | {
-        f"{s}.{e}" for s in ("modules", "pairs", "angles") for e in ("csv", "parquet")
-    } | {"pairs.tex"}
+    assert written == {"about.json", "pairs.tex"} | {
+        f"{s}.{e}" for s in ("maps", "spectra", "depth") for e in ("pdf", "svg", "png")
+    } | {f"{s}.{e}" for s in ("modules", "pairs", "angles") for e in ("csv", "parquet")}
+
+
+def test_a_report_overwrites_nothing_but_itself(pair, tmp_path, home):
+    words = ("overlap", *pair, "--out", tmp_path / "report", "--draws", 2)
+    assert invoke(*words).exit_code == invoke(*words).exit_code == 0
+    rewritten(pair[0], lambda t: [v.mul_(2) for v in t.values()])  # another adapter by the same name
+    refused = invoke(*words)
+    assert refused.exit_code == 2 and "out must be new, empty, or hold the report of these adapters" in refused.stderr
+
+
+def test_pairs_without_a_common_module_are_left_out_and_untrained_adapters_refused():
+    f = Factors(gaussian(2, 8, seed=0), gaussian(6, 2, seed=1), 1.0)
+    adapters = {"a": {"layers.0.q": f, "layers.0.v": f}, "q": {"layers.0.q": f}, "v": {"layers.0.v": f}}
+    found = foreign.measured(adapters, draws=2)
+    assert [line.partition(":")[0] for line in foreign.lines(found)] == ["a · q", "a · v"]
+    with pytest.raises(ValueError, match="adapters must have at least one module in common; found none"):
+        foreign.measured({name: adapters[name] for name in "qv"})
+    zero = {"z": {"layers.0.q": Factors(f.A, torch.zeros(6, 2), 1.0)}}
+    with pytest.raises(ValueError, match="adapters must be trained; found 'z' with ΔW = 0 in every module"):
+        foreign.measured(adapters | zero)
+
+
+def test_random_adapters_lie_inside_their_null(home):
+    """Sizes of cosines, not signed ones, are compared: chance must not look like interference in the figures."""
+    adapters = {
+        name: {f"layers.{n}.q": Factors(gaussian(4, 64, seed=10 * s + n), gaussian(48, 4, seed=10 * s + n + 5), 1.0)
+               for n in range(4)}
+        for s, name in enumerate("abc")
+    }  # fmt: skip
+    pairs = foreign.measured(adapters, draws=12).pairs
+    inside = (pairs["null_low"] <= pairs["value"]) & (pairs["value"] <= pairs["null_high"])
+    assert inside[pairs["value"].notna()].mean() > 0.85
+    sizes = pairs[pairs["measure"] == "cosine_size"]
+    assert (sizes["value"] / sizes["null"]).between(0.4, 2).all()
 
 
 def test_the_null_may_keep_each_adapter_s_own_A(pair, tmp_path, home):
@@ -320,8 +411,12 @@ def test_merge_from_the_command_line(pair, tiny_decoder, tmp_path, home):
     assert said.exit_code == 0 and said.stdout.strip().splitlines()[-1] == str(out), said.output
     assert not close(logits_of(tiny_decoder, out), logits_of(tiny_decoder))
     cut = invoke("merge", *pair, "--weights", "0.4", "--rank", "2", "--out", tmp_path / "cut", "--portable")
-    assert cut.exit_code == 0, cut.output
+    assert cut.exit_code == 0 and cut.stdout.count("holds: ") == 11 and "BROKEN" not in cut.stdout, cut.output
     assert json.loads((tmp_path / "cut" / "adapter_config.json").read_text())["r"] == 8
+    with safe_open(tmp_path / "cut" / "adapter_model.safetensors", framework="pt") as file:
+        about = json.loads(file.metadata()["lori_nb"])
+    digests = {name: folder.digest for name, folder in read_folders([str(path) for path in pair]).items()}
+    assert about == {"merged": digests, "method": "cat", "rank": 2, "weights": [0.4, 0.4]}
     (found,) = read_folders([str(tmp_path / "cut")]).values()
     assert {int(torch.linalg.matrix_rank(f.B)) for f in found.factors.values()} == {2}
 
@@ -331,7 +426,8 @@ def test_merge_from_the_command_line(pair, tiny_decoder, tmp_path, home):
     [
         (("--method", "knotts"), "method must be one of cat, "),
         (("--weights", "1,2,3"), "weights must be 2 finite numbers"),
-        (("--weights", "one"), "could not convert"),
+        (("--weights", "1,one"), "weights must be numbers, one an adapter or one for all; found 'one'"),
+        (("--weights", "1e39"), "factors must be finite in float32"),
         (("--method", "linear"), "ranks must be equal to add factors"),
     ],
 )

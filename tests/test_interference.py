@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.linalg
 import torch
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from lori_nb.analysis import interference
 from lori_nb.analysis.interference import ALL, similarity_curve
-from lori_nb.analysis.nulls import mean_over_modules, null_table, null_update
+from lori_nb.analysis.nulls import TOTAL, by_pair, expected, null_draws, null_update
 from lori_nb.analysis.overlap import REGISTERED, Pair, measure, overlap_table
 from lori_nb.analysis.reduced import reduced
 from lori_nb.method.adapters import Factors
@@ -80,9 +81,11 @@ def dense_singular_interference(f, g) -> float:
 
 
 def dense_magnitude_overlap(f, g) -> float:
-    keep = round(0.2 * D_OUT * D_IN)
-    first, second = (set(np.argsort(-np.abs(dense(each)).ravel())[:keep].tolist()) for each in (f, g))
-    return len(first & second) / keep
+    chosen = []
+    for each in (f, g):
+        sizes = np.abs(dense(each)).ravel()
+        chosen.append({n for n in np.argsort(-sizes)[: round(0.2 * D_OUT * D_IN)].tolist() if sizes[n] > 0})
+    return len(chosen[0] & chosen[1]) / min(map(len, chosen))
 
 
 DEFINITIONS = {
@@ -131,10 +134,12 @@ def test_symmetric_measures_do_not_depend_on_the_order(seed):
 def test_an_update_beside_itself_and_beside_one_that_is_orthogonal():
     f = factors(3)
     same = {name: value(name, f, f) for name in ALL}
-    ones = ("cosine", "row_overlap", "column_overlap", "alignment", "magnitude_overlap", "mask_overlap")
+    ones = ("cosine", "cosine_size", "row_overlap", "column_overlap", "alignment", "magnitude_overlap", "mask_overlap")
     zeros = ("row_grassmann", "column_grassmann", "row_chordal", "column_chordal", "sign_conflict")
     # the directions of the alignment hold 95 % of the norm, so up to that of an update beside itself
-    assert {name: round(same[name], 9) for name in ones if name != "alignment"} == dict.fromkeys(ones[:3] + ones[4:], 1)
+    assert {name: round(same[name], 9) for name in ones if name != "alignment"} == dict.fromkeys(
+        [name for name in ones if name != "alignment"], 1
+    )
     assert 0.95 <= same["alignment"] <= 1
     assert all(abs(same[name]) < 1e-7 for name in zeros) and same["singular_interference"] > 1
     basis_out, basis_in = torch.linalg.qr(noise(D_OUT, 8, 0))[0], torch.linalg.qr(f.A.T)[0]
@@ -228,43 +233,101 @@ def test_a_null_update_has_the_same_singular_values_and_other_directions(pair):
             assert value("row_overlap", null, f) == pytest.approx(1, abs=1e-10)
 
 
-def test_a_null_update_of_a_sparse_one_keeps_its_zeros_and_sizes():
-    f, _ = BANK["sparse"]
-    null = null_update(f, torch.Generator().manual_seed(0))
-    assert torch.equal(null.B.flatten().sort().values, f.B.flatten().sort().values)
-    assert not torch.equal(null.B, f.B)
-    assert float(null.A.norm()) == pytest.approx(float(f.A.norm()))
+def spectrum(f: Factors) -> torch.Tensor:
+    return reduced(f).singular[1]
+
+
+def test_a_null_update_of_a_sparse_one_keeps_its_zeros_and_its_singular_values():
+    B = ONE.B * (ONE.B.abs() > 1.3)
+    f = Factors(ONE.A, B, 1.5)
+    assert (B == 0).double().mean() > 0.5
+    for A in (None, noise(4, D_IN, 77)):
+        null = null_update(f, torch.Generator().manual_seed(0), A)
+        assert torch.allclose(spectrum(null), spectrum(f), rtol=1e-10)
+        assert torch.equal(null.B.sort(0).values, (1.5 * B).sort(0).values) and not torch.equal(null.B, 1.5 * B)
+        assert value("row_overlap", null, f) < 0.6
+        if A is not None:
+            assert value("row_overlap", null, Factors(A, f.B, 1.0)) == pytest.approx(1, abs=1e-10)
+
+
+def test_one_zero_or_padded_ranks_do_not_change_the_null():
+    f, one_zero = ONE, Factors(ONE.A, ONE.B.clone(), ONE.scale)
+    one_zero.B[0, 0] = 0
+    padded = Factors(torch.cat([f.A, noise(4, D_IN, 5)]), torch.cat([f.B, torch.zeros(D_OUT, 4).double()], 1), f.scale)
+    null = {name: null_update(each, torch.Generator().manual_seed(0)) for name, each in
+            {"plain": f, "one zero": one_zero, "padded": padded}.items()}  # fmt: skip
+    assert torch.allclose(null["plain"].delta(), null["padded"].delta(), atol=1e-12)
+    assert spectrum(null["one zero"]).shape == (4,) and (null["one zero"].B != 0).all()
+
+
+def nulls_of(adapters, draws=4, **more) -> pd.Series:
+    _, pairs = null_draws(adapters, draws, **more)
+    return expected(pairs, ["adapter_a", "adapter_b", "measure"]).groupby("measure")["null"].mean()
 
 
 def test_the_null_of_a_shared_A_is_shared_rows():
     """Overlap of rows is 1 under a shared draw, trained or not; independent draws give about r / d_in."""
     shared = random_down_projection(0, "shared", "m", 4, 400)
     adapters = {name: {"m": Factors(shared, noise(50, 4, place), 2.0)} for place, name in enumerate("abc")}
-    given_A = {name: {"m": shared} for name in adapters}
-    under = null_table(adapters, draws=4, A=given_A).set_index("measure")["null"]
-    apart = null_table(adapters, draws=4).set_index("measure")["null"]
-    assert under["row_overlap"].to_numpy() == pytest.approx(1, abs=1e-9)
-    assert (apart["row_overlap"] < 0.05).all()
-    assert (under["column_overlap"] < 0.3).all() and (apart["column_overlap"] < 0.3).all()
+    under = nulls_of(adapters, A={name: {"m": shared} for name in adapters})
+    apart = nulls_of(adapters)
+    assert under["row_overlap"] == pytest.approx(1, abs=1e-9) and apart["row_overlap"] < 0.05
+    assert under["column_overlap"] < 0.3 and apart["column_overlap"] < 0.3
 
 
-def test_the_null_table_is_seeded_and_covers_the_pairs_of_the_table():
+def test_null_draws_are_seeded_and_cover_the_pairs_of_the_table():
     adapters = {"a": {"m": ONE, "n": factors(9)}, "b": {"m": TWO}, "c": {"m": factors(11), "n": factors(12)}}
-    null = null_table(adapters, 6, 3, ALL)
-    found = mean_over_modules(overlap_table(adapters, ALL))
+    modules, pairs = null_draws(adapters, 6, 3, ALL)
+    table = overlap_table(adapters, ALL)
+    assert modules[modules["draw"] == 0][table.columns[:4]].reset_index(drop=True).equals(table[table.columns[:4]])
+    found = by_pair(table, adapters)
     keys = ["adapter_a", "adapter_b", "measure"]
-    assert null[keys].equals(found[keys])
-    assert null.equals(null_table(adapters, 6, 3, ALL)) and not null.equals(null_table(adapters, 6, 4, ALL))
-    defined = null.dropna()
-    assert ((defined["null_low"] <= defined["null"]) & (defined["null"] <= defined["null_high"])).all()
-    assert set(null["draws"]) == {6}
+    assert pairs.loc[pairs["draw"] == 0, keys].reset_index(drop=True).equals(found[keys])
+    again, other = null_draws(adapters, 6, 3, ALL)[1], null_draws(adapters, 6, 4, ALL)[1]
+    assert pairs.equals(again) and not pairs.equals(other)
     with pytest.raises(ValueError, match="draws must be at least 1; found 0"):
-        null_table(adapters, 0)
+        null_draws(adapters, 0)
+
+
+def test_pairs_have_the_cosine_of_the_whole_updates_once_and_only_where_they_meet():
+    adapters = {"a": {"m": ONE, "n": factors(9)}, "b": {"m": TWO, "n": factors(10)}, "c": {"o": factors(11)}}
+    found = by_pair(overlap_table(adapters, ("cosine", "alignment")), adapters)
+    (total,) = found[found["measure"] == TOTAL].to_dict("records")
+    whole = [np.concatenate([dense(adapters[name][m]).ravel() for m in "mn"]) for name in "ab"]
+    assert total["value"] == pytest.approx(whole[0] @ whole[1] / np.linalg.norm(whole[0]) / np.linalg.norm(whole[1]))
+    assert (total["adapter_a"], total["adapter_b"]) == ("a", "b")
+    assert len(found[found["measure"] == "alignment"]) == 2
+
+
+def test_limits_of_the_null_hold_95_percent_of_further_draws():
+    """mean ± t s √(1 + 1/n) for Gaussian draws: 95 %, with a standard error of 0.5 % over 2,000 trials."""
+    trials = noise(2000, 9, 8).numpy()
+    draws = pd.DataFrame({"trial": np.repeat(np.arange(2000), 8), "value": trials[:, :8].ravel()})
+    limits = expected(draws, ["trial"])
+    inside = (limits["null_low"] <= trials[:, 8]) & (trials[:, 8] <= limits["null_high"])
+    assert inside.mean() == pytest.approx(0.95, abs=0.02)
+    assert np.isnan(expected(draws[:1], ["trial"])["null_low"][0])
 
 
 def test_sign_conflict_of_noise_is_a_half_and_large_entries_meet_by_chance():
     adapters = {name: {"m": Factors(noise(8, 60, seed), noise(60, 8, seed + 2), 1.0)} for seed, name in enumerate("ab")}
-    null = null_table(adapters, 12, 0, ("sign_conflict", "magnitude_overlap")).set_index("measure")["null"]
+    null = nulls_of(adapters, 12, measures=("sign_conflict", "magnitude_overlap"))
     # 12 draws of 3,600 entries that hang together in rank-8 updates: a few hundredths
     assert null["sign_conflict"] == pytest.approx(0.5, abs=0.05)
     assert 0.15 < null["magnitude_overlap"] < 0.35
+
+
+def test_zeros_are_never_large():
+    first, second = torch.zeros(D_OUT, 4).double(), torch.zeros(D_OUT, 4).double()
+    first[0], second[1] = 1.0, 1.0
+    assert value("magnitude_overlap", Factors(ONE.A, first, 1.0), Factors(ONE.A, second, 1.0)) == 0.0
+    assert value("magnitude_overlap", Factors(ONE.A, first, 1.0), Factors(ONE.A, 2 * first, 1.0)) == 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_directions_that_rounding_made_do_not_count(dtype):
+    """A rank-2 B of 6 columns, stored in less than float64: the other four directions are rounding."""
+    exact = noise(200, 2, 0) @ noise(2, 6, 1)
+    stored = Factors(noise(6, 300, 2).to(dtype), exact.to(dtype), 1.0)
+    assert reduced(stored).columns.shape[1] == 2 and reduced(stored).rows.shape[1] == 6
+    assert reduced(Factors(stored.A.double(), stored.B.double(), 1.0)).columns.shape[1] == 6

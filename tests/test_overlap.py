@@ -190,7 +190,7 @@ def test_inputs_are_not_altered():
         ),
         (
             lambda: overlap_table({"a": {"m": factors(0)}, "b": {"m": Factors(matrix(1, 3, 0), matrix(5, 1, 0), 1)}}),
-            r"updates of 'm' must have one shape",
+            r"updates of 'm' in 'a' and 'b' must have one shape",
         ),
     ],
 )

@@ -10,7 +10,7 @@ row_chordal, column_…    √Σ sin²θ                                        
 alignment                ‖U_k U_kᵀ ΔW_f‖ / ‖ΔW_f‖, U_k the directions that hold 95 % of ‖ΔW_g‖ [0, 1]
 singular_interference    Σ|(UᵀU − I) Σ (VᵀV − I)|, U = [U_f U_g], V = [V_f V_g]                ≥ 0
 sign_conflict            share of entries that are not zero in both and differ in sign         [0, 1]
-magnitude_overlap        share of the 20 % largest entries of one that are among the other's   [0, 1], chance 0.2
+magnitude_overlap        share of the 20 % largest entries of one that are among the other's   [0, 1]
 mask_overlap             share of the smaller support of B that lies in the other's            [0, 1]
 ======================== ==================================================================== ===================
 
@@ -28,10 +28,19 @@ from torch import Tensor
 from lori_nb.analysis.overlap import Pair, measure
 from lori_nb.analysis.reduced import Reduced
 
-ALL = ("cosine", "row_overlap", "column_overlap", "row_grassmann", "column_grassmann", "row_chordal", "column_chordal")
+ALL = (
+    "cosine",
+    "cosine_size",
+    "row_overlap",
+    "column_overlap",
+    "row_grassmann",
+    "column_grassmann",
+    "row_chordal",
+    "column_chordal",
+)
 ALL += ("alignment", "singular_interference", "sign_conflict", "magnitude_overlap", "mask_overlap")
 ELEMENTWISE = ("sign_conflict", "magnitude_overlap")  # these need the dense ΔW
-NORM_SHARE = 0.95  # of ‖ΔW_g‖, held by the directions that an alignment is measured against, as in its paper
+NORM_SHARE = 0.95  # of ‖ΔW_g‖, held by the directions that an alignment is measured against: its authors' code
 LARGEST = 0.2  # share of entries that count as large, TIES' density
 UNDEFINED = float("nan")
 
@@ -90,7 +99,7 @@ def singular_interference(pair: Pair) -> float:
 @measure("sign_conflict")
 def sign_conflict(pair: Pair) -> float:
     """Share of the entries (of ΔW) that are not zero in both updates whose signs differ; noise gives 0.5."""
-    products = pair.f.dense * pair.g.dense
+    products = pair.f.dense() * pair.g.dense()
     both = int(products.count_nonzero())
     return int((products < 0).sum()) / both if both else UNDEFINED
 
@@ -100,14 +109,14 @@ def magnitude_overlap(pair: Pair) -> float:
     """Share of the 20 % largest entries of one update that are among the 20 % largest of the other."""
     if pair.f.norm == 0 or pair.g.norm == 0:
         return UNDEFINED
-    f, g = (_largest(each.dense) for each in (pair.f, pair.g))
-    return float((f & g).sum() / f.sum())
+    f, g = (_largest(each.dense()) for each in (pair.f, pair.g))
+    return float((f & g).sum() / min(f.sum(), g.sum()))
 
 
 def _largest(dense: Tensor) -> np.ndarray:
-    """Whether each entry is among the 20 % largest by magnitude; of equal ones any are taken."""
+    """Whether each entry is among the 20 % largest by magnitude, zeros never; of equal ones any are taken."""
     magnitudes = dense.flatten().abs().cpu().numpy()
-    keep = max(1, round(LARGEST * magnitudes.size))
+    keep = min(max(1, round(LARGEST * magnitudes.size)), np.count_nonzero(magnitudes))
     large = np.zeros(magnitudes.size, dtype=bool)
     large[np.argpartition(magnitudes, -keep)[-keep:]] = True
     return large
@@ -129,8 +138,8 @@ def similarity_curve(f: Reduced, g: Reduced, side: str = "rows") -> Tensor:
     leading ones of the other.
 
     U and V hold the right ("rows") or left ("columns") singular vectors of ΔW_f and ΔW_g, largest first; U_i is the
-    first i of them. The subspace similarity of the LoRA paper (arXiv 2106.09685, section 7.2), 0 for orthogonal and 1
-    for nested subspaces.
+    first i of them. 0 for orthogonal and 1 for nested subspaces. The LoRA paper's subspace similarity (arXiv
+    2106.09685, section 7.2), which it takes of the singular vectors of A; here they are those of the whole update.
 
     Returns:
         (ρ_f × ρ_g), φ(i, j) at [i − 1, j − 1].

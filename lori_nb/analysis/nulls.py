@@ -7,24 +7,28 @@ uniform (Haar) over the module's outputs, and V
 - a random rotation inside the row space of a given A (policy "given"): of the A that a seed draws for the adapter, or
   of the adapter's own frozen one, so that a shared or an orthogonal draw of A is in the null too.
 
-Where B is sparse, its entries are shuffled over all places instead, since the number of zeros is what matters there;
-its singular values then change a little.
+Where more than half of B is zero, the null keeps how B's zeros lie, since overlaps depend on them: the rows of B change
+places at random, and A's rows are turned as above with their inner products kept. The singular values stay the same.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
 import torch
+from scipy import stats
 from torch import Tensor
 
-from lori_nb.analysis.overlap import MEASURES, overlap_table
+from lori_nb.analysis.overlap import MEASURES, overlap_table, total_cosine
 from lori_nb.analysis.reduced import orthonormal, reduced
 from lori_nb.method.adapters import Factors
 
 Adapters = Mapping[str, Mapping[str, Factors]]
-QUANTILES = (0.025, 0.975)
+SPARSE = 0.5  # share of zeros in B above which they are kept
+TOTAL = "total_cosine"  # of whole adapters, where all other measures are means over modules
 
 
 def null_update(f: Factors, generator: torch.Generator, A: Tensor | None = None) -> Factors:
@@ -32,45 +36,49 @@ def null_update(f: Factors, generator: torch.Generator, A: Tensor | None = None)
 
     Args:
         A: (r × d_in) whose row space it reads; None for a random one.
+
+    Raises:
+        ValueError: A has fewer dimensions than the update.
     """
-    rank, d_in = f.A.shape
-    if (f.B == 0).any():
-        rows = _gaussian(rank, d_in, generator) if A is None else A.double()
-        places = torch.randperm(f.B.numel(), generator=generator)
-        size = f.A.double().norm() / rows.norm()
-        return Factors(rows * size, f.B.double().flatten()[places].view_as(f.B), f.scale)
+    used = (f.B != 0).any(dim=0)  # a rank that was padded with zeros is none
+    own_A, own_B = f.A[used].double(), f.scale * f.B[:, used].double()
+    if own_B.numel() and (own_B == 0).double().mean() > SPARSE:
+        rows = torch.randperm(len(own_B), generator=generator)
+        turned = _turned(own_A.shape[1], len(own_A), generator, A).T  # orthonormal rows (r × d_in)
+        values, vectors = torch.linalg.eigh(own_A @ own_A.T)
+        root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # (A Aᵀ)^½ keeps the inner products of A's rows
+        return Factors(root @ turned, own_B[rows], 1.0)
     _, singular, _ = reduced(f).singular
-    k = len(singular)
-    inside = _haar(d_in, k, generator) if A is None else _inside(A, k, generator)
-    return Factors(inside.T.contiguous(), _haar(len(f.B), k, generator) * singular, 1.0)
+    inside = _turned(f.A.shape[1], len(singular), generator, A)
+    return Factors(inside.T.contiguous(), _haar(len(f.B), len(singular), generator) * singular, 1.0)
 
 
 def null_set(
     adapters: Adapters, generator: torch.Generator, A: Mapping[str, Mapping[str, Tensor]] | None = None
 ) -> dict[str, dict[str, Factors]]:
-    """One draw of null adapters; ``A`` as in :func:`null_table`."""
+    """One draw of null adapters; ``A`` as in :func:`null_draws`."""
     return {
         name: {m: null_update(f, generator, A[name][m] if A else None) for m, f in modules.items()}
         for name, modules in adapters.items()
     }
 
 
-def null_table(
+def null_draws(
     adapters: Adapters,
     draws: int = 8,
     seed: int = 0,
     measures: Sequence[str] = MEASURES,
     A: Mapping[str, Mapping[str, Tensor]] | None = None,
-) -> pd.DataFrame:
-    """Every measure of every pair, mean over its modules, among null adapters: what chance alone would give.
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Every measure of every pair among null adapters, draw by draw.
 
     Args:
         draws: how many sets of null adapters.
         A: adapter → module → A whose row space its null reads; None draws independent ones.
 
     Returns:
-        Columns ``adapter_a``, ``adapter_b``, ``measure``, ``null`` (mean over draws), ``null_low`` and ``null_high``
-        (95 % of the draws lie between) and ``draws``.
+        (by module, by pair): tables as :func:`~lori_nb.analysis.overlap.overlap_table` and :func:`by_pair` give them,
+        with a column ``draw``.
 
     Raises:
         ValueError: ``draws`` below 1, and what :func:`~lori_nb.analysis.overlap.overlap_table` refuses.
@@ -78,17 +86,36 @@ def null_table(
     if draws < 1:
         raise ValueError(f"draws must be at least 1; found {draws}")
     generator = torch.Generator().manual_seed(seed)
-    frames = []
+    modules, pairs = [], []
     for draw in range(draws):
-        frames.append(mean_over_modules(overlap_table(null_set(adapters, generator, A), measures)).assign(draw=draw))
-    values = pd.concat(frames).groupby(["adapter_a", "adapter_b", "measure"], sort=False)["value"]
-    low, high = (values.quantile(q) for q in QUANTILES)
-    return pd.DataFrame({"null": values.mean(), "null_low": low, "null_high": high}).assign(draws=draws).reset_index()
+        null = null_set(adapters, generator, A)
+        modules.append(overlap_table(null, measures).assign(draw=draw))
+        pairs.append(by_pair(modules[-1].drop(columns="draw"), null).assign(draw=draw))
+    return pd.concat(modules, ignore_index=True), pd.concat(pairs, ignore_index=True)
 
 
-def mean_over_modules(table: pd.DataFrame) -> pd.DataFrame:
-    """An overlap table with one row for each pair and measure: the mean over modules, those undefined left out."""
-    return table.groupby(["adapter_a", "adapter_b", "measure"], sort=False)["value"].mean().reset_index()
+def by_pair(table: pd.DataFrame, adapters: Adapters) -> pd.DataFrame:
+    """One row for each pair and measure: the mean over modules, those undefined left out; and "total_cosine", of the
+    two whole adapters.
+    """
+    means = table.groupby(["adapter_a", "adapter_b", "measure"], sort=False)["value"].mean().reset_index()
+    met = set(zip(means["adapter_a"], means["adapter_b"], strict=True))
+    totals = [
+        (a, b, TOTAL, total_cosine(adapters[a], adapters[b]))
+        for a, b in itertools.combinations(adapters, 2)
+        if (a, b) in met
+    ]
+    return pd.concat([means, pd.DataFrame(totals, columns=means.columns)], ignore_index=True)
+
+
+def expected(draws: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """What chance gives by some keys: ``null``, the mean over draws, and the limits ``null_low`` and ``null_high``
+    between which one more draw lies with 95 %: mean ± t s √(1 + 1/n). NaN limits from one draw.
+    """
+    values = draws.groupby(list(keys), sort=False)["value"]
+    mean, deviation, n = values.mean(), values.std(), values.count()
+    reach = stats.t.ppf(0.975, (n - 1).clip(lower=1)) * deviation * (1 + 1 / n.clip(lower=1)).map(math.sqrt)
+    return pd.DataFrame({"null": mean, "null_low": mean - reach, "null_high": mean + reach}).reset_index()
 
 
 def _gaussian(rows: int, columns: int, generator: torch.Generator) -> Tensor:
@@ -101,8 +128,10 @@ def _haar(d: int, k: int, generator: torch.Generator) -> Tensor:
     return Q * R.diagonal().sign()
 
 
-def _inside(A: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """k orthonormal columns, uniform among those in the row space of A; ValueError where it has fewer dimensions."""
+def _turned(d_in: int, k: int, generator: torch.Generator, A: Tensor | None) -> Tensor:
+    """k orthonormal columns (d_in × k), uniform among all, or among those in the row space of A."""
+    if A is None:
+        return _haar(d_in, k, generator)
     basis, _ = orthonormal(A.T, "A")
     if basis.shape[1] < k:
         raise ValueError(f"A must have at least the rank of the update, {k}; found {basis.shape[1]}")

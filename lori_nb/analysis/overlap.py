@@ -107,7 +107,7 @@ def total_cosine(f: Mapping[str, Factors], g: Mapping[str, Factors]) -> float:
 
     In [−1, 1]; NaN where either adapter is zero. ValueError as in :func:`frobenius_cosine`.
     """
-    inner = sum(inner_product(f[module], g[module]) for module in f.keys() & g.keys())
+    inner = sum(inner_product(f[module], g[module]) for module in f if module in g)
     squares = [sum(norm(each) ** 2 for each in modules.values()) for modules in (f, g)]
     return inner / math.sqrt(squares[0] * squares[1]) if all(squares) else float("nan")
 
@@ -171,7 +171,9 @@ def overlap_table(adapters: Mapping[str, Mapping[str, Factors]], measures: Seque
     for module in dict.fromkeys(name for modules in adapters.values() for name in modules):
         present = {a: reduced(m[module], f" of {a!r}, {module!r}") for a, m in adapters.items() if module in m}
         for a, b in itertools.combinations(present, 2):
-            rows += _measured(a, b, module, _checked(present[a], present[b], repr(module)), measures)
+            rows += _measured(
+                a, b, module, _checked(present[a], present[b], f"{module!r} in {a!r} and {b!r}"), measures
+            )
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
@@ -207,6 +209,12 @@ def _cosine(pair: Pair) -> float:
     if pair.f.norm == 0 or pair.g.norm == 0:
         return float("nan")
     return min(1.0, max(-1.0, pair.inner / pair.f.norm / pair.g.norm))
+
+
+@measure("cosine_size")
+def _cosine_size(pair: Pair) -> float:
+    """|cosine|: means over modules of the signed one cancel."""
+    return abs(_cosine(pair))
 
 
 @measure("row_overlap")

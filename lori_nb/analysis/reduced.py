@@ -45,9 +45,8 @@ class Reduced:
         rank = numerical_rank(values, max(self.core.shape))
         return self.columns @ U[:, :rank], values[:rank], self.rows @ Vh[:rank].T
 
-    @cached_property
     def dense(self) -> Tensor:
-        """ΔW itself (d_out × d_in), float64: for what is elementwise, one module at a time."""
+        """ΔW itself (d_out × d_in), float64, made anew at each call: for what is elementwise."""
         return self.factors.scale * self.factors.B.double() @ self.factors.A.double()
 
 
@@ -61,12 +60,15 @@ def reduced(f: Factors, where: str = "") -> Reduced:
 def orthonormal(X: Tensor, name: str = "X", rtol: float | None = None) -> tuple[Tensor, Tensor]:
     """X (d × p) = U·rest: U (d × rank) orthonormal, rest (rank × p), in float64, rank counted numerically.
 
-    Directions with singular values up to ``rtol`` times the largest are left out; None is max(d, p)·ε. Raises
-    ValueError when an entry is not finite.
+    Directions with singular values up to ``rtol`` times the largest are left out; None takes what rounding to the dtype
+    of X makes: max(d, p)·ε in float64, √max(d, p)·ε in less, whose entries were rounded apart. Raises ValueError when
+    an entry is not finite.
     """
     if not torch.isfinite(X).all():
         raise ValueError(f"{name} must be finite; found NaN or infinity")
     U, singular, Vh = torch.linalg.svd(X.detach().to(torch.float64), full_matrices=False)
+    if rtol is None and X.dtype != torch.float64:
+        rtol = max(X.shape) ** 0.5 * torch.finfo(X.dtype).eps
     rank = numerical_rank(singular, max(X.shape), rtol)
     return U[:, :rank], singular[:rank, None] * Vh[:rank]
 

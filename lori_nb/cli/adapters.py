@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -30,18 +31,21 @@ def overlap(
         bool, typer.Option("--elementwise", help="Also signs and magnitudes of entries: slow for large models.")
     ] = False,
 ) -> None:
-    """Measure interference between adapters that were trained anywhere, from their files alone."""
-    from pathlib import Path
+    """Measure interference between adapters that were trained anywhere, from their files alone.
 
+    One line a pair; in brackets, between which values random adapters lie with 95 %.
+    """
     from lori_nb.lab.folders import not_shared, read_folders
     from lori_nb.study import foreign
 
     found = read_folders(folders)
-    adapters = {name: folder.factors for name, folder in found.items()}
+    sources = {name: folder.digest for name, folder in found.items()}
+    report = foreign.check_report_folder(Path(out), sources)
+    adapters = {name: folder.stored for name, folder in found.items()}
     measured = foreign.measured(adapters, null=null, draws=draws, seed=seed, elementwise=elementwise)
+    paths = foreign.write_report(measured, sources, report)
     print(*foreign.lines(measured), *(f"note: {line}" for line in not_shared(found)), sep="\n")
-    for path in foreign.write_report(measured, list(adapters), Path(out)):
-        print(path)
+    print(*paths, sep="\n")
 
 
 @app.command()
@@ -49,24 +53,39 @@ def overlap(
 def merge(
     folders: Folders,
     out: Annotated[str, typer.Option(help="The new PEFT folder.")],
-    method: Annotated[str, typer.Option(help="cat, linear, svd, tsv-m, iso-c, knots-ties, ties, dare, ...")] = "cat",
-    weights: Annotated[str, typer.Option(help="One number an adapter, or one for all: 0.4,0.4.")] = "1",
+    method: Annotated[str, typer.Option(help="How: cat is the exact weighted sum; README lists all.")] = "cat",
+    weights: Annotated[str, typer.Option(help="One number an adapter, or one for all: 0.4,0.4. 1 adds them up.")] = "1",
     rank: Annotated[int | None, typer.Option(min=1, help="Cut the result to this rank (truncated SVD).")] = None,
     portable: Portable = False,
 ) -> None:
     """Merge adapters that were trained anywhere into one PEFT folder, from their files alone."""
-    from pathlib import Path
-
     from lori_nb.analysis import merging
     from lori_nb.lab.folders import not_shared, read_folders, write_merged
 
-    numbers = [float(word) for word in names_in(weights)]
+    numbers = [_number(word) for word in names_in(weights)]
     numbers = numbers * len(folders) if len(numbers) == 1 else numbers
     found = read_folders(folders)
     merged = merging.merge([folder.factors for folder in found.values()], numbers, method, rank)
+    about = {"method": method, "weights": numbers, "rank": rank}
+    path = write_merged(Path(out), merged, found, portable, about)
     for line in not_shared(found):
         print(f"note: {line}")
-    print(write_merged(Path(out), merged, found, portable))
+    _say_rules(path, portable)
+    print(path)
+
+
+def _say_rules(folder: Path, portable: bool) -> None:
+    from lori_nb.lab.peft_writing import portability
+
+    for rule, kept in portability(folder).items() if portable else ():
+        print(f"{'holds' if kept else 'BROKEN'}: {rule}")
+
+
+def _number(word: str) -> float:
+    try:
+        return float(word)
+    except ValueError:
+        raise ValueError(f"weights must be numbers, one an adapter or one for all; found {word!r}") from None
 
 
 @app.command("export")
@@ -79,14 +98,14 @@ def export_run(
     portable: Portable = False,
 ) -> None:
     """Write a run's adapter as a PEFT LoRA folder."""
-    from pathlib import Path
-
     from lori_nb.lab.interop import export_peft
     from lori_nb.lab.runs import Store
 
     store = Store()
     run = store.load(whole_hash(store.hashes(), spec_hash))
-    print(export_peft(run.adapter, Path(folder), weight=weight, head=head or None, for_serving=portable))
+    path = export_peft(run.adapter, Path(folder), weight=weight, head=head or None, for_serving=portable)
+    _say_rules(path, portable)
+    print(path)
 
 
 @app.command("import")
@@ -97,8 +116,6 @@ def import_folder(
     base: Annotated[str, typer.Option(help="The base model that the adapter is for.")],
 ) -> None:
     """Turn a PEFT LoRA folder into an adapter file of this kit."""
-    from pathlib import Path
-
     from lori_nb.lab.interop import import_peft
     from lori_nb.method.adapter_file import save_adapter
 

@@ -1,18 +1,21 @@
 """Anyone's LoRA adapters, read and written without their base model: enough to compare them and to merge them.
 
-A name is a PEFT folder, or a hub id owner/name, of which the two files are fetched. Modules are known by their place
-in the network from the layers on ("layers.3.self_attn.q_proj"), so that adapters that PEFT wrapped with and without a
-head meet. An adapter on an embedding, B A of shape d × vocabulary, counts as a module like any other.
+A name is a PEFT folder, or a hub id owner/name, of which the two files are fetched. Modules are known by their name
+without what wraps a body ("model.", "bert.", …), so that adapters that PEFT wrapped with and without a head meet. An
+adapter on an embedding, B A of shape d × vocabulary, counts as a module like any other.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from lori_nb.lab.peft_folder import CONFIG, TOP, WEIGHTS, check_plain, read_config, read_tensors, scale_of
@@ -20,7 +23,8 @@ from lori_nb.lab.peft_writing import KEY, check_new, portable, write_peft
 from lori_nb.method.adapters import Factors
 
 _FACTOR = re.compile(rf"{re.escape(TOP)}((?:\w+\.)*\w+)\.(lora_([AB])\.weight|lora_embedding_([AB]))")
-_LAYERS = re.compile(r"(?:^|\.)((?:encoder\.|decoder\.)?(?:layers?|h|blocks?)\.\d+\..*)$")
+# What a model puts before the names of its body's modules.
+_WRAPPERS = re.compile(r"(?:(?:model|base_model|transformer|bert|roberta|distilbert|electra|deberta|gpt_neox)\.)*")
 
 
 @dataclass(frozen=True)
@@ -28,10 +32,12 @@ class Folder:
     """A PEFT LoRA folder as it stands.
 
     Attributes:
-        factors: module → its update; A (r × d_in), B (d_out × r).
+        factors: module → its update in float32; A (r × d_in), B (d_out × r).
         keys: module → the key of its factors in the file, after what PEFT puts before every key, "{}" for A or B.
         saved: whole tensors beside the factors (heads, extended embeddings), which are neither compared nor merged.
         base: the base model that the folder names, "" where it names none.
+        digest: SHA-256 of the file of tensors.
+        dtype: that of the tensors in the file.
     """
 
     name: str
@@ -41,6 +47,13 @@ class Folder:
     keys: dict[str, str]
     saved: tuple[str, ...]
     config: dict[str, Any]
+    digest: str
+    dtype: torch.dtype
+
+    @property
+    def stored(self) -> dict[str, Factors]:
+        """The factors in the dtype of the file, whose rounding decides which directions are real."""
+        return {name: Factors(f.A.to(self.dtype), f.B.to(self.dtype), f.scale) for name, f in self.factors.items()}
 
 
 def read_folders(names: Sequence[str]) -> dict[str, Folder]:
@@ -51,10 +64,10 @@ def read_folders(names: Sequence[str]) -> dict[str, Folder]:
         FileNotFoundError: neither a folder nor a hub id, or a hub id and no answer from the hub.
     """
     paths = [_path_of(name) for name in names]
-    if len({path.resolve() for path in paths}) < len(paths):
+    if len(set(paths)) < len(paths):
         raise ValueError(f"adapters must be different folders; found {', '.join(map(str, names))}")
-    found = [_read(path) for path in paths]
-    return {short: Folder(short, *each) for short, each in zip(short_names(names), found, strict=True)}
+    shown = [str(path) if Path(name).expanduser().is_dir() else name for name, path in zip(names, paths, strict=True)]
+    return {short: Folder(short, **_read(path)) for short, path in zip(short_names(shown), paths, strict=True)}
 
 
 def short_names(names: Sequence[str]) -> list[str]:
@@ -71,14 +84,18 @@ def short_names(names: Sequence[str]) -> list[str]:
 def _path_of(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
-        return path
+        return path.resolve()
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise FileNotFoundError(f"adapter must be a PEFT folder or a hub id owner/name; found {name!r}")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     try:
         return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
+    except HFValidationError as error:
+        raise ValueError(f"adapter must be a PEFT folder or a hub id owner/name; found {name!r}") from error
+    except GatedRepoError as error:
+        raise FileNotFoundError(f"adapter {name!r} is gated: accept its terms on its hub page, then log in") from error
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(f"adapter must be a folder or a hub id open to you; the hub has no {name!r}") from error
     except Exception as error:  # noqa: BLE001 (any network error means the same to the user)
@@ -87,7 +104,7 @@ def _path_of(name: str) -> Path:
         ) from error
 
 
-def _read(path: Path) -> tuple:
+def _read(path: Path) -> dict[str, Any]:
     config = read_config(path)
     tensors, _ = read_tensors(path)
     check_plain(config | {"modules_to_save": None}, own_head=False)
@@ -95,20 +112,30 @@ def _read(path: Path) -> tuple:
     factors, keys = {}, {}
     for key, pair in pairs.items():
         spelt = key.rpartition(".lora_")[0]
-        module = in_layers(spelt)
+        module = unwrapped(spelt)
         if module in factors:
             raise ValueError(
                 f"a module must stand once in {path}; found {key.format('A')} and {keys[module].format('A')}"
             )
         factors[module] = Factors(pair["A"], pair["B"], scale_of(config, spelt, len(pair["A"])))
         keys[module] = key
-    return path, str(config.get("base_model_name_or_path") or ""), factors, keys, saved, config
+    with safe_open(path / WEIGHTS, framework="pt") as file:
+        dtypes = {file.get_tensor(f"{TOP}{key.format('B')}").dtype for key in pairs}
+    return {
+        "path": path,
+        "base": str(config.get("base_model_name_or_path") or ""),
+        "factors": factors,
+        "keys": keys,
+        "saved": saved,
+        "config": config,
+        "digest": hashlib.sha256((path / WEIGHTS).read_bytes()).hexdigest(),
+        "dtype": max(dtypes, key=lambda dtype: torch.finfo(dtype).eps),
+    }
 
 
-def in_layers(module: str) -> str:
-    """A module's name from the layers on; one that stands in no layer keeps its last part ("embed_tokens")."""
-    found = _LAYERS.search(module)
-    return found.group(1).removeprefix("encoder.") if found else module.rpartition(".")[2]
+def unwrapped(module: str) -> str:
+    """A module's name in its model's body: "model.layers.3.mlp.up_proj" and "layers.3.mlp.up_proj" are one."""
+    return module[_WRAPPERS.match(module).end() :]
 
 
 def _sorted_out(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, dict[str, Tensor]], tuple[str, ...]]:
@@ -133,7 +160,11 @@ def _sorted_out(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, di
 
 
 def write_merged(
-    folder: Path, merged: Mapping[str, Factors], sources: Mapping[str, Folder], for_serving: bool = False
+    folder: Path,
+    merged: Mapping[str, Factors],
+    sources: Mapping[str, Folder],
+    for_serving: bool = False,
+    about: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write what was made of some folders as a PEFT folder for the first one's base, under its names of modules.
 
@@ -141,9 +172,10 @@ def write_merged(
         folder: new, or empty.
         merged: module → update, over modules of the sources.
         for_serving: the portable form of :mod:`lori_nb.lab.peft_writing`.
+        about: how it was made, for the file's header, beside the sources' digests.
 
     Raises:
-        ValueError: the folder holds something, or the portable form cannot hold the result.
+        ValueError: the folder holds something, a value is not finite, or the portable form cannot hold the result.
     """
     folder, first = check_new(folder), next(iter(sources.values()))
     keys = _keys(list(sources.values()))
@@ -151,28 +183,22 @@ def write_merged(
     if for_serving and embedded:
         raise ValueError(f"a portable folder must have no adapter on an embedding; found one on {embedded[0]}")
     factors = {keys[module]: f for module, f in (portable(merged) if for_serving else merged).items()}
-    return write_peft(folder, factors, first.base, task_type=first.config.get("task_type"))
+    made_of = {name: source.digest for name, source in sources.items()}
+    about = {"merged": made_of, **(about or {})}
+    return write_peft(folder, factors, first.base, task_type=first.config.get("task_type"), about=about)
 
 
 def _keys(sources: Sequence[Folder]) -> dict[str, str]:
-    """Module → its key in the first folder's spelling: what stands before the layers is that of the first."""
-    keys: dict[str, str] = {}
-    before = _before_layers(sources[0])
-    for source in sources:
-        own = _before_layers(source)
-        for module, key in source.keys.items():
-            keys.setdefault(module, f"{before}{key.removeprefix(own)}" if _LAYERS.search(module) else key)
-    return keys
-
-
-def _before_layers(source: Folder) -> str:
-    found = ((module, key) for module, key in source.keys.items() if _LAYERS.search(module))
-    return next((key[: key.index(module)] for module, key in found), "")
+    """Module → its key under the first folder's wrapper."""
+    spelt = next(iter(sources[0].keys.values()))
+    wrapper = spelt[: _WRAPPERS.match(spelt).end()]
+    keys = {module: key for source in reversed(sources) for module, key in source.keys.items()}
+    return {module: f"{wrapper}{unwrapped(key)}" for module, key in keys.items()} | sources[0].keys
 
 
 def not_shared(folders: Mapping[str, Folder]) -> list[str]:
-    """What a comparison leaves out or mixes, one sentence each: modules that not all have, other ranks, scales, bases,
-    shapes and saved modules.
+    """What a comparison leaves out or mixes, one sentence each: modules that not all have, other ranks, scales and
+    bases, and whole saved tensors.
     """
     every = set.intersection(*(set(folder.factors) for folder in folders.values()))
     lines = []

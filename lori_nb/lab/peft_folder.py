@@ -37,8 +37,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"folder must be a PEFT folder with {CONFIG}; found none in {folder}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} must be JSON; found: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must be a file of JSON; found: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold an object; found {type(config).__name__}")
     return config
@@ -77,7 +77,8 @@ def check_plain(config: Mapping[str, Any], own_head: bool) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53
+    return whole or (isinstance(value, float) and math.isfinite(value))
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -149,8 +150,14 @@ def scale_of(config: Mapping[str, Any], module: str, rank: int) -> float:
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, usual: Any) -> Any:
-    """The value of the first pattern that matches a module's name or its end, as PEFT looks it up."""
+    """The value of the first pattern that matches a module's name or its end, as PEFT looks it up.
+
+    A pattern is somebody else's regular expression, and some take for ever: one with more than three repetitions, or
+    with a repeated group, is refused.
+    """
     for pattern, value in (patterns or {}).items():
+        if len(re.findall(r"(?<!\\)[*+{]", pattern)) > 3 or re.search(r"\)[*+?{]", pattern):
+            raise ValueError(f"patterns must have at most three repetitions and repeat no group; found {pattern!r}")
         try:
             matched = re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module)
         except re.error as error:

@@ -29,8 +29,8 @@ KEY = ".lora_{}.weight"  # how the file names a linear module's factors, "{}" fo
 
 
 def check_new(folder: Path) -> Path:
-    """The folder; ValueError unless it is new or empty."""
-    folder = Path(folder)
+    """The folder's whole path; ValueError unless it is new or empty."""
+    folder = Path(folder).resolve()
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ValueError(f"folder must be new or empty; found {folder} with something in it")
     return folder
@@ -62,12 +62,18 @@ def write_peft(
         usual: (rank, scale) that stand as the folder's own, others in patterns; the most frequent ones if not given.
         heads: whole tensors of the saved module "classifier", by their keys in the file.
         about: what this kit notes in the file's header.
+
+    Raises:
+        ValueError: a value that is not finite in float32; nothing is written then.
     """
     ranks_scales = {key.rpartition(".lora_")[0]: (len(f.A), f.scale) for key, f in factors.items()}
     usual = usual or Counter(ranks_scales.values()).most_common(1)[0][0]
     config = _config(ranks_scales, usual, weight)
     config |= {"base_model_name_or_path": base, "task_type": task_type, "modules_to_save": [HEAD] if heads else None}
     tensors = {f"{TOP}{key.format(part)}": plain(getattr(f, part)) for key, f in factors.items() for part in "AB"}
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"factors must be finite in float32; found NaN or infinity in {key!r}")
     metadata = {"format": "pt"} | ({"lori_nb": json.dumps(about, sort_keys=True)} if about else {})
     _write(folder, {CONFIG: json.dumps(config, indent=2), WEIGHTS: save(tensors | (heads or {}), metadata=metadata)})
     return folder

@@ -6,9 +6,9 @@ Every number stands beside its null: what random adapters of the same shapes and
 
 from __future__ import annotations
 
-import itertools
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -17,20 +17,23 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from lori_nb.analysis.interference import ALL, ELEMENTWISE
-from lori_nb.analysis.nulls import mean_over_modules, null_set, null_table
-from lori_nb.analysis.overlap import overlap_table, principal_angles, total_cosine
+from lori_nb.analysis.nulls import TOTAL, by_pair, expected, null_draws, null_set
+from lori_nb.analysis.overlap import norm, overlap_table
 from lori_nb.lab.paths import write_atomically
 from lori_nb.method.adapters import Factors, layer_number
 from lori_nb.study import figures, style
-from lori_nb.study.geometry import module_kinds
-from lori_nb.study.style import GREY
+from lori_nb.study.geometry import SIDES, angles_between, module_kinds, overlap_matrix, quartiles
 
 Adapters = Mapping[str, Mapping[str, Factors]]
 NULLS = ("independent", "given")
-MAPPED = ("cosine", "row_overlap", "column_overlap")  # those that a heat map shows
-KEYS = ["adapter_a", "adapter_b", "measure"]
+MAPPED = {"cosine_size": "|cosine| of ΔW"} | {
+    name: figures.MEASURE_LABELS[name] for name in ("row_overlap", "column_overlap")
+}  # what the figures show
+PAIR = ["adapter_a", "adapter_b", "measure"]
+ABOUT = "about.json"
 
 
 @dataclass(frozen=True)
@@ -38,16 +41,19 @@ class Interference:
     """What was measured of some adapters.
 
     Attributes:
-        modules: one row a pair, module and measure, as :func:`~lori_nb.analysis.overlap.overlap_table` gives them.
-        pairs: one row a pair and measure: ``value`` (mean over modules), ``null`` with ``null_low`` and ``null_high``
-            (95 % of ``draws``), ``excess`` over the null, and the number of ``modules``.
+        modules: one row a pair, module and measure: ``value``, and the null's ``null``, ``null_low`` and ``null_high``
+            (one more random draw would lie between with 95 %).
+        pairs: one row a pair and measure: ``value`` (mean over ``modules``), the null, and ``excess`` over it; with
+            "total_cosine", of the whole updates.
         angles: principal angles in degrees, sorted: median and quartiles over pairs and modules, of the adapters and of
             the null.
+        settings: how the null was drawn.
     """
 
     modules: pd.DataFrame
     pairs: pd.DataFrame
     angles: pd.DataFrame
+    settings: dict = field(default_factory=dict)
 
 
 def measured(
@@ -59,69 +65,51 @@ def measured(
         elementwise: also signs and magnitudes of the entries of ΔW, which need it dense, one module at a time.
 
     Raises:
-        ValueError: fewer than two adapters, an unknown null, adapters without a module in common, or what
-            :func:`~lori_nb.analysis.overlap.overlap_table` refuses.
+        ValueError: fewer than two adapters, an unknown null, adapters without a module in common, one that is zero in
+            every module, or what :func:`~lori_nb.analysis.overlap.overlap_table` refuses.
     """
     if null not in NULLS:
         raise ValueError(f"null must be one of {', '.join(NULLS)}; found {null!r}")
+    for name, modules in adapters.items():
+        if not any(norm(f) for f in modules.values()):
+            raise ValueError(f"adapters must be trained; found {name!r} with ΔW = 0 in every module")
     measures = [name for name in ALL if elementwise or name not in ELEMENTWISE]
-    modules = overlap_table(adapters, measures)
-    if modules.empty:
+    table = overlap_table(adapters, measures)
+    if table.empty:
         raise ValueError("adapters must have at least one module in common; found none")
-    own = (
-        {name: {m: f.A for m, f in factors.items()} for name, factors in adapters.items()} if null == "given" else None
-    )
-    chance = null_table(adapters, draws, seed, measures, own)
-    pairs = mean_over_modules(modules).merge(chance, on=KEYS)
-    counts = modules.groupby(KEYS, sort=False)["module"].count().rename("modules").reset_index()
-    whole = [
-        (a, b, "total_cosine", total_cosine(adapters[a], adapters[b])) for a, b in itertools.combinations(adapters, 2)
-    ]
-    pairs = pairs.assign(excess=pairs["value"] - pairs["null"]).merge(counts, on=KEYS)
-    pairs = pd.concat([pairs, pd.DataFrame(whole, columns=[*KEYS, "value"])], ignore_index=True)
-    spectra = [("adapters", adapters), ("random", null_set(adapters, torch.Generator().manual_seed(seed), own))]
-    return Interference(modules, pairs, pd.concat([_angles(each).assign(method=name) for name, each in spectra]))
-
-
-def _angles(adapters: Adapters) -> pd.DataFrame:
-    rows = []
-    for f, g in itertools.combinations(adapters.values(), 2):
-        for module in f.keys() & g.keys():
-            for side, X, Y in (("A", f[module].A.T, g[module].A.T), ("B", f[module].B, g[module].B)):
-                degrees = np.degrees(principal_angles(X, Y).numpy())
-                rows += [(side, place, angle) for place, angle in enumerate(degrees, 1)]
-    grouped = pd.DataFrame(rows, columns=["side", "index", "angle"]).groupby(["side", "index"])["angle"]
-    return grouped.quantile([0.25, 0.5, 0.75]).unstack().set_axis(["low", "degrees", "high"], axis=1).reset_index()
-
-
-def matrix_of(pairs: pd.DataFrame, measure: str, names: Sequence[str], column: str = "value") -> pd.DataFrame:
-    """Adapter × adapter of one measure; the diagonal is left empty."""
-    matrix = pd.DataFrame(np.nan, index=list(names), columns=list(names))
-    for row in pairs[pairs["measure"] == measure].itertuples():
-        matrix.loc[row.adapter_a, row.adapter_b] = matrix.loc[row.adapter_b, row.adapter_a] = getattr(row, column)
-    return matrix
+    own = {name: {m: f.A for m, f in each.items()} for name, each in adapters.items()} if null == "given" else None
+    by_module, of_pairs = null_draws(adapters, draws, seed, measures, own)
+    keys = [*PAIR, "module"]
+    modules = table.merge(expected(by_module, keys), on=keys)
+    pairs = by_pair(table, adapters).merge(expected(of_pairs, PAIR), on=PAIR)
+    counts = table.groupby(PAIR, sort=False)["value"].count().rename("modules").reset_index()
+    pairs = pairs.assign(excess=pairs["value"] - pairs["null"]).merge(counts, on=PAIR, how="left")
+    random = null_set(adapters, torch.Generator().manual_seed(seed), own)
+    angles = [angles_between(each).assign(method=name) for name, each in (("adapters", adapters), ("random", random))]
+    settings = {"null": null, "draws": draws, "seed": seed, "elementwise": elementwise}
+    spectra = quartiles(pd.concat(angles, ignore_index=True), ["method", "side", "index"])
+    return Interference(modules, pairs, spectra, settings)
 
 
 def by_place(modules: pd.DataFrame, measure: str) -> pd.DataFrame:
-    """One measure by layer and kind of module: mean magnitude over pairs. Columns layer (NaN outside layers), kind,
-    value.
-    """
+    """One measure by layer (NaN outside layers) and kind of module, mean over pairs: its value and its null."""
     chosen = modules[modules["measure"] == measure]
     kinds = module_kinds(dict.fromkeys(chosen["module"]))
     layers = [np.nan if (n := layer_number(f".{name}")) is None else n for name in chosen["module"]]
-    table = chosen.assign(layer=layers, kind=chosen["module"].map(kinds), value=chosen["value"].abs())
-    return table.groupby(["layer", "kind"], sort=False, dropna=False)["value"].mean().reset_index()
+    table = chosen.assign(layer=layers, kind=chosen["module"].map(kinds))
+    return table.groupby(["layer", "kind"], sort=False, dropna=False)[["value", "null"]].mean().reset_index()
 
 
 def maps(found: Interference, names: Sequence[str]) -> Figure:
     """Heat maps with values: each measure beside its null, pair by pair."""
     figure, axes = figures.panels(2 * len(MAPPED), columns=2, height=0.7 + 0.3 * len(names))
-    magnitudes = found.pairs.assign(value=found.pairs["value"].abs(), null=found.pairs["null"].abs())
-    for place, measure in enumerate(MAPPED):
+    for place, (measure, label) in enumerate(MAPPED.items()):
         shown = axes[2 * place : 2 * place + 2]
         matrices = {
-            figures.MEASURE_LABELS[measure]: matrix_of(magnitudes, measure, names),
-            "null": matrix_of(magnitudes, measure, names, "null"),
+            title: overlap_matrix(found.pairs.assign(method="", value=found.pairs[column]), "", measure).reindex(
+                index=names, columns=names
+            )
+            for title, column in ((label, "value"), ("null", "null"))
         }
         figures.heat_maps(shown, matrices, "", ".3f")
         for ax in shown if place + 1 < len(MAPPED) else ():
@@ -131,10 +119,8 @@ def maps(found: Interference, names: Sequence[str]) -> Figure:
 
 def spectra(found: Interference) -> Figure:
     """Principal angles of both sides beside the null's."""
-    figure, axes = figures.panels(2)
-    for ax, (side, title) in zip(
-        axes, {"A": "rows of A (what is read)", "B": "columns of B (what is written)"}.items(), strict=True
-    ):
+    figure, axes = figures.panels(len(SIDES))
+    for ax, (side, title) in zip(axes, SIDES.items(), strict=True):
         figures.spectra(ax, found.angles[found.angles["side"] == side]).set_title(title)
         ax.set_ylabel("angle between adapters (degrees)")
     figures.shared_legend(figure)
@@ -142,58 +128,73 @@ def spectra(found: Interference) -> Figure:
 
 
 def places(found: Interference) -> Figure:
-    """Interference by depth, a line a kind of module."""
+    """Interference by depth, a line a kind of module; dotted, in its colour, the null of that kind."""
     figure, axes = figures.panels(len(MAPPED), columns=1, height=2.1)
-    for ax, measure in zip(axes, MAPPED, strict=True):
-        by_depth(ax, by_place(found.modules, measure)).set_ylabel(figures.MEASURE_LABELS[measure])
-        chance = found.pairs[found.pairs["measure"] == measure]["null"].abs().mean()
-        ax.axhline(chance, color=GREY, linestyle=":", label="null")
+    for ax, (measure, label) in zip(axes, MAPPED.items(), strict=True):
+        by_depth(ax, by_place(found.modules, measure)).set_ylabel(label)
     figures.shared_legend(figure)
     return figure
 
 
 def by_depth(ax: Axes, table: pd.DataFrame) -> Axes:
-    """A line a kind of module over the layers of :func:`by_place`."""
+    """A line a kind of module over the layers of :func:`by_place`, and its null."""
     looks = style.looks_of(table["kind"].unique())
     for kind, part in table.dropna(subset="layer").sort_values("layer").groupby("kind", sort=False):
         ax.plot(part["layer"], part["value"], label=kind, markersize=4, **looks[kind])
+        ax.plot(part["layer"], part["null"], color=looks[kind]["color"], linestyle=":", linewidth=0.9)
+    ax.plot([], [], color=style.GREY, linestyle=":", linewidth=0.9, label="null, in the kind's colour")
     ax.set_xlabel("layer")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return ax
 
 
-def write_report(found: Interference, names: Sequence[str], folder: Path) -> list[Path]:
-    """Tables as CSV, Parquet and LaTeX, and figures; returns the files."""
+def check_report_folder(folder: Path, sources: Mapping[str, str]) -> Path:
+    """The folder; ValueError where it holds something else than the report of the same adapters."""
+    held = folder / ABOUT
+    same = held.is_file() and json.loads(held.read_text()).get("adapters") == dict(sources)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not same):
+        raise ValueError(
+            f"out must be new, empty, or hold the report of these adapters; found {folder} with other files"
+        )
+    return folder
+
+
+def write_report(found: Interference, sources: Mapping[str, str], folder: Path) -> list[Path]:
+    """Tables as CSV, Parquet and LaTeX, figures, and about.json; returns the files.
+
+    Args:
+        sources: adapter → the SHA-256 of its file, in the order of rows and columns.
+    """
+    check_report_folder(folder, sources)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
+    about = {"adapters": dict(sources), **found.settings}
+    contents: dict[str, str | bytes] = {ABOUT: json.dumps(about, indent=1)}
     for stem, table in (("modules", found.modules), ("pairs", found.pairs), ("angles", found.angles)):
-        contents = {"csv": table.to_csv(index=False), "parquet": table.to_parquet(index=False)}
-        if stem == "pairs":
-            contents["tex"] = table.to_latex(index=False, float_format="%.4f", escape=True)
-        for ending, content in contents.items():
-            paths.append(folder / f"{stem}.{ending}")
-            write_atomically(paths[-1], content)
+        contents |= {f"{stem}.csv": table.to_csv(index=False), f"{stem}.parquet": table.to_parquet(index=False)}
+    contents["pairs.tex"] = found.pairs.to_latex(index=False, float_format="%.4f", escape=True)
+    paths = []
+    for name, content in contents.items():
+        paths.append(folder / name)
+        write_atomically(paths[-1], content)
     style.use()
     drawn = {
-        "maps": ("Interference between adapters, pair by pair, beside the null", maps(found, names)),
+        "maps": ("Interference between adapters, pair by pair, beside the null", maps(found, list(sources))),
         "spectra": ("Principal angles between adapters, beside the null", spectra(found)),
         "depth": ("Interference between adapters by layer and kind of module", places(found)),
     }
     for stem, (title, figure) in drawn.items():
-        paths += style.save(figure, folder, stem, {"title": title, "provenance": f"adapters {', '.join(names)}"})
+        paths += style.save(figure, folder, stem, {"title": title, "provenance": json.dumps(about)})
         plt.close(figure)
     return paths
 
 
 def lines(found: Interference) -> list[str]:
     """One line a pair: the cosine of the whole updates and the overlaps, each beside what chance gives."""
-    wide = found.pairs.set_index(KEYS)
+    shown = {TOTAL: "cosine", "row_overlap": "row overlap", "column_overlap": "column overlap"}
+    wide = found.pairs.set_index(PAIR)
     out = []
-    for a, b in dict.fromkeys(zip(found.pairs["adapter_a"], found.pairs["adapter_b"], strict=True)):
-        if (a, b, "total_cosine") not in wide.index:
-            continue  # the other direction of a pair
-        parts = [f"cosine {wide.loc[(a, b, 'total_cosine'), 'value']:+.4f}"]
-        for name in ("row_overlap", "column_overlap"):
-            row = wide.loc[(a, b, name)]
-            parts.append(f"{name.replace('_', ' ')} {row['value']:.4f} (null {row['null']:.4f})")
+    for a, b in found.pairs.loc[found.pairs["measure"] == TOTAL, PAIR[:2]].itertuples(index=False):
+        rows = {label: wide.loc[(a, b, name)] for name, label in shown.items()}
+        parts = [f"{label} {r.value:.4f} (null {r.null_low:.4f} to {r.null_high:.4f})" for label, r in rows.items()]
         out.append(f"{a} · {b}: " + ", ".join(parts))
     return out

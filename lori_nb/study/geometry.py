@@ -7,14 +7,16 @@ random dense B. A shared draw of A alone moves the overlap of rows from near r /
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import pandas as pd
 import torch
 
+from lori_nb.analysis.nulls import null_set
 from lori_nb.analysis.overlap import overlap_table, principal_angles
 from lori_nb.analysis.statistics import t_interval
+from lori_nb.lab.folders import read_folders
 from lori_nb.lab.methods import FACTORED, get_method
 from lori_nb.lab.runs import Run
 from lori_nb.lab.specs import RunSpec
@@ -110,8 +112,14 @@ def null_adapter(adapter: Adapter, task: str) -> dict[str, Factors]:
 
 
 def adapter_sets(results: Results, seed: int) -> dict[str, dict[str, dict[str, Factors]]]:
-    """Method → task → factors of one seed's single-task adapters, and the null."""
+    """Method → task → factors of one seed's single-task adapters, and the null.
+
+    Where the setting ``adapters`` names folders: "adapters" → folder → factors, and a null of independent rows.
+    """
     settings = results.settings
+    if settings.adapters:
+        given = {name: folder.factors for name, folder in read_folders(settings.adapters).items()}
+        return {"adapters": given, NULL: null_set(given, torch.Generator().manual_seed(seed))}
     sets: dict[str, dict[str, dict[str, Factors]]] = {}
     for method, task in itertools.product(settings.method, settings.tasks):
         run = results.run(single(settings, method, task, seed))
@@ -208,15 +216,26 @@ def angle_spectra(results: Results) -> pd.DataFrame:
     Columns method, side ("A": row spaces, "B": column spaces), index (1 the smallest), degrees, low, high.
     ``degrees`` is the median over pairs of tasks, modules and seeds, ``low`` and ``high`` are its quartiles.
     """
+    frames = [
+        angles_between(adapters).assign(method=method)
+        for seed in results.settings.seed
+        for method, adapters in adapter_sets(results, seed).items()
+    ]
+    return quartiles(pd.concat(frames, ignore_index=True), ["method", "side", "index"])
+
+
+def angles_between(adapters: Mapping[str, Mapping[str, Factors]]) -> pd.DataFrame:
+    """Principal angles of every pair of adapters and module that both have: columns side, index, ``angle`` (degrees)."""
     rows = []
-    for seed in results.settings.seed:
-        for method, adapters in adapter_sets(results, seed).items():
-            for f, g in itertools.combinations(adapters.values(), 2):
-                for module in f:
-                    for side, X, Y in (("A", f[module].A.T, g[module].A.T), ("B", f[module].B, g[module].B)):
-                        angles = np.degrees(principal_angles(X, Y).numpy())
-                        rows += [(method, side, place, angle) for place, angle in enumerate(angles, 1)]
-    table = pd.DataFrame(rows, columns=["method", "side", "index", "angle"])
-    grouped = table.groupby(["method", "side", "index"], sort=False)["angle"]
-    quartiles = grouped.quantile([0.25, 0.5, 0.75]).unstack()
-    return quartiles.set_axis(["low", "degrees", "high"], axis=1).reset_index()
+    for f, g in itertools.combinations(adapters.values(), 2):
+        for module in (name for name in f if name in g):
+            for side, X, Y in (("A", f[module].A.T, g[module].A.T), ("B", f[module].B, g[module].B)):
+                angles = np.degrees(principal_angles(X, Y).numpy())
+                rows += [(side, place, angle) for place, angle in enumerate(angles, 1)]
+    return pd.DataFrame(rows, columns=["side", "index", "angle"])
+
+
+def quartiles(angles: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """Median ``degrees`` and quartiles ``low`` and ``high`` of angles, by some keys."""
+    found = angles.groupby(keys, sort=False)["angle"].quantile([0.25, 0.5, 0.75]).unstack()
+    return found.set_axis(["low", "degrees", "high"], axis=1).reset_index()

@@ -48,7 +48,11 @@ def plan_ortho_lora(settings: Settings) -> list[Spec]:
 
 
 def plan_interference(settings: Settings) -> list[Spec]:
-    """The single-task adapters whose subspaces are compared, and those whose A is drawn by another policy."""
+    """The single-task adapters whose subspaces are compared, and those whose A is drawn by another policy; none where
+    adapters from elsewhere are given.
+    """
+    if settings.adapters:
+        return []
     return [*method_specs(settings), *beside(settings, "subspace", ("lora", *settings.method))]
 
 

@@ -68,6 +68,7 @@ class Settings:
     schedule: str = "linear"  # of the learning rate after the warm-up; or constant
     micro_batch_rows: int | None = None  # rows computed at a time; none takes all of a step
     checkpointing: bool = False  # activations are computed again in the backward pass, not kept
+    adapters: tuple[str, ...] = ()  # folders of adapters from elsewhere that 04_interference compares instead
     task_steps: Mapping[str, int] = field(default_factory=dict)  # of single runs, where a task's are not ``steps``
 
     def steps_on(self, task: str) -> int:
@@ -140,9 +141,14 @@ def load_settings(profile: str = "quick", **changes: Any) -> Settings:
         if values.get(name):
             values[name] = [task for task in values[name] if task in tasks] or [tasks[0]]
     values |= changes
-    if Path(str(values["base"])).expanduser().is_dir():  # a notebook's kernel works in another folder
-        values["base"] = str(Path(values["base"]).expanduser().resolve())
+    values["base"] = _absolute(values["base"])
     return _checked({**values, "tasks": tasks})
+
+
+def _absolute(name: str) -> str:
+    """A folder by its whole path, since a notebook's kernel works in another folder; any other name as it is."""
+    path = Path(str(name)).expanduser()
+    return str(path.resolve()) if path.is_dir() else name
 
 
 def _checked(values: dict[str, Any]) -> Settings:
@@ -162,6 +168,7 @@ def _checked(values: dict[str, Any]) -> Settings:
         for task, steps in dict(values.get("task_steps", {})).items()
         if get_task(task).name in values["tasks"]
     }
+    values["adapters"] = tuple(_absolute(name) for name in _as_list(values.get("adapters", ())))
     values["mask_tasks"] = expand_tasks(values["mask_tasks"])
     values["arms"] = tuple(_as_list(values.get("arms", ())))
     from lori_nb.study.arms import get_arm  # arms build on settings

@@ -1,0 +1,100 @@
+"""What each task's adapter does to the other tasks' activations, beside what random adapters of its size would do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+import torch
+
+from lori_nb.analysis.functional import COLUMNS, interference_of
+from lori_nb.analysis.nulls import null_set
+from lori_nb.lab.activations import responses
+from lori_nb.lab.models import load_base
+from lori_nb.lab.tasks import get_task
+from lori_nb.lab.text import encode_rows
+from lori_nb.method.adapters import Factors
+from lori_nb.study.geometry import NULL, adapter_sets
+from lori_nb.study.notebook import Results
+from lori_nb.study.profiles import Settings
+from lori_nb.study.style import title_of
+
+ROWS = 16  # of a task's test rows, prompt and answer: their tokens are several hundred inputs
+_NULL_OF = "null of "
+
+
+def functional_interference(results: Results, rows: int = ROWS) -> pd.DataFrame:
+    """I(i, j) of every method's single-task adapters, on the base's activations over each task's test rows.
+
+    Returns:
+        Columns method, seed, task (i), adapter (j), module, ``value``, and ``null``: the same where adapter j has its
+        own singular values in random directions, with an A drawn under the policy. Empty without own adapters.
+    """
+    settings = results.settings
+    frames = []
+    for seed in settings.seed if not settings.adapters else ():  # those of elsewhere come without rows
+        sets = adapter_sets(results, seed)
+        drawn = {task: {m: f.A for m, f in modules.items()} for task, modules in sets.pop(NULL, {}).items()}
+        known: dict[tuple[str, str, bool], Mapping[str, Factors]] = {}  # (method, task, whether it is a null) → factors
+        for method, adapters in sets.items():
+            null = null_set(adapters, torch.Generator().manual_seed(seed), drawn)
+            known |= {(method, task, False): modules for task, modules in adapters.items()}
+            known |= {(method, task, True): modules for task, modules in null.items()}
+        if known:
+            frames.append(_compared(_responses(settings, known, rows), known).assign(seed=seed))
+    columns = ["method", "seed", *COLUMNS, "null"]
+    return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
+
+
+def _responses(settings: Settings, known: Mapping[tuple, Mapping[str, Factors]], rows: int) -> dict[str, pd.DataFrame]:
+    """Task → what all known adapters do to its activations, from one pass; adapters go by their place in ``known``."""
+    base = load_base(settings.base, settings.dtype)
+    adapters = {str(place): modules for place, modules in enumerate(known.values())}
+    tables = {}
+    for name in dict.fromkeys(task for _, task, _ in known):
+        task = get_task(name)
+        encoded = encode_rows(base.tokenizer, base.kind, tuple(task.rows("test", rows)), (), task.system)
+        tables[name] = responses(base, adapters, encoded)
+    return tables
+
+
+def _compared(tables: Mapping[str, pd.DataFrame], known: Mapping[tuple, Mapping[str, Factors]]) -> pd.DataFrame:
+    keys = list(known)
+    frames = []
+    for method in dict.fromkeys(method for method, _, _ in keys):
+        own = {str(place): key for place, key in enumerate(keys) if key[0] == method}
+        names = {place: f"{_NULL_OF}{task}" if null else task for place, (_, task, null) in own.items()}
+        chosen = {
+            task: table[table["adapter"].isin(own)].assign(adapter=lambda each, names=names: each["adapter"].map(names))
+            for task, table in tables.items()
+            if (method, task, False) in known
+        }
+        found = interference_of(chosen)
+        is_null = found["adapter"].str.startswith(_NULL_OF)
+        chance = found[is_null].rename(columns={"value": "null"})
+        chance["adapter"] = chance["adapter"].str.removeprefix(_NULL_OF)
+        frames.append(found[~is_null].merge(chance, on=["task", "adapter", "module"]).assign(method=method))
+    return pd.concat(frames, ignore_index=True)
+
+
+def functional_matrix(found: pd.DataFrame, method: str) -> pd.DataFrame:
+    """Whose activations × whose adapter: mean over modules and seeds; the diagonal, 1 by definition, is left empty."""
+    chosen = found[found["method"] == method]
+    tasks = list(dict.fromkeys(chosen["task"]))
+    means = chosen.groupby(["task", "adapter"])["value"].mean()
+    return pd.DataFrame(
+        [[np.nan if a == b else means.get((a, b), np.nan) for b in tasks] for a in tasks], index=tasks, columns=tasks
+    )
+
+
+def functional_lines(found: pd.DataFrame) -> list[str]:
+    """One sentence a method: mean interference on another task's activations, beside the null's."""
+    lines = []
+    for method, part in found.groupby("method", sort=False):
+        value, null = part["value"].mean(), part["null"].mean()
+        lines.append(
+            f"{title_of(method)}: another task's adapter moves a task's activations {value:.2f} times as far as the "
+            f"task's own does; a random adapter of its size {null:.2f} times."
+        )
+    return lines
