@@ -225,7 +225,7 @@ def angle_spectra(results: Results) -> pd.DataFrame:
 
 
 def angles_between(adapters: Mapping[str, Mapping[str, Factors]]) -> pd.DataFrame:
-    """Principal angles of every pair of adapters and module that both have: columns side, index, ``angle`` (degrees)."""
+    """Principal angles of every pair of adapters, in every module of both: columns side, index, ``angle`` (degrees)."""
     rows = []
     for f, g in itertools.combinations(adapters.values(), 2):
         for module in (name for name in f if name in g):
