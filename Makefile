@@ -8,7 +8,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constra
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup install study test test-gpu lab lint publish bench bench-lori bench-ortho clean
+.PHONY: help setup install study test test-gpu lab lint publish bench bench-lori bench-ortho bench-analysis clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -49,13 +49,16 @@ lab: $(READY) ## JupyterLab on notebooks/ with this environment's kernel
 publish: $(READY) ## put the executed outputs of profile quick into notebooks/
 	$(BIN)/lori-nb publish
 
-bench: bench-lori bench-ortho ## every benchmark
+bench: bench-lori bench-ortho bench-analysis ## every benchmark
 
 bench-lori: $(READY) ## LoRI-S against peft's LoRA: parameters, memory, disk, FLOPs, time
 	$(BIN)/python benchmarks/lori.py --pairs 30
 
 bench-ortho: $(READY) ## a step of Ortho-LoRA against joint training, a loop over tasks, and torchjd
 	$(BIN)/python benchmarks/ortho.py --pairs 30
+
+bench-analysis: $(READY) ## merges and overlaps from factors against dense forms and peft
+	$(BIN)/python benchmarks/analysis.py
 
 clean: ## remove runs, caches and executed notebooks (not the environment)
 	rm -rf data/runs data/cache data/executed data/tables

@@ -96,12 +96,12 @@ def counted_ratio(ours: float, peer: float, unit: str) -> dict:
     return {"ours": ours, "peer": peer, "ratio": ours / peer, "unit": unit}
 
 
-def judged(name: str, target: float | None, measured: dict) -> dict:
+def judged(name: str, target: float | None, measured: dict, least: int = PAIRS) -> dict:
     """A row with its target: met when the ratio is at most the target, a timed one by its upper bound.
 
-    Neither met nor missed (None) where there is no target, or where a time has too few pairs.
+    Neither met nor missed (None) where there is no target, or where a time has fewer than ``least`` pairs.
     """
-    decides = target is not None and measured.get("n", PAIRS) >= PAIRS
+    decides = target is not None and measured.get("n", least) >= least
     reached = measured.get("high", measured["ratio"]) <= target if decides else None
     return {"name": name, **measured, "target": target, "met": reached}
 
@@ -132,7 +132,7 @@ def publish(rows: Sequence[dict], file: str, command: str, packages: Sequence[st
     print(f"{'measured':<66} {'ours':>12} {'peer':>12} {'ratio':>18} {'target':>7}  met")
     for row in rows:
         bounds = f" [{row['low']:.3f}, {row['high']:.3f}]" if "low" in row else ""
-        target = "–" if row["target"] is None else f"≤ {row['target']:.2f}"
+        target = "–" if row["target"] is None else f"≤ {row['target']:.3g}"
         met = {None: "stated", True: "yes", False: "NO"}[row["met"]]
         ratio = f"{row['ratio']:.3f}{bounds}"
         print(f"{row['name']:<66} {row['ours']:>12.4g} {row['peer']:>12.4g} {ratio:>22} {target:>7}  {met}")

@@ -152,7 +152,8 @@ class TestNotebook:
 def test_every_parameter_of_the_other_notebooks_stands_in_the_report():
     report = set(read_parameters(FOLDER / "07_report.ipynb"))
     others = {p for name in NOTEBOOKS[:-1] for p in read_parameters(FOLDER / f"{name}.ipynb")}
-    assert others <= report, "the report would look for other runs"
+    no_runs = {"adapters"}  # from elsewhere, shown by one notebook, which then asks for no run
+    assert others - no_runs <= report, "the report would look for other runs"
 
 
 def test_the_tolerance_that_the_report_speaks_of_is_the_one_in_use():

@@ -247,3 +247,9 @@ def test_a_joint_adapter_has_no_block_of_an_orthogonal_basis():
     settings = load_settings("quick", subspace="orthogonal")
     assert joint(settings, "lora", 0).subspace == "independent"
     assert single(settings, "lora", "refusal", 0).family == settings.tasks
+
+
+def test_adapters_from_elsewhere_ask_for_no_run(tmp_path):
+    settings = load_settings("quick", adapters=["somebody/lora", str(tmp_path)])
+    assert settings.adapters == ("somebody/lora", str(tmp_path.resolve()))
+    assert PLANS["04_interference"](settings) == [] != PLANS["04_interference"](load_settings("quick"))
