@@ -66,11 +66,12 @@ def orthonormal(X: Tensor, name: str = "X", rtol: float | None = None) -> tuple[
     """
     if not torch.isfinite(X).all():
         raise ValueError(f"{name} must be finite; found NaN or infinity")
-    U, singular, Vh = torch.linalg.svd(X.detach().to(torch.float64), full_matrices=False)
+    Q, triangle = torch.linalg.qr(X.detach().to(torch.float64))  # then the decomposition is of p × p, many times faster
+    U, singular, Vh = torch.linalg.svd(triangle, full_matrices=False)
     if rtol is None and X.dtype != torch.float64:
         rtol = max(X.shape) ** 0.5 * torch.finfo(X.dtype).eps
     rank = numerical_rank(singular, max(X.shape), rtol)
-    return U[:, :rank], singular[:rank, None] * Vh[:rank]
+    return Q @ U[:, :rank], singular[:rank, None] * Vh[:rank]
 
 
 def numerical_rank(singular: Tensor, size: int, rtol: float | None = None) -> int:

@@ -132,6 +132,8 @@ def knots(factors: Sequence[Factors], weights: Sequence[float], density: float =
     common = cores_of(factors)
     U, singular, Vh = _svd(torch.cat(list(common.cores), dim=1))
     right = (singular[:, None] * Vh).unflatten(1, (len(factors), -1)).transpose(0, 1)  # (N × k × q)
+    # A zero update's right factor is zero but for rounding, which would take part in the election.
+    right = right * common.cores.flatten(1).any(dim=1)[:, None, None]
     merged = ties(right @ common.rows.T, weights, density)  # (k × d_in)
     B = common.columns @ U
     return Factors(merged.to(common.like.A.dtype), B.to(common.like.B.dtype), 1.0)
