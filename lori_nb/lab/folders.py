@@ -23,6 +23,7 @@ from lori_nb.lab.peft_writing import KEY, check_new, portable, write_peft
 from lori_nb.method.adapters import Factors
 
 _FACTOR = re.compile(rf"{re.escape(TOP)}((?:\w+\.)*\w+)\.(lora_([AB])\.weight|lora_embedding_([AB]))")
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # those that read_tensors lets pass
 # What a model puts before the names of its body's modules.
 _WRAPPERS = re.compile(r"(?:(?:model|base_model|transformer|bert|roberta|distilbert|electra|deberta|gpt_neox)\.)*")
 
@@ -119,8 +120,10 @@ def _read(path: Path) -> dict[str, Any]:
             )
         factors[module] = Factors(pair["A"], pair["B"], scale_of(config, spelt, len(pair["A"])))
         keys[module] = key
-    with safe_open(path / WEIGHTS, framework="pt") as file:
-        dtypes = {file.get_tensor(f"{TOP}{key.format('B')}").dtype for key in pairs}
+    with safe_open(path / WEIGHTS, framework="pt") as file:  # the header alone is read again
+        dtypes = {_DTYPES[file.get_slice(f"{TOP}{key.format('B')}").get_dtype()] for key in pairs}
+    with (path / WEIGHTS).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {
         "path": path,
         "base": str(config.get("base_model_name_or_path") or ""),
@@ -128,7 +131,7 @@ def _read(path: Path) -> dict[str, Any]:
         "keys": keys,
         "saved": saved,
         "config": config,
-        "digest": hashlib.sha256((path / WEIGHTS).read_bytes()).hexdigest(),
+        "digest": digest,
         "dtype": max(dtypes, key=lambda dtype: torch.finfo(dtype).eps),
     }
 
