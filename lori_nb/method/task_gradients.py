@@ -85,6 +85,10 @@ class LowRankUpdate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, A: Tensor, values: Tensor, low: LowRank) -> Tensor:
+        """s · B (A x) for x (… × d_in) → (… × d_out), in x's dtype; for a frozen A, h = A x is kept and x is not.
+
+        Raises NotByRowsError where gradients are asked for by task and x has not the rows of the tasks.
+        """
         rows = low.task_rows
         if rows is not None and (x.ndim < 3 or len(x) != sum(rows.sizes)):
             raise NotByRowsError(

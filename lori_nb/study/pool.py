@@ -137,6 +137,7 @@ class _Worker:
         self.restart()
 
     def restart(self) -> None:
+        """Start a worker process, in place of one that has ended if there was one."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         environment = {
             **os.environ,
