@@ -10,8 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tiny import gaussian
+
 from lori_nb.method.masks import (
     SCOPES,
+    STRUCTURES,
+    capacity,
     group_of,
     kept,
     kept_in_all,
@@ -292,3 +296,54 @@ def test_a_B_that_is_not_finite_is_named(bad):
 def test_bad_input_is_named(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+# Disjoint masks
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_disjoint_masks_are_the_largest_of_the_free_entries(scope, structure):
+    """One task after another until none fits, against sorting the free entries (or rows) of every group."""
+    names = ("layers.0.attn.q_proj", "layers.0.mlp.up_proj", "layers.1.attn.q_proj", "layers.1.mlp.up_proj")
+    Bs = {name: gaussian(8, 4, seed=seed) for seed, name in enumerate(names)}
+    taken = {name: torch.zeros(8, 4, dtype=torch.bool) for name in Bs}
+    for _ in range(4):  # sparsity 0.75
+        found = magnitude_masks(Bs, 0.75, scope, structure, taken)
+        for group in {group_of(name, scope) for name in names}:
+            own = [name for name in names if group_of(name, scope) == group]
+            rows = structure == "rows"
+            score = torch.cat([Bs[n].double().norm(dim=1) if rows else Bs[n].abs().flatten() for n in own])
+            shut = torch.cat([taken[n].any(1) if rows else taken[n].flatten() for n in own])
+            chosen = torch.cat([found[n].all(1) if rows else found[n].flatten() for n in own])
+            assert chosen.sum() == kept_of(len(score), 0.75)
+            assert not (chosen & shut).any()
+            free = ~shut & ~chosen
+            assert not free.any() or score[chosen].min() >= score[free].max()
+        taken = {name: taken[name] | mask for name, mask in found.items()}
+    assert all(mask.all() for mask in taken.values())  # four quarters
+
+
+def test_no_free_entries_are_an_error_that_says_how_many_tasks_fit():
+    B = {"layers.0.q_proj": gaussian(4, 4, seed=0)}
+    half = magnitude_masks(B, 0.5)
+    rest = magnitude_masks(B, 0.5, taken=half)
+    both = {name: half[name] | rest[name] for name in B}
+    assert both["layers.0.q_proj"].all()
+    with pytest.raises(ValueError, match="must find 8 free entries of 16 at sparsity 0.5; found 0: 2 tasks"):
+        magnitude_masks(B, 0.5, taken=both)
+    with pytest.raises(ValueError, match="taken must have the modules of Bs"):
+        magnitude_masks(B, 0.5, taken={})
+    with pytest.raises(ValueError, match="taken must have the shape of B"):
+        magnitude_masks(B, 0.5, taken={"layers.0.q_proj": torch.zeros(4, 3, dtype=torch.bool)})
+
+
+@pytest.mark.parametrize(("entries", "sparsity", "tasks"), [(100, 0.9, 10), (100, 0.75, 4), (16, 0.7, 3), (10, 0, 1)])
+def test_capacity(entries, sparsity, tasks):
+    assert capacity(entries, sparsity) == tasks
+    assert tasks * kept_of(entries, sparsity) <= entries < (tasks + 1) * kept_of(entries, sparsity)
+
+
+def test_capacity_of_masks_that_keep_nothing_is_refused():
+    with pytest.raises(ValueError, match="sparsity must keep at least one of 3 entries"):
+        capacity(3, 0.99)

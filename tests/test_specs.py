@@ -55,6 +55,8 @@ OTHER = {
     "schedule": "constant",
     "micro_batch_rows": 2,
     "checkpointing": True,
+    "watch": (5,),
+    "watch_rows": 4,
 }
 
 
@@ -87,6 +89,7 @@ def test_every_field_of_a_merge_changes_the_hash(base):
     changed = [
         plain,
         replace(plain, parts=parts[::-1]),
+        replace(plain, evaluate=("chain_sum",)),
         replace(plain, weights=(0.5, 0.4)),
         replace(plain, merge="linear"),
         replace(plain, test_rows=17),
@@ -224,7 +227,10 @@ BAD = [
     ({"subspace": "orthogonal"}, "tasks must be one task of the family .* found chain_sum"),
     ({"schedule": "cosine"}, "schedule must be one of linear, constant; found 'cosine'"),
     ({"mask_structure": "row"}, "mask_structure must be one of entries, rows; found 'row'"),
-    ({"method": "lori-s", "mask_origin": "same"}, "mask_origin must be one of same-a, fresh-a, random; found 'same'"),
+    (
+        {"method": "lori-s", "mask_origin": "same"},
+        "mask_origin must be one of same-a, fresh-a, random, free; found 'same'",
+    ),
     ({"stop_after": 0}, "stop_after must be between 1 and 20, steps; found 0"),
     ({"stop_after": 21}, "stop_after must be between 1 and 20, steps; found 21"),
     ({"mask_scope": "row"}, "mask_scope must be one of model, layer, projection, module, matrix; found 'row'"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
@@ -20,10 +20,11 @@ from lori_nb.lab.prefix import split_at, suffix_body
 from lori_nb.lab.resolving import check
 from lori_nb.lab.scoring import Asked, Subject, check_can_score, metric_rows, prediction_rows, score_task, states_of
 from lori_nb.lab.specs import MergeSpec, RunSpec, Spec
+from lori_nb.lab.stages import Earlier, earlier_runs, strength_of
 from lori_nb.lab.tasks import get_task
-from lori_nb.lab.text import encode_rows
-from lori_nb.lab.training import Report, TaskData, Trained, train
-from lori_nb.method.adapters import Adapter, LowRank, check_rank, target_linears
+from lori_nb.lab.text import Encoded, encode_rows
+from lori_nb.lab.training import Report, TaskData, Trained, quiet, train
+from lori_nb.method.adapters import Adapter, Attached, LowRank, attach, check_rank, grown, target_linears
 from lori_nb.method.subspaces import check_blocks, random_down_projection
 
 
@@ -37,6 +38,7 @@ class Outcome:
     conflicts: pd.DataFrame = field(default_factory=pd.DataFrame)
     adapter: Adapter | None = None
     facts: dict = field(default_factory=dict)
+    watched: pd.DataFrame = field(default_factory=pd.DataFrame)
 
 
 def carry_out(spec: Spec, folder: Path, adapter_of: Callable[[RunSpec], Adapter], report: Report) -> Outcome:
@@ -74,11 +76,40 @@ def _run(spec: RunSpec, folder: Path, adapter_of, report: Report) -> Outcome:
     body = suffix_body(base, first)
     live = _live(spec, linears, adapter_of)
     tasks = [_task_data(spec, base, name, first, report) for name in spec.tasks]
-    trained = train(spec, base, body, live, tasks, folder / "checkpoint.safetensors", report)
+    earlier = _earlier(spec, base, first, adapter_of, report)
     inherited = adapter_of(spec.start) if spec.start else None
-    extras = (inherited.extras if inherited else {}) | _extras(live, tasks)
-    metrics, predictions = _score(spec, base, body, first, live, extras, report)
-    return _outcome(spec, base, live, trained, _adapter(spec, base, live, extras, inherited), metrics, predictions)
+
+    def extras() -> dict[str, Tensor]:
+        return (inherited.extras if inherited else {}) | _extras(live, tasks)
+
+    def watch(step: int) -> list[dict]:
+        shorter = replace(spec, test_rows=spec.watch_rows)
+        return _score_attached(shorter, base, body, first, extras(), quiet)[0].assign(step=step).to_dict("records")
+
+    with _frozen(base, inherited if get_method(spec.method).grows else None):
+        trained = train(spec, base, body, live, tasks, folder / "checkpoint.safetensors", report, earlier, watch)
+        metrics, predictions = _score(spec, base, body, first, live, extras(), report)
+    return _outcome(spec, base, live, trained, _adapter(spec, base, live, extras(), inherited), metrics, predictions)
+
+
+def _frozen(base: Base, adapter: Adapter | None) -> Attached:
+    """An earlier adapter on the base, where there is one; nothing of it is trained."""
+    factors = adapter.factors if adapter else {}
+    live = {name: LowRank(f, train_A=False).requires_grad_(False).to(base.device) for name, f in factors.items()}
+    return attach(base.body, live)
+
+
+def _earlier(spec: RunSpec, base: Base, first: int, adapter_of, report: Report) -> list[Earlier]:
+    """The stages before a run whose method looks at them, each with its heads as they were left."""
+    if get_method(spec.method).begin is None:
+        return []
+    kept, found = int(strength_of(spec, "memory")), []
+    for run in earlier_runs(spec):
+        (name,), adapter = run.tasks, adapter_of(run)
+        rows = _encoded(base, name, kept) if kept else []
+        states = states_of(base, rows, first, name, report) if kept else None
+        found.append(Earlier(TaskData(name, rows, states, _stored_head(base, name, adapter.extras)), adapter))
+    return found
 
 
 def _live(spec: RunSpec, linears: Mapping[str, nn.Linear], adapter_of: Callable[[RunSpec], Adapter]) -> dict:
@@ -105,17 +136,16 @@ def _outcome(spec, base, live, trained: Trained, adapter, metrics, predictions) 
         "device": str(base.device),
         "dtype": str(base.dtype),
     }
-    return Outcome(metrics, predictions, pd.DataFrame(trained.history), trained.conflicts, adapter, facts)
+    watched = pd.DataFrame(trained.watched)
+    return Outcome(metrics, predictions, pd.DataFrame(trained.history), trained.conflicts, adapter, facts, watched)
 
 
 def _adapter(spec: RunSpec, base: Base, live, extras: dict[str, Tensor], inherited: Adapter | None) -> Adapter | None:
     """The trained adapter; None after full fine-tuning, which leaves whole weights and is kept by its scores alone."""
     if get_method(spec.method).form not in FACTORED:
         return None
-    support = {name: low.support() for name, low in live.items()}
-    masked = all(mask is not None for mask in support.values())
-    frozen = not get_method(spec.method).trains_A and (inherited is None or inherited.frozen_A)
-    return Adapter(
+    chosen = get_method(spec.method)
+    adapter = Adapter(
         factors={name: low.factors() for name, low in live.items()},
         base=spec.base,
         base_digest=base.digest,
@@ -123,16 +153,32 @@ def _adapter(spec: RunSpec, base: Base, live, extras: dict[str, Tensor], inherit
         alpha=spec.alpha,
         seed=inherited.seed if inherited else spec.seed,
         subspace=inherited.subspace if inherited else subspace_of(spec),
-        frozen_A=frozen,
-        masks=support if masked else None,
+        frozen_A=not chosen.trains_A and (inherited is None or inherited.frozen_A),
+        masks=_masks(live, inherited),
         extras=extras,
     )
+    return grown(inherited, adapter) if inherited and chosen.grows else adapter
+
+
+def _masks(live: Mapping[str, nn.Module], inherited: Adapter | None) -> dict[str, Tensor] | None:
+    """Where B may differ from zero: what is held by this run and those before it; None where B is dense."""
+    support = {name: low.support() for name, low in live.items()}
+    if any(mask is None for mask in support.values()):
+        return None
+    # An earlier task holds its entries also where their value happens to be zero.
+    before = inherited.masks if inherited and inherited.masks else {}
+    return {name: mask | before[name] if name in before else mask for name, mask in support.items()}
 
 
 def _task_data(spec: RunSpec, base: Base, name: str, first: int, report: Report) -> TaskData:
-    task = get_task(name)
-    rows = encode_rows(base.tokenizer, base.kind, tuple(task.rows("train", spec.train_rows)), (), task.system)
+    rows = _encoded(base, name, spec.train_rows)
     return TaskData(name, rows, states_of(base, rows, first, name, report), new_head(spec, base, name))
+
+
+def _encoded(base: Base, name: str, rows: int) -> list[Encoded]:
+    """The first training rows of a task."""
+    task = get_task(name)
+    return encode_rows(base.tokenizer, base.kind, tuple(task.rows("train", rows)), (), task.system)
 
 
 def new_head(spec: RunSpec, base: Base, task: str, width: int | None = None) -> nn.Module | None:
@@ -176,17 +222,24 @@ def _score(
     extras: Mapping[str, Tensor],
     report: Report,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    metrics, predictions = [], []
     with put_in_place(base.body, live):
-        for place, name in enumerate(spec.scored):
-            report("scoring", place, len(spec.scored))
-            task, shots = get_task(name), getattr(spec, "shots", 0)
-            rows = tuple(task.rows(spec.score_on, spec.test_rows))
-            shown = tuple(task.rows("train", shots)) if shots else ()
-            asked = Asked(task, rows, shown, _stored_head(base, name, extras))
-            scored = score_task(Subject(base, body, first, spec.seed), asked, report)
-            metrics += metric_rows(task, spec.score_on, rows, scored)
-            predictions.append(prediction_rows(name, spec.score_on, scored))
+        return _score_attached(spec, base, body, first, extras, report)
+
+
+def _score_attached(
+    spec: Spec, base: Base, body: nn.Module, first: int, extras: Mapping[str, Tensor], report: Report
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Scores and predictions of the model as it stands."""
+    metrics, predictions = [], []
+    for place, name in enumerate(spec.scored):
+        report("scoring", place, len(spec.scored))
+        task, shots = get_task(name), getattr(spec, "shots", 0)
+        rows = tuple(task.rows(spec.score_on, spec.test_rows))
+        shown = tuple(task.rows("train", shots)) if shots else ()
+        asked = Asked(task, rows, shown, _stored_head(base, name, extras))
+        scored = score_task(Subject(base, body, first, spec.seed), asked, report)
+        metrics += metric_rows(task, spec.score_on, rows, scored)
+        predictions.append(prediction_rows(name, spec.score_on, scored))
     return pd.DataFrame(metrics), pd.concat(predictions, ignore_index=True)
 
 

@@ -13,11 +13,13 @@ which takes everything from LoRA and adds a penalty to the loss.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from lori_nb.lab import continual
 from lori_nb.lab.baselines import lora_fa_optimiser
 from lori_nb.lab.extensions import source_digest
 from lori_nb.lab.specs import RunSpec
@@ -25,11 +27,14 @@ from lori_nb.method.adapters import Adapter, Factors, LowRank
 from lori_nb.method.masks import magnitude_masks, random_masks
 from lori_nb.method.subspaces import down_projection, fresh_subspace, subspace_id
 
+if TYPE_CHECKING:
+    from lori_nb.lab.stages import Stage
+
 Live = dict[str, LowRank]
 Gradients = Mapping[str, Tensor]
 LOW_RANK = "low-rank"
 FACTORED = (LOW_RANK, "dora")  # forms that leave factors A and B
-HOOKS = ("penalty", "transform", "after_step", "optimiser")
+HOOKS = ("penalty", "transform", "after_step", "optimiser", "begin")
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,12 @@ class Method:
         penalty: hook (live, step) → scalar added to the loss.
         transform: hook (list of task gradients by name, step) → gradient by name; replaces the sum over tasks.
         after_step: hook (live, step), run after every optimiser step.
+        begin: hook (stage) → hooks of this run by name ("penalty", "transform", "after_step"), called where training
+            goes on from an earlier task's run; ``stage`` (:class:`lori_nb.lab.stages.Stage`) gives the earlier tasks'
+            rows, adapters and gradients.
+        grows: whether such a run adds factors of its own beside those of earlier tasks, which stay as they are.
+        strengths: numbers that ``begin`` takes, by name, with their defaults; a run's ``options`` change them.
+            "memory" is how many training rows of every earlier task are kept for it.
     """
 
     name: str
@@ -61,6 +72,9 @@ class Method:
     penalty: Callable[[Live, int], Tensor] | None = None
     transform: Callable[[Sequence[Gradients], int], Gradients] | None = None
     after_step: Callable[[Live, int], None] | None = None
+    begin: Callable[[Stage], Mapping[str, Callable]] | None = None
+    grows: bool = False
+    strengths: Mapping[str, float] = field(default_factory=dict)
     built_in: bool = False
 
     @property
@@ -69,6 +83,10 @@ class Method:
         hooks = {name: getattr(self, name) for name in HOOKS}
         given = tuple(hook for hook in hooks.values() if hook is not None)
         return source_digest(given, repr(replace(self, **dict.fromkeys(hooks))))
+
+
+def _continual(name: str, title: str, begin: Callable, grows: bool = False, **strengths: float) -> Method:
+    return Method(name, title, begin=begin, grows=grows, strengths=strengths, built_in=True)
 
 
 METHODS: dict[str, Method] = {
@@ -83,6 +101,10 @@ METHODS: dict[str, Method] = {
         Method("lora-fa", "LoRA-FA", trains_A=False, optimiser=lora_fa_optimiser, built_in=True),
         Method("dora", "DoRA", form="dora", built_in=True),
         Method("full", "Full fine-tuning", form="full", built_in=True),
+        _continual("ewc", "LoRA + EWC", continual.elastic_weights, strength=100.0, memory=64),
+        _continual("o-lora", "O-LoRA", continual.orthogonal_subspaces, grows=True, strength=0.5, memory=0),
+        _continual("replay", "LoRA + replay", continual.replay, rows=2, memory=64),
+        _continual("memory-projection", "Ortho-LoRA on memory", continual.projected_off_memory, rows=4, memory=64),
     )
 }
 
@@ -127,7 +149,8 @@ def initial_live(
         adapter_of: gives the adapter of a finished run; asked for the spec's ``start`` and ``calibration``.
     """
     chosen = get_method(spec.method)
-    factors = dict(adapter_of(spec.start).factors) if spec.start else fresh_factors(spec, shapes)
+    goes_on = spec.start is not None and not chosen.grows
+    factors = dict(adapter_of(spec.start).factors) if goes_on else fresh_factors(spec, shapes)
     masks = masks_of(spec, shapes, adapter_of) if chosen.masked else {}
     return {name: LowRank(f, train_A=chosen.trains_A, mask=masks.get(name)) for name, f in factors.items()}
 
@@ -156,16 +179,19 @@ class MaskOrigin:
         calibrated: whether it is found by magnitude in a calibration run; else it is drawn at random.
         fresh_A: whether the masked run draws another A than its calibration had. The mask's columns then belong to
             rank directions that no longer exist; the LoRI authors' code does so.
+        disjoint: whether entries that earlier tasks of a sequence hold are left to them, so that none of them moves.
     """
 
     calibrated: bool
     fresh_A: bool
+    disjoint: bool = False
 
 
 MASK_ORIGINS = {
     "same-a": MaskOrigin(calibrated=True, fresh_A=False),
     "fresh-a": MaskOrigin(calibrated=True, fresh_A=True),
     "random": MaskOrigin(calibrated=False, fresh_A=False),
+    "free": MaskOrigin(calibrated=True, fresh_A=False, disjoint=True),
 }
 
 
@@ -193,4 +219,6 @@ def calibrated_masks(spec: RunSpec, adapter_of: Callable[[RunSpec], Adapter]) ->
     if spec.calibration.start is not None:
         before = adapter_of(spec.calibration.start).factors
         moved = {name: B - before[name].B for name, B in moved.items()}
-    return magnitude_masks(moved, spec.sparsity, spec.mask_scope, spec.mask_structure)
+    disjoint = get_mask_origin(spec.mask_origin).disjoint and spec.start is not None
+    taken = adapter_of(spec.start).masks if disjoint else None
+    return magnitude_masks(moved, spec.sparsity, spec.mask_scope, spec.mask_structure, taken)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,11 +14,12 @@ from importlib.metadata import version
 
 from lori_nb.analysis import merging
 from lori_nb.analysis.merging import MERGE_METHODS
-from lori_nb.lab import baselines, evaluation, generation, gradients, prefix, scoring, telemetry, text
+from lori_nb.lab import baselines, continual, evaluation, generation, gradients, prefix, scoring, telemetry, text
 from lori_nb.lab.extensions import is_own, source_digest
 from lori_nb.lab.methods import LOW_RANK, METHODS, get_mask_origin, get_method, subspace_of
 from lori_nb.lab.models import base_digest, base_kind, resolve_dtype
 from lori_nb.lab.specs import SCHEDULES, MergeSpec, RunSpec, Spec
+from lori_nb.lab.stages import earlier_runs
 from lori_nb.lab.tasks import SPLITS, Task, get_task, rows_digest
 from lori_nb.lab.tasks.reading import DATA_VARIABLE
 from lori_nb.method import adapters, conflicts, masks, projection, solvers, subspaces, task_gradients
@@ -123,6 +125,8 @@ def _extension_digests(spec: Spec) -> tuple[tuple[str, str], ...]:
         functions[f"merge:{spec.merge}"] = MERGE_METHODS[spec.merge]
     elif not get_method(spec.method).built_in:
         found.append(("method", get_method(spec.method).source_digest))
+    elif get_method(spec.method).begin is not None:
+        found.append(("recipe:continual", str(continual.RECIPE)))
     return (*found, *((label, source_digest((f,))) for label, f in functions.items() if not is_own(f)))
 
 
@@ -140,7 +144,7 @@ def _require(name: str, found: object, good: bool, wanted: str) -> None:
 
 
 def _check_run(spec: RunSpec) -> None:
-    for name in ("rank", "batch_size", "train_rows"):
+    for name in ("rank", "batch_size", "train_rows", "watch_rows"):
         _require(name, getattr(spec, name), getattr(spec, name) >= 1, "at least 1")
     for name in ("steps", "shots", "seed", "weight_decay"):
         _require(name, getattr(spec, name), getattr(spec, name) >= 0, "at least 0")
@@ -160,14 +164,32 @@ def _check_run(spec: RunSpec) -> None:
         )
     rows = spec.micro_batch_rows
     _require("micro_batch_rows", rows, rows is None or rows >= 1, "at least 1, or none")
+    _require("watch", spec.watch, all(1 <= step <= spec.trained_steps for step in spec.watch), "steps of the run")
     for name, value in spec.options:
-        _require("options", name, name in OPTIONS, f"among {', '.join(OPTIONS)}")
-        _require(f"option {name}", value, value in OPTIONS[name], f"one of {', '.join(OPTIONS[name])}")
+        _check_option(spec, name, value)
     solvers.check_orders(dict(spec.options).get("order", "random"), len(spec.tasks))
     _require("tasks", spec.tasks, len(spec.tasks) >= 1, "at least one")
     least = len(spec.tasks)
     _require("batch_size", spec.batch_size, spec.batch_size >= least, f"at least one row a task, {least}")
     _check_parents(spec)
+
+
+def _check_option(spec: RunSpec, name: str, value: str) -> None:
+    """A switch of the conflict solver, or a number of the method."""
+    strengths = get_method(spec.method).strengths
+    known = (*OPTIONS, *strengths)
+    _require("options", name, name in known, f"among {', '.join(known)}")
+    if name in OPTIONS:
+        _require(f"option {name}", value, value in OPTIONS[name], f"one of {', '.join(OPTIONS[name])}")
+    else:
+        _require(f"option {name} of {spec.method}", value, _is_amount(value), "a number of at least 0")
+
+
+def _is_amount(value: str) -> bool:
+    try:
+        return 0 <= float(value) < math.inf
+    except ValueError:
+        return False
 
 
 def _check_parents(spec: RunSpec) -> None:
@@ -179,6 +201,12 @@ def _check_parents(spec: RunSpec) -> None:
             _require_low_rank(f"method of the {place} run", parent)
     if spec.start is not None:
         _require_low_rank("method of a run that goes on from another", spec)
+        grown, grows = (get_method(each.method).grows for each in (spec.start, spec))
+        wanted = "one that leaves the rank as it was, or the run's own to be one that adds factors too"
+        _require("method of the start run", spec.start.method, grows or not grown, wanted)
+        if get_method(spec.method).begin is not None:
+            several = [run.tasks for run in earlier_runs(spec) if len(run.tasks) > 1]
+            _require("tasks of earlier runs", several, not several, f"one each for method {spec.method}")
     same = ("base", "rank", "modules", "last_layers")
     for place, parent, names in (("start", spec.start, (*same, "alpha")), ("calibration", spec.calibration, same)):
         for name in names if parent is not None else ():
@@ -192,6 +220,11 @@ def _check_mask_origin(spec: RunSpec) -> None:
     found = spec.calibration
     _require(f"calibration of method {spec.method}", found, origin.calibrated == bool(found), wanted)
     _require("start", start, start is None or not origin.fresh_A, "None with fresh-a, which draws another A")
+    if origin.disjoint and start is not None:
+        masked = get_method(start.method).masked
+        _require(
+            "method of the start run", start.method, masked, f"one under masks with mask_origin {spec.mask_origin}"
+        )
     if origin.calibrated:
         _require("tasks of the calibration run", found.tasks, found.tasks == spec.tasks, f"the run's own, {spec.tasks}")
     if origin.calibrated and not origin.fresh_A and start is None:

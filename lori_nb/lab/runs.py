@@ -32,7 +32,7 @@ from lori_nb.lab.paths import runs_folder, write_atomically
 from lori_nb.lab.provenance import provenance
 from lori_nb.lab.resolving import resolve
 from lori_nb.lab.specs import RunSpec, Spec, from_payload, to_payload, with_parents
-from lori_nb.lab.training import Report
+from lori_nb.lab.training import Report, quiet
 from lori_nb.method.adapter_file import adapter_hash, load_adapter, save_adapter
 from lori_nb.method.adapters import Adapter
 
@@ -81,6 +81,12 @@ class Run:
         return pd.read_parquet(self.folder / "conflicts.parquet")
 
     @cached_property
+    def watched(self) -> pd.DataFrame:
+        """Scores taken while it trained, by step; empty where none were."""
+        file = self.folder / "watched.parquet"
+        return pd.read_parquet(file) if file.exists() else pd.DataFrame(columns=["step", "task", "value"])
+
+    @cached_property
     def adapter(self) -> Adapter:
         """What was trained; ValueError for a run that left none: the bare base, a merge, full fine-tuning."""
         file = self.folder / "adapter.safetensors"
@@ -98,10 +104,6 @@ class Run:
         if rows.empty:
             raise KeyError(f"run {self.hash} has no score of {task!r}" + (f" by {metric!r}" if metric else ""))
         return float(rows["value"].iloc[0])  # a task's own metric stands first
-
-
-def quiet(stage: str, done: int, total: int) -> None:
-    """A report that says nothing."""
 
 
 class Store:
@@ -217,7 +219,7 @@ class Store:
             "predictions": outcome.predictions,
             "history": outcome.history,
             "conflicts": outcome.conflicts,
-        }
+        } | ({"watched": outcome.watched} if len(outcome.watched) else {})
         for name, table in tables.items():
             table.to_parquet(folder / f"{name}.parquet", index=False)
         facts = dict(outcome.facts)

@@ -35,6 +35,7 @@ class RunSpec:
     ``stop_after`` ends training after so many of the schedule's ``steps``, as a calibration by a part of a run does.
     ``micro_batch_rows`` rows, of all tasks, are computed at a time (None: all), and with ``checkpointing`` the backward
     pass computes activations again instead of keeping them: less memory; the former rounds sums in another order.
+    After each of the steps in ``watch`` the scored tasks are scored on their first ``watch_rows`` rows.
     """
 
     method: str
@@ -71,6 +72,8 @@ class RunSpec:
     schedule: str = _later("linear")
     micro_batch_rows: int | None = _later(None)
     checkpointing: bool = _later(False)
+    watch: tuple[int, ...] = _later(())
+    watch_rows: int = _later(32)
 
     kind: ClassVar[str] = "run"
 
@@ -108,7 +111,9 @@ class RunSpec:
 
 @dataclass(frozen=True)
 class MergeSpec:
-    """Finished adapters merged without training: Σ weight · ΔW_i by ``merge``, scored on the tasks of its parts."""
+    """Finished adapters merged without training: Σ weight · ΔW_i by ``merge``, scored on the tasks of its parts, or on
+    those of ``evaluate``.
+    """
 
     parts: tuple[RunSpec, ...]
     weights: tuple[float, ...]
@@ -116,12 +121,14 @@ class MergeSpec:
     test_rows: int = 256
     score_on: str = "test"
     digests: tuple[tuple[str, str], ...] = field(default=())
+    evaluate: tuple[str, ...] | None = _later(None)
 
     kind: ClassVar[str] = "merge"
 
     @property
     def scored(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(task for part in self.parts for task in part.tasks))
+        """The tasks whose rows are scored."""
+        return self.evaluate or self.tasks
 
     @property
     def parents(self) -> tuple[RunSpec, ...]:
@@ -141,7 +148,8 @@ class MergeSpec:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        return self.scored
+        """The tasks of the parts, each once."""
+        return tuple(dict.fromkeys(task for part in self.parts for task in part.tasks))
 
     @property
     def hash(self) -> str:
@@ -207,12 +215,15 @@ def from_payload(data: dict | None) -> Spec | None:
     pairs = tuple(tuple(pair) for pair in data["digests"])
     if kind == "merge":
         parts = tuple(from_payload(part) for part in data["parts"])
-        return MergeSpec(**{**data, "parts": parts, "weights": tuple(data["weights"]), "digests": pairs})
+        evaluate = tuple(data["evaluate"]) if data.get("evaluate") else None
+        lists = {"parts": parts, "weights": tuple(data["weights"]), "digests": pairs, "evaluate": evaluate}
+        return MergeSpec(**{**data, **lists})
     changed = {
         "tasks": tuple(data["tasks"]),
         "evaluate": tuple(data["evaluate"]) if data["evaluate"] else None,
         "options": tuple(tuple(pair) for pair in data["options"]),
         "family": tuple(data.get("family", ())),
+        "watch": tuple(data.get("watch", ())),
         "start": from_payload(data["start"]),
         "calibration": from_payload(data["calibration"]),
         "digests": pairs,

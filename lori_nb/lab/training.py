@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
@@ -23,6 +23,7 @@ from lori_nb.lab.gradients import TaskData, TaskGradients, batch_indices, recomp
 from lori_nb.lab.methods import Live, get_method
 from lori_nb.lab.models import Base
 from lori_nb.lab.specs import RunSpec
+from lori_nb.lab.stages import RUN_HOOKS, Earlier, Stage, hooks_of
 from lori_nb.lab.telemetry import LOOKS, Telemetry, relative_change
 from lori_nb.method.adapters import LowRank
 from lori_nb.method.conflicts import Conflicts, combine_stacked, conflicts_of
@@ -33,17 +34,24 @@ CHECKPOINT_SECONDS = 20.0
 Report = Callable[[str, int, int], None]
 
 
+def quiet(stage: str, done: int, total: int) -> None:
+    """A report that says nothing."""
+
+
 class NonFiniteLossError(ArithmeticError):
     """A task's loss or the gradient became infinite or NaN; the last good checkpoint is kept."""
 
 
 @dataclass
 class Trained:
-    """What training leaves: the loss history and, for several tasks, how their gradients conflicted."""
+    """What training leaves: the loss history, for several tasks how their gradients conflicted, and the scores that
+    were taken on the way.
+    """
 
     history: list[dict]
     conflicts: pd.DataFrame
     seconds: float
+    watched: list[dict] = field(default_factory=list)
 
 
 def learning_rate_at(step: int, spec: RunSpec) -> float:
@@ -57,9 +65,21 @@ def learning_rate_at(step: int, spec: RunSpec) -> float:
 
 
 def train(
-    spec: RunSpec, base: Base, body: nn.Module, live: Live, tasks: Sequence[TaskData], checkpoint: Path, report: Report
+    spec: RunSpec,
+    base: Base,
+    body: nn.Module,
+    live: Live,
+    tasks: Sequence[TaskData],
+    checkpoint: Path,
+    report: Report,
+    earlier: Sequence[Earlier] = (),
+    watch: Callable[[int], list[dict]] = lambda step: [],
 ) -> Trained:
     """Train ``live`` in place, from its checkpoint if there is one that can be read (else with a warning).
+
+    Args:
+        earlier: the stages before this run's, for a method that looks at them.
+        watch: gives the scores after so many steps, asked at the steps of ``spec.watch``.
 
     Raises:
         NonFiniteLossError: names task and step; nothing after the last finite look is kept.
@@ -67,14 +87,17 @@ def train(
     """
     started = time.perf_counter()
     loop = Loop(spec, base, body, live, tasks)
-    state = loop.restore(checkpoint) or {"step": 0, "history": [], "seconds": 0.0}
-    history, first = state["history"], state["step"]
-    distributed.check_same("the step of the checkpoint", first)
-    pending, saved = [], started
     with put_in_place(base.body, live), recomputed(body, spec.checkpointing):
+        loop.begin(earlier)
+        state = {"step": 0, "history": [], "seconds": 0.0, "watched": []} | (loop.restore(checkpoint) or {})
+        history, watched, first = state["history"], state["watched"], state["step"]
+        distributed.check_same("the step of the checkpoint", first)
+        pending, saved = [], started
         for step in range(first, spec.trained_steps):
             losses, norm = loop.step(step)
             pending.append({"step": step, "lr": learning_rate_at(step, spec), "losses": losses, "norm": norm})
+            if step + 1 in spec.watch:
+                watched += watch(step + 1)
             if (step + 1) % LOOK_EVERY == 0 or step + 1 == spec.trained_steps:
                 history += _look(pending, tasks)
                 pending = []
@@ -82,12 +105,13 @@ def train(
                 due = time.perf_counter() - saved > CHECKPOINT_SECONDS and step + 1 < spec.trained_steps
                 if due and distributed.is_main():
                     spent = state["seconds"] + time.perf_counter() - started
-                    loop.save(checkpoint, {"step": step + 1, "history": history, "seconds": spent})
+                    about = {"step": step + 1, "history": history, "seconds": spent, "watched": watched}
+                    loop.save(checkpoint, about)
                     saved = time.perf_counter()
     if distributed.count() > 1:
         distributed.check_same("the trained parameters (their SHA-256)", _digest(loop.named))
     conflicts = loop.telemetry.table() if loop.telemetry else pd.DataFrame()
-    return Trained(history, conflicts, state["seconds"] + time.perf_counter() - started)
+    return Trained(history, conflicts, state["seconds"] + time.perf_counter() - started, watched)
 
 
 def named_parameters(live: Live, tasks: Sequence[TaskData]) -> dict[str, nn.Parameter]:
@@ -119,6 +143,18 @@ class Loop:
         self.together = len(tasks) > 1 and all(isinstance(low, LowRank) for low in live.values())
         self.telemetry = Telemetry([task.name for task in tasks]) if len(tasks) > 1 else None
         self.solver_state: dict[str, Tensor] = {}
+        self.hooks: dict[str, Callable | None] = {name: getattr(self.method, name) for name in RUN_HOOKS}
+
+    def begin(self, earlier: Sequence[Earlier]) -> None:
+        """Let the method look at the stages before, with the factors attached and as they begin."""
+        if earlier:
+            self.hooks = hooks_of(
+                self.spec, Stage(self.spec, self.live, self.named, tuple(earlier), self._gradients_at)
+            )
+
+    def _gradients_at(self, batches, named: Mapping[str, nn.Parameter]) -> TaskGradients:
+        rows = self.spec.micro_batch_rows
+        return task_gradients(self.base, self.body, batches, named, rows, self.live if len(batches) > 1 else None)
 
     def step(self, step: int) -> tuple[Tensor, Tensor]:
         """One optimiser step; returns task losses (T) and the gradient norm before clipping, still on the device."""
@@ -126,8 +162,8 @@ class Loop:
         combined, blocks = self._combined(found, step)
         if self.telemetry is not None:
             self._record(step, found, combined, blocks, halves)
-        if self.method.penalty is not None:
-            extra = torch.autograd.grad(self.method.penalty(self.live, step), self.parameters, allow_unused=True)
+        if self.hooks["penalty"] is not None:
+            extra = torch.autograd.grad(self.hooks["penalty"](self.live, step), self.parameters, allow_unused=True)
             pairs = zip(self.named, extra, strict=True)
             combined = {name: combined[name] if e is None else combined[name] + e for name, e in pairs}
         for name, parameter in self.named.items():
@@ -137,9 +173,9 @@ class Loop:
             group["lr"] = learning_rate_at(step, self.spec)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
-        if self.method.after_step is not None:
+        if self.hooks["after_step"] is not None:
             with torch.no_grad():
-                self.method.after_step(self.live, step)
+                self.hooks["after_step"](self.live, step)
         return found.losses, norm
 
     @property
@@ -175,8 +211,8 @@ class Loop:
         A head has a gradient from its own task alone, so it is neither projected nor averaged.
         """
         tasks, blocks = len(found.losses), None
-        if self.method.transform is not None:
-            shared = dict(self.method.transform([found.of(task) for task in range(tasks)], step))
+        if self.hooks["transform"] is not None:
+            shared = dict(self.hooks["transform"]([found.of(task) for task in range(tasks)], step))
         elif self.method.projects and tasks > 1:
             shared, blocks = self._solved(found.shared, step)
         else:

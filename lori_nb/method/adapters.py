@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,25 @@ class Adapter:
     def redrawable(self) -> bool:
         """Whether seed and subspace give A again on every platform, so that it need not be stored."""
         return self.frozen_A and is_portable(self.subspace)
+
+
+def grown(before: Adapter, added: Adapter) -> Adapter:
+    """Two adapters of one base as one whose update is the sum of theirs: factors side by side, ranks added.
+
+    A (r_1 + r_2) × d_in and B d_out × (r_1 + r_2); extras are those of ``added``, α grows with the rank. What is known
+    of one draw of A no longer holds for the whole, so A counts as trained and masks are left behind.
+
+    Raises ValueError unless both sit on the same modules with the same scales.
+    """
+    scales = [{name: f.scale for name, f in each.factors.items()} for each in (before, added)]
+    if scales[0] != scales[1]:
+        raise ValueError("adapters must sit on the same modules with the same scales to grow together")
+    factors = {
+        name: Factors(torch.cat([before.factors[name].A, f.A]), torch.cat([before.factors[name].B, f.B], 1), f.scale)
+        for name, f in added.factors.items()
+    }
+    rank, alpha = before.rank + added.rank, before.alpha + added.alpha
+    return replace(added, factors=factors, rank=rank, alpha=alpha, frozen_A=False, masks=None)
 
 
 def layer_number(module: str) -> int | None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lori_nb.method.projection import check_reference, send
+from lori_nb.method.projection import check_reference, projection_matrices, random_orders, send
 from lori_nb.method.solvers import ORDERS, Problem, get_solver
 
 RECIPE = 1  # raise when the same gradients give another combination
@@ -105,6 +105,36 @@ def combine_stacked(
         sums = {name: coefficients[place[name]].to(row) @ row for name, row in rows.items()}
     combined = {name: sums[name].reshape(each.shape[1:]).to(each.dtype) for name, each in gradients.items()}
     return combined, _conflicts(groups, gramians, problem.told.get("removed"))
+
+
+@torch.no_grad()
+def project_off(
+    gradient: Mapping[str, Tensor],
+    others: Mapping[str, Tensor],
+    generator: torch.Generator,
+    grouping: str | Callable[[str], str] = "tensor",
+) -> dict[str, Tensor]:
+    """One gradient projected off T others where it conflicts with them, block by block, in random order; the others
+    take no part in the result.
+
+    Args:
+        gradient: tensor name → gradient.
+        others: the same names → gradients (T × its shape), original ones: they are not projected themselves.
+        generator: draws the order in every block; a CPU generator gives the same orders on every device.
+
+    Raises:
+        ValueError: names or shapes that differ.
+    """
+    if set(gradient) != set(others):
+        raise ValueError(f"others must have the tensors of gradient; they differ in {set(gradient) ^ set(others)}")
+    stacked = {name: torch.cat([each.unsqueeze(0), others[name].to(each.dtype)]) for name, each in gradient.items()}
+    tasks = _check_stacked(stacked)
+    with _exact_products(stacked):
+        groups, place, gramians, rows = _blocks(stacked, grouping)
+        orders = random_orders(len(groups), tasks, generator)
+        coefficients = projection_matrices(gramians, orders)[:, 0]  # of the gradient itself
+        sums = {name: coefficients[place[name]].to(row) @ row for name, row in rows.items()}
+    return {name: sums[name].reshape(each.shape).to(each.dtype) for name, each in gradient.items()}
 
 
 @torch.no_grad()

@@ -78,7 +78,11 @@ def kept_of(entries: int, sparsity: float) -> int:
 
 
 def magnitude_masks(
-    Bs: Mapping[str, Tensor], sparsity: float, scope: str = "model", structure: str = "entries"
+    Bs: Mapping[str, Tensor],
+    sparsity: float,
+    scope: str = "model",
+    structure: str = "entries",
+    taken: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Masks that keep, in every group of the scope, exactly k entries of largest |B| (or rows of largest norm).
 
@@ -87,23 +91,69 @@ def magnitude_masks(
         sparsity: share of zeros, in [0, 1).
         scope: a key of :data:`SCOPES`; the paper's masks are "model".
         structure: one of :data:`STRUCTURES`; the paper's masks are "entries".
+        taken: module name → bool mask (d_out × r) of entries that must not be kept; a row with one of them is taken.
 
     Returns:
         module name → bool mask of B's shape, on B's device, names in the order of ``Bs``.
 
     Raises:
-        ValueError: sparsity, scope or structure outside their range, no module at all, or a B that is not finite
-            (named).
+        ValueError: sparsity, scope or structure outside their range, no module at all, a B that is not finite
+            (named), masks in ``taken`` of other modules or shapes, or a group with fewer than k free entries.
     """
     check_structure(structure)
+    if taken is not None:
+        _check_taken(Bs, taken)
     for name, B in Bs.items():
         if not torch.isfinite(B).all():
             raise ValueError(f"B must be finite in every module; found NaN or infinity in {name!r}")
     scores = {name: _magnitudes(B) for name, B in Bs.items()}
     if structure == "rows":
         scores = {name: _row_norms(magnitudes) for name, magnitudes in scores.items()}
+    if taken is not None:
+        held = {name: mask.any(dim=1) if structure == "rows" else mask for name, mask in taken.items()}
+        _check_free(held, sparsity, scope, structure)
+        # Below every magnitude, so that a taken entry comes after all free ones.
+        scores = {name: np.where(held[name].cpu().numpy(), -1, score) for name, score in scores.items()}
     masks = _largest(scores, sparsity, scope)
     return {name: _whole(masks[name], B.shape, structure).to(B.device) for name, B in Bs.items()}
+
+
+def capacity(entries: int, sparsity: float) -> int:
+    """How many tasks with disjoint masks of k = kept_of(entries, sparsity) entries fit into one group: ⌊entries / k⌋.
+
+    Raises ValueError for a sparsity that keeps nothing, since then any number fits.
+    """
+    k = kept_of(entries, sparsity)
+    if k == 0:
+        raise ValueError(f"sparsity must keep at least one of {entries} entries; found {sparsity}")
+    return entries // k
+
+
+def _check_taken(Bs: Mapping[str, Tensor], taken: Mapping[str, Tensor]) -> None:
+    if set(taken) != set(Bs):
+        raise ValueError(f"taken must have the modules of Bs; they differ in {sorted(set(taken) ^ set(Bs))[:3]}")
+    for name, mask in taken.items():
+        _check_mask(mask)
+        if mask.shape != Bs[name].shape:
+            raise ValueError(
+                f"taken must have the shape of B in every module; found {tuple(mask.shape)} for {name!r}, "
+                f"whose B has {tuple(Bs[name].shape)}"
+            )
+
+
+def _check_free(held: Mapping[str, Tensor], sparsity: float, scope: str, structure: str) -> None:
+    sizes: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for name, flags in held.items():
+        total = sizes[group_of(name, scope)]
+        total[0] += flags.numel()
+        total[1] += int((~flags).sum())
+    for group, (size, free) in sizes.items():
+        if free < (k := kept_of(size, sparsity)):
+            where = f" in {group}" if group else ""
+            raise ValueError(
+                f"masks must find {k} free {structure} of {size}{where} at sparsity {sparsity:g}; found {free}: "
+                f"{size // k} tasks with disjoint masks fit"
+            )
 
 
 def random_masks(

@@ -57,7 +57,8 @@ def single(
     if not get_mask_origin(spec.mask_origin).calibrated:
         return replace(spec, **sparse)
     dense = get_method(method).calibration
-    calibration = single(settings, dense, task, seed, start=_calibration_start(spec), evaluate=spec.evaluate)
+    scored = {"evaluate": spec.evaluate, "watch": spec.watch, "watch_rows": spec.watch_rows}
+    calibration = single(settings, dense, task, seed, start=_calibration_start(spec), **scored)
     if calibration_share < 1:
         calibration = replace(calibration, stop_after=max(1, round(calibration_share * calibration.steps)))
     return replace(spec, calibration=calibration, **sparse)

@@ -26,8 +26,9 @@ from tqdm.auto import tqdm
 from lori_nb.lab.paths import PROJECT, data_folder, write_atomically
 from lori_nb.lab.provenance import git_state
 from lori_nb.lab.resolving import resolve
-from lori_nb.lab.runs import Run, Store, done_of, quiet
+from lori_nb.lab.runs import Run, Store, done_of
 from lori_nb.lab.specs import Spec
+from lori_nb.lab.training import quiet
 from lori_nb.study import style
 from lori_nb.study.lifeline import start_lifeline
 from lori_nb.study.plans import PLANS
