@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from lori_nb.analysis.continual import average_score, backward_transfer, forgetting, forward_transfer
+from lori_nb.analysis.continual import average_score, backward_transfer, forgetting, forward_transfer, intransigence
 
 NAN = math.nan
 # Task 0 is best after stage 1, so forgetting and backward transfer differ.
@@ -23,6 +23,7 @@ def test_values_worked_by_hand():
     np.testing.assert_array_equal(forgetting(R), [0.75 - 0.25, 0.5 - 0.75, NAN])
     assert backward_transfer(R) == ((0.25 - 0.5) + (0.75 - 0.5)) / 2
     assert forward_transfer(R, [0.0, 0.125, 0.25]) == ((0.25 - 0.125) + (0.25 - 0.25)) / 2
+    assert intransigence(R, [0.75, 0.5, 0.75]) == ((0.75 - 0.5) + (0.5 - 0.5) + (0.75 - 1.0)) / 3
 
 
 @given(matrix=MATRICES)
@@ -91,3 +92,10 @@ def test_input_is_not_altered():
 def test_bad_input_is_named(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_intransigence_counts_trained_tasks_with_a_reference():
+    assert intransigence([[0.5, 0.1, 0.3], [0.4, 0.6, 0.2]], [0.75, NAN, 1.0]) == 0.25
+    assert math.isnan(intransigence([[0.5]], [NAN]))
+    with pytest.raises(ValueError, match="reference must have shape \\(3,\\), one score a task; found \\(2,\\)"):
+        intransigence(R, [0.5, 0.5])

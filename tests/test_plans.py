@@ -53,20 +53,21 @@ def test_a_task_may_have_steps_of_its_own():
 def test_lori_s_is_calibrated_by_the_very_lori_d_runs_that_the_study_trains_anyway():
     settings = load_settings("quick")
     planned = set(PLANS["01_lori"](settings)) | set(PLANS["06_forgetting"](settings))
-    sparse = [spec for spec in planned if spec.method == "lori-s"]
-    assert len(sparse) == 7  # four tasks, and three after the first one
+    sparse = [spec for spec in planned if spec.method == "lori-s" and spec.kind == "run"]
+    assert len(sparse) == 8  # four tasks, and two after the first one with masks of two kinds
     for spec in sparse:
         assert spec.calibration in planned
         assert spec.calibration.method == "lori-d" and spec.calibration.tasks == spec.tasks
         assert (spec.start is None) == (spec.calibration.start is None)
 
 
-def test_forgetting_starts_with_safety_and_scores_both_tasks():
+def test_forgetting_starts_with_safety_and_scores_every_task():
     settings = load_settings("quick")
-    later = [spec for spec in PLANS["06_forgetting"](settings) if spec.start is not None]
-    assert settings.first == "refusal"
-    assert {spec.start.tasks for spec in later} == {("refusal",)}
-    assert {spec.scored for spec in later} == {("refusal", task) for task in settings.tasks if task != "refusal"}
+    later = [spec for spec in PLANS["06_forgetting"](settings) if spec.kind == "run" and spec.start is not None]
+    assert settings.sequence[0] == "refusal"
+    assert {spec.start.tasks for spec in later} == {settings.sequence[:1], settings.sequence[1:2]}
+    assert {spec.scored for spec in later} == {settings.sequence}
+    assert {bool(spec.watch) for spec in later if spec.start.start is None} == {True}
 
 
 def test_the_report_asks_for_nothing_new():
@@ -100,7 +101,7 @@ def test_encoder_tasks_bring_their_base_and_need_no_few_shot_runs():
         ({"rank": 2.5}, "rank must be a whole number; found 2.5"),
         ({"subspace": "own"}, "subspace must be one of independent, shared, orthogonal; found 'own'"),
         ({"mask_scope": "block"}, "mask_scope must be one of model, layer, .*found 'block'"),
-        ({"first": "gsm8k"}, "first must be one of .*refusal; found 'gsm8k'"),
+        ({"first": "gsm8k"}, "first must be one of refusal, .*; found 'gsm8k'"),
         ({"seed": []}, "seed must hold at least one value"),
         ({"merges": "tiess"}, "merge must be one of cat, linear.*; found 'tiess'"),
     ],

@@ -19,7 +19,7 @@ from lori_nb.lab.tasks import get_task
 from lori_nb.lab.tasks.refusal import refusal_splits
 from lori_nb.lab.telemetry import HALVES
 from lori_nb.method.adapters import layer_number
-from lori_nb.study import claims, conflict, forgetting, geometry, notebook, questions, sharing, summary
+from lori_nb.study import claims, conflict, geometry, notebook, questions, sharing, summary
 from lori_nb.study.cells import joint, single
 from lori_nb.study.joint_arms import JOINT_ARMS, arrangement_specs, joint_arm_spec
 from lori_nb.study.profiles import load_settings
@@ -234,7 +234,7 @@ def test_an_unfinished_study_says_so(settings, tmp_path):
 
 
 def test_a_study_with_one_method_leaves_claims_on_others_unmeasured(settings, results):
-    alone = replace(results, settings=replace(settings, method=("lora",)))
+    alone = replace(results, settings=replace(settings, method=("lora",), ways=("lora",)))
     judged = claims.judged(alone)
     assert (judged.loc[judged["paper"] == claims.LORI, "verdict"] == "not measured").all()
     assert (judged.loc[judged["paper"] == claims.ORTHO_LORA, "verdict"] != "not measured").all()
@@ -391,33 +391,6 @@ def test_merges(results, settings):
     assert best.equals(merged.groupby(["method", "merge"], sort=False)["value"].max())
     assert len(questions.scores_at_best(results)) == len(best) * len(settings.tasks)
     assert len(questions.merge_lines(results)) == len(settings.method)
-
-
-def test_forgetting_is_before_minus_after(results, settings):
-    assert settings.first == "refusal" and forgetting.guarded_class(settings) == 1
-    lost = forgetting.forgetting_scores(results)
-    for row in lost.itertuples():
-        before, after = (results.run(s) for s in forgetting.continued(settings, row.method, row.then, 0))
-        assert row.value == pytest.approx(before.value("refusal") - after.value("refusal"))
-        matrix = forgetting.accuracy_matrix(results, row.method)
-        assert matrix.loc[f"then {row.then}", "refusal"] == after.value("refusal")
-        assert np.isnan(matrix.loc["refusal alone", row.then])
-
-
-def test_kept_answers_count_only_rows_that_were_right(results, settings):
-    kept = forgetting.kept_answers(results)
-    for row in kept.itertuples():
-        runs = [results.run(s) for s in forgetting.continued(settings, row.method, row.then, 0)]
-        before, after = (r.predictions[r.predictions.task == "refusal"].set_index("row")["correct"] for r in runs)
-        assert row.value == pytest.approx(after[before == 1].mean())
-    harmful = forgetting.kept_answers(results, target=1)
-    assert len(harmful) <= len(kept)
-
-
-def test_later_tasks_are_scored_alone_and_after_the_first(results, settings):
-    table = forgetting.later_scores(results)
-    assert set(table["trained"]) == {"alone", "after refusal"} and set(table["task"]) == {"chain_sum"}
-    assert len(table) == 2 * len(settings.method)
 
 
 def test_the_report_judges_every_claim_with_n_and_says_that_one_seed_is_a_demonstration(results):

@@ -63,6 +63,24 @@ def forward_transfer(R: ArrayLike, baseline: ArrayLike) -> float:
     return _mean(R[tasks - 1, tasks] - baseline[tasks])
 
 
+def intransigence(R: ArrayLike, reference: ArrayLike) -> float:
+    """Mean over the tasks trained of reference[j] − R[j, j]: Chaudhry et al. (2018, RWalk), how much a learner that
+    guards its past loses on what is new.
+
+    ``reference`` (tasks,) is the score of a model free of the sequence (in the paper trained on all tasks so far; in
+    the kit's studies on the task alone). Negative means the sequence helped. Over the tasks with both scores; NaN when
+    there is none.
+
+    Raises ValueError when R is no such matrix, or the reference has not one score a task.
+    """
+    R = _matrix(R)
+    reference = np.asarray(reference, dtype=np.float64)
+    if reference.shape != (R.shape[1],):
+        raise ValueError(f"reference must have shape ({R.shape[1]},), one score a task; found {reference.shape}")
+    tasks = np.arange(len(R))
+    return _mean(reference[tasks] - R[tasks, tasks])
+
+
 def _matrix(R: ArrayLike) -> np.ndarray:
     R = np.asarray(R, dtype=np.float64)
     if R.ndim != 2 or not 1 <= R.shape[0] <= R.shape[1]:

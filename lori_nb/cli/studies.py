@@ -23,7 +23,9 @@ def study(
     base: BaseModel = "",
     jobs: Jobs = 2,
     plan: Annotated[bool, typer.Option("--plan", help="Print runs, steps and cost; do nothing.")] = False,
-    notebooks: Annotated[str, typer.Option(help="Some of the notebooks only: 01_lori,05_merging.")] = "",
+    notebooks: Annotated[
+        str, typer.Option("--notebooks", "--only", help="Some of the notebooks only: 01_lori,05_merging, or 01,05.")
+    ] = "",
     allow_code_execution: AllowCode = False,
 ) -> None:
     """Train what the notebooks need, each run once, then execute them all."""

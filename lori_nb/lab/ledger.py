@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -20,6 +20,7 @@ import pandas as pd
 from lori_nb.lab.paths import PROJECT, write_atomically
 
 KEY = ["run", "task", "metric", "split"]
+AFTER = "@"  # in a split: scored after so many steps, not at the end
 
 
 def ledger_folder() -> Path:
@@ -62,8 +63,18 @@ def append(table: pd.DataFrame, study: str, command: str, folder: Path | None = 
     return path
 
 
+def on_the_way(split: str, step: int) -> str:
+    """The split under which a score is kept that was taken after so many steps of a run."""
+    return f"{split}{AFTER}{step}"
+
+
 def rows_of(hashes: Iterable[str], folder: Path | None = None) -> pd.DataFrame:
-    """The ledger's rows for some runs."""
+    """The ledger's rows for some runs, as they ended."""
+    rows = _rows_of(hashes, folder)
+    return rows[~rows["split"].str.contains(AFTER)].reset_index(drop=True) if len(rows) else rows
+
+
+def _rows_of(hashes: Iterable[str], folder: Path | None) -> pd.DataFrame:
     known = read(folder)
     return known[known["run"].isin(set(hashes))].reset_index(drop=True)
 
@@ -74,6 +85,7 @@ class Measured:
 
     hash: str
     rows: pd.DataFrame
+    watched: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=["step", "task", "value"]))
 
     @property
     def provenance(self) -> dict:
@@ -127,8 +139,14 @@ def unpacked(right: bytes, n: int) -> np.ndarray:
 
 def measured(hashes: Iterable[str], folder: Path | None = None) -> dict[str, Measured]:
     """The runs among ``hashes`` that the ledger holds with the rows that were right."""
-    known = rows_of(hashes, folder)
+    known = _rows_of(hashes, folder)
     if "right" not in known:
         return {}
-    kept = known[known["right"].map(lambda right: isinstance(right, bytes))]
-    return {name: Measured(name, rows.reset_index(drop=True)) for name, rows in kept.groupby("run", sort=False)}
+    where = known["split"].str.partition(AFTER)
+    ended = where[1] == ""
+    kept = known[ended & known["right"].map(lambda right: isinstance(right, bytes))]
+    watched = known[~ended].assign(split=where[0], step=pd.to_numeric(where[2]))
+    return {
+        name: Measured(name, rows.reset_index(drop=True), watched[watched["run"] == name].reset_index(drop=True))
+        for name, rows in kept.groupby("run", sort=False)
+    }

@@ -31,6 +31,7 @@ from lori_nb.lab.laboratory import Outcome, carry_out, check_modules
 from lori_nb.lab.paths import runs_folder, write_atomically
 from lori_nb.lab.provenance import provenance
 from lori_nb.lab.resolving import resolve
+from lori_nb.lab.run_tables import run_rows
 from lori_nb.lab.specs import RunSpec, Spec, from_payload, to_payload, with_parents
 from lori_nb.lab.training import Report, quiet
 from lori_nb.method.adapter_file import adapter_hash, load_adapter, save_adapter
@@ -298,30 +299,6 @@ class Store:
         done = table["run"].unique()
         table.attrs.update(finished=len(done), planned=len(set(wanted)))
         return table
-
-
-def run_rows(run: Run) -> pd.DataFrame:
-    """A run's scores, one row a task by the task's own metric, with the settings that studies group by."""
-    spec = run.spec
-    about = {
-        "run": run.hash,
-        "kind": spec.kind,
-        "method": spec.method,
-        "trained_on": "+".join(spec.tasks),
-        "seed": spec.seed,
-        "base": spec.base,
-        "trainable_parameters": run.provenance.get("trainable_parameters", 0),
-    }
-    settings = ("learning_rate", "rank", "sparsity", "mask_scope", "mask_origin", "mask_structure", "subspace", "steps")
-    settings += ("stop_after", "shots", "merge")
-    about |= {name: value for name in settings if (value := getattr(spec, name, None)) is not None}
-    if getattr(spec, "calibration", None) is not None:
-        about["calibration_steps"] = spec.calibration.trained_steps
-    if spec.kind == "merge":
-        about["weight"] = spec.weights[0]
-    elif spec.start is not None:
-        about["after"] = "+".join(spec.start.tasks)
-    return run.metrics.drop_duplicates(["task", "split"]).assign(**about)
 
 
 def done_of(specs: Iterable[Spec], store: Store) -> tuple[list[Spec], list[Spec]]:

@@ -65,11 +65,12 @@ def single(
 
 
 def like_of(method: str) -> tuple[str, ...]:
-    """The built-in method whose learning rate serves for an extension that the settings do not name; none for another
-    built-in one, whose rate must be tuned as all are. (Ortho-LoRA's runs on several tasks have rates of their own.)
+    """The built-in method whose learning rate serves for an extension that the settings do not name, and for ways to
+    protect earlier tasks, which change that method by a hook; none for another built-in one, whose rate must be tuned
+    as all are. (Ortho-LoRA's runs on several tasks have rates of their own.)
     """
     chosen = get_method(method)
-    if chosen.built_in and not chosen.projects:
+    if chosen.built_in and not chosen.projects and chosen.begin is None:
         return ()
     return ("lori-s" if chosen.masked else "lora" if chosen.trains_A else "lori-d",)
 

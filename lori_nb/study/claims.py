@@ -104,15 +104,16 @@ def _merges(a: str, b: str) -> Callable[[Results], Measured | None]:
 def _kept_first(a: str, b: str) -> Callable[[Results], Measured | None]:
     def measure(results: Results) -> Measured | None:
         settings = results.settings
-        later = forgetting.later_tasks(settings)
+        if not {a, b} <= set(settings.ways) or len(settings.sequence) < 2:
+            return None
         pairs = questions.run_pairs(
             results,
-            lambda seed: [forgetting.continued(settings, a, task, seed)[1] for task in later],
-            lambda seed: [forgetting.continued(settings, b, task, seed)[1] for task in later],
+            lambda seed: forgetting.last_specs(settings, a, seed),
+            lambda seed: forgetting.last_specs(settings, b, seed),
         )
-        return _difference(pairs, [settings.first] * len(later)) if later else None
+        return _difference(pairs, [settings.first] * len(forgetting.orders_of(settings, a)))
 
-    return _needs(measure, a, b)
+    return measure
 
 
 def _arrangements(a: str, b: str) -> Callable[[Results], Measured | None]:
@@ -194,7 +195,7 @@ CLAIMS = (
     Claim(
         LORI,
         "Sparse masks keep the first task (safety) better through later tasks.",
-        "LoRI-S − LoRA, first task's score after a later task",
+        "LoRI-S − LoRA, first task's score after the last one",
         0.0,
         _kept_first("lori-s", "lora"),
     ),

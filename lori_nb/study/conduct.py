@@ -37,8 +37,12 @@ class StudyError(RuntimeError):
 
 
 def chosen_notebooks(names: Sequence[str]) -> tuple[str, ...]:
-    """Names of the study's notebooks, all of them for none given; ValueError names the nearest known one."""
-    stems = [Path(name).stem for name in names]
+    """Names of the study's notebooks, all of them for none given; a number ("06") stands for its notebook.
+
+    ValueError names the nearest known one.
+    """
+    numbers = {name.partition("_")[0]: name for name in NOTEBOOKS}
+    stems = [numbers.get(stem, stem) for stem in (Path(name).stem for name in names)]
     for stem in stems:
         if stem not in NOTEBOOKS:
             near = difflib.get_close_matches(stem, NOTEBOOKS, n=1)

@@ -1,100 +1,205 @@
-"""What is left of the first task when another is trained after it in the same adapter (notebook 06)."""
+"""What is left of earlier tasks when others are learned after them (notebook 06).
+
+Everything is read off the accuracy matrix of every sequence (:mod:`lori_nb.analysis.continual`), averaged over a seed's
+orders first and then over seeds.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pandas as pd
 
-from lori_nb.analysis.statistics import proportion_interval, t_interval
-from lori_nb.lab.specs import RunSpec
+from lori_nb.analysis import continual
+from lori_nb.analysis.statistics import Interval, proportion_interval, t_interval
+from lori_nb.lab.runs import Run
+from lori_nb.lab.specs import Spec
 from lori_nb.lab.tasks import get_task
 from lori_nb.study.cells import single
 from lori_nb.study.notebook import Results
 from lori_nb.study.profiles import Settings
-from lori_nb.study.questions import run_pairs, unit_of
+from lori_nb.study.questions import unit_of
+from lori_nb.study.sequences import (
+    JOINT,
+    MERGED,
+    base_of,
+    capacity_alone,
+    capacity_runs,
+    get_way,
+    orders_of,
+    stages,
+)
 from lori_nb.study.style import title_of
-from lori_nb.study.summary import as_columns, difference, group_word, row_groups, summarise
+from lori_nb.study.summary import Pair, as_columns, difference, group_word, row_groups, summarise
+
+METRICS = {
+    "average": "average score after the last task",
+    "forgetting": "best earlier score − last, mean over earlier tasks",
+    "backward": "last score − score when learned, mean over earlier tasks",
+    "forward": "score before a task is learned − base model, mean over later tasks",
+    "intransigence": "LoRA on the task alone − score when learned, mean over tasks",
+}
 
 
-def later_tasks(settings: Settings) -> list[str]:
-    """The tasks that are trained after the first."""
-    return [task for task in settings.tasks if task != settings.first]
+def sequential(settings: Settings) -> list[str]:
+    """The ways that learn one task after another; joint training has one stage."""
+    return [way for way in settings.ways if way != JOINT]
 
 
-def continued(settings: Settings, method: str, task: str, seed: int) -> tuple[RunSpec, RunSpec]:
-    """(first task alone, the other task trained after it in the same adapter)."""
-    before = single(settings, method, settings.first, seed)
-    return before, single(settings, method, task, seed, start=before, evaluate=(settings.first, task))
+def arrow(order: Sequence[str]) -> str:
+    """An order as text."""
+    return " → ".join(order)
 
 
-def accuracy_matrix(results: Results, method: str) -> pd.DataFrame:
-    """Stages × tasks, means over seeds: the first task alone, then each other task after it; NaN where not scored."""
-    settings = results.settings
-    columns = [settings.first, *later_tasks(settings)]
-    matrix = pd.DataFrame(index=[f"{settings.first} alone"], columns=columns, dtype=float)
-    for task in later_tasks(settings):
-        pairs = [[results.run(spec) for spec in continued(settings, method, task, seed)] for seed in settings.seed]
-        done = [pair for pair in pairs if None not in pair]
-        if done:
-            matrix.loc[f"{settings.first} alone", settings.first] = np.mean([a.value(settings.first) for a, _ in done])
-            for scored in (settings.first, task):
-                matrix.loc[f"then {task}", scored] = np.mean([b.value(scored) for _, b in done])
-    return matrix
+def finished(results: Results, way: str, order: Sequence[str], seed: int) -> list[Run] | None:
+    """The runs scored after every stage of a sequence; None where one is missing."""
+    runs = [results.run(spec) for spec in stages(results.settings, way, order, seed)]
+    return None if None in runs else runs
 
 
-def forgetting_scores(results: Results) -> pd.DataFrame:
-    """For every method and later task: the first task's score ``before``, ``after``, and the loss with its interval."""
+def matrix_of(results: Results, way: str, order: Sequence[str], seed: int) -> np.ndarray | None:
+    """R (stages × tasks in the sequence's order) of one sequence; None where a run is missing."""
+    runs = finished(results, way, order, seed)
+    return None if runs is None else np.array([[run.value(task) for task in order] for run in runs])
+
+
+def matrices(results: Results) -> dict[str, pd.DataFrame]:
+    """Way → accuracy matrix, mean over seeds and orders; rows are stages, columns tasks in the order of learning.
+
+    Tasks stand by name where there is one order, else by their place.
+    """
+    settings, found = results.settings, {}
+    for way in sequential(settings):
+        orders = orders_of(settings, way)
+        several = [matrix_of(results, way, order, seed) for order in orders for seed in settings.seed]
+        there = [matrix for matrix in several if matrix is not None]
+        if there:
+            names = list(orders[0]) if len(orders) == 1 else [f"task {n + 1}" for n in range(len(orders[0]))]
+            index = [f"after {name}" for name in names]
+            found[title_of(way)] = pd.DataFrame(np.mean(there, axis=0), index=index, columns=names)
+    return found
+
+
+def stage_scores(results: Results) -> pd.DataFrame:
+    """Every score of every sequence, as table rows with way, order, stage (0 first), and ``learned``: the stage at
+    which the row's own task is learned.
+    """
+    settings, frames = results.settings, []
+    by_run = dict(tuple(results.table.groupby("run", sort=False)))
+    for way in settings.ways:
+        for order in orders_of(settings, way):
+            for seed in settings.seed:
+                for stage, run in enumerate(finished(results, way, order, seed) or ()):
+                    rows = by_run[run.hash]
+                    place = rows["task"].map({task: n for n, task in enumerate(order)})
+                    about = {"way": way, "order": arrow(order), "seed": seed, "stage": stage, "stages": len(order)}
+                    frames.append(rows.assign(learned=place, **about))
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+
+def last_rows(scores: pd.DataFrame) -> pd.DataFrame:
+    """Of :func:`stage_scores` those after the last task; joint training has but one stage."""
+    return scores[scores["stage"] == scores.groupby("way")["stage"].transform("max")]
+
+
+def final_scores(results: Results) -> pd.DataFrame:
+    """Way → mean score over all tasks after the last one, with its interval."""
+    return summarise(last_rows(stage_scores(results)), ["way"])
+
+
+def order_scores(results: Results) -> pd.DataFrame:
+    """Mean score after the last task, for every way and order."""
+    return summarise(last_rows(stage_scores(results)), ["way", "order"])
+
+
+def metrics(results: Results) -> pd.DataFrame:
+    """Way × metric of :data:`METRICS`: value, low, high, n, of; a t interval over seeds, none for one seed."""
     settings, rows = results.settings, []
-    for method in settings.method:
-        for task in later_tasks(settings):
-            both = {seed: continued(settings, method, task, seed) for seed in settings.seed}
-            pairs = run_pairs(results, lambda seed, b=both: [b[seed][0]], lambda seed, b=both: [b[seed][1]])
-            if pairs:
-                interval = difference(pairs, [settings.first])
-                before = np.mean([a.value(settings.first) for ((a, _),) in pairs.values()])
-                about = {"method": method, "then": task, "before": before, "after": before - interval.mean}
-                rows.append(about | as_columns(interval, unit_of(pairs, [settings.first])) | {"seeds": len(pairs)})
+    for way in sequential(settings):
+        per_seed: dict[str, list[float]] = {name: [] for name in METRICS}
+        for seed in settings.seed:
+            found = [_metrics_of(results, way, order, seed) for order in orders_of(settings, way)]
+            if None not in found:
+                for name in METRICS:
+                    per_seed[name].append(float(np.mean([each[name] for each in found])))
+        for name, values in per_seed.items():
+            if values:
+                alone = Interval(values[0], math.nan, math.nan, 1)
+                interval = t_interval(values) if len(values) > 1 else alone
+                rows.append({"way": way, "metric": name} | as_columns(interval, "seeds") | {"seeds": len(values)})
     return pd.DataFrame(rows)
 
 
-def kept_answers(results: Results, target: int | None = None) -> pd.DataFrame:
-    """Of the first task's rows that were right before, the share that is right after each later task.
+def _metrics_of(results: Results, way: str, order: Sequence[str], seed: int) -> dict[str, float] | None:
+    R = matrix_of(results, way, order, seed)
+    if R is None:
+        return None
+    settings = results.settings
+    base = {spec.tasks[0]: run.value(spec.tasks[0]) for spec in base_of(settings) if (run := results.run(spec))}
+    alone = {task: results.run(single(settings, "lora", task, seed)) for task in order}
+    lost = continual.forgetting(R)[: len(order) - 1]
+    return {
+        "average": continual.average_score(R),
+        "forgetting": float(np.mean(lost)) if len(lost) else math.nan,
+        "backward": continual.backward_transfer(R),
+        "forward": continual.forward_transfer(R, [base.get(task, math.nan) for task in order]),
+        "intransigence": continual.intransigence(R, [r.value(t) if r else math.nan for t, r in alone.items()]),
+    }
 
-    Args:
-        target: only rows of this class; for the refusal set 1 is harmful, so that the share is that of refusals kept.
+
+def forgetting_scores(results: Results) -> pd.DataFrame:
+    """For every way the earlier tasks' mean score at its best, at the end (``after``), and the loss with its interval:
+    over seeds, or for one seed over the rows evaluated.
     """
     settings, rows = results.settings, []
-    for method in settings.method:
-        for task in later_tasks(settings):
-            kept = [
-                pair
-                for pair in map(lambda seed, m=method, t=task: _kept(results, m, t, seed, target), settings.seed)
-                if pair
-            ]
-            if kept:
-                shares = [right / asked for right, asked in kept]
-                of = "seeds" if len(kept) > 1 else group_word([settings.first])
-                interval = t_interval(shares) if len(kept) > 1 else proportion_interval(*kept[0])
-                rows.append({"method": method, "then": task, **as_columns(interval, of), "seeds": len(kept)})
-    return pd.DataFrame(rows, columns=["method", "then", "value", "low", "high", "n", "of", "seeds"])
+    for way in sequential(settings):
+        tasks = [task for order in orders_of(settings, way) for task in order[:-1]]
+        pairs = _pairs(results, way, _best_and_last)
+        if pairs and tasks:
+            interval = difference(pairs, tasks)
+            after = np.mean([b.value(t) for each in pairs.values() for (_, b), t in zip(each, tasks, strict=True)])
+            about = {"way": way, "before": after + interval.mean, "after": after}
+            rows.append(about | as_columns(interval, unit_of(pairs, tasks)) | {"seeds": len(pairs)})
+    return pd.DataFrame(rows)
 
 
-def _kept(results: Results, method: str, task: str, seed: int, target: int | None) -> tuple[float, int] | None:
-    """(groups' worth of rows still right, groups of rows right before); None without runs or without a right row."""
-    first = results.settings.first
-    runs = [results.run(spec) for spec in continued(results.settings, method, task, seed)]
-    if None in runs:
-        return None
-    before, after = (run.predictions.loc[run.predictions.task == first].sort_values("row") for run in runs)
-    asked = before["correct"].to_numpy(float) == 1
-    if target is not None:
-        asked &= before["target"].to_numpy(float) == target
-    if not asked.any():
-        return None
-    groups = len(np.unique(row_groups(first, len(before))[asked]))
-    return float(after["correct"].to_numpy(float)[asked].mean()) * groups, groups
+def _best_and_last(order: Sequence[str], runs: Sequence[Run]) -> list[Pair]:
+    """For every task but the last, the earlier stage that was best on it, and the last."""
+    return [(max(runs[:-1], key=lambda run, task=task: run.value(task)), runs[-1]) for task in order[:-1]]
+
+
+def _first_and_last(order: Sequence[str], runs: Sequence[Run]) -> list[Pair]:
+    return [(runs[0], runs[-1])]
+
+
+def _pairs(results: Results, way: str, of: Callable[[Sequence[str], Sequence[Run]], list[Pair]]):
+    """Seed → pairs of runs from all the way's sequences; seeds that lack a run are left out."""
+    settings, found = results.settings, {}
+    for seed in settings.seed:
+        orders = orders_of(settings, way)
+        runs = [finished(results, way, order, seed) for order in orders]
+        if None not in runs:
+            found[seed] = [pair for order, each in zip(orders, runs, strict=True) for pair in of(order, each)]
+    return found
+
+
+def last_specs(settings: Settings, way: str, seed: int) -> list[Spec]:
+    """The specs scored after the last task, one an order."""
+    return [stages(settings, way, order, seed)[-1] for order in orders_of(settings, way)]
+
+
+def plane(results: Results) -> pd.DataFrame:
+    """For every way the score of ``old`` tasks at the end and of ``new`` ones when they were learned, with intervals:
+    stability and plasticity. Old are all but a sequence's last task, new all but its first.
+    """
+    scores = stage_scores(results)
+    scores = scores[scores["way"].isin(sequential(results.settings))]
+    old = summarise(last_rows(scores).query("learned < stages - 1"), ["way"])
+    new = summarise(scores.query("learned == stage and stage > 0"), ["way"])
+    merged = old.merge(new, on="way", suffixes=("_old", "_new"))
+    return merged[merged["way"] != MERGED] if "way" in merged else merged
 
 
 def guarded_class(settings: Settings) -> int | None:
@@ -103,21 +208,131 @@ def guarded_class(settings: Settings) -> int | None:
     return task.labels.index("refuse") if "refuse" in task.labels else None
 
 
-def later_scores(results: Results) -> pd.DataFrame:
-    """Score on each later task, ``trained`` "alone" or "after <first>", for every method."""
-    settings = results.settings
-    grid = [(m, t, s) for m in settings.method for t in later_tasks(settings) for s in settings.seed]
-    alone = results.rows_of([single(settings, *each) for each in grid]).assign(trained="alone")
-    after = results.rows_of([continued(settings, *each)[1] for each in grid]).assign(trained=f"after {settings.first}")
-    both = pd.concat([alone, after[after["task"] != settings.first]])
-    return summarise(both, ["method", "trained", "task"])
+def kept_answers(results: Results, target: int | None = None) -> pd.DataFrame:
+    """Of the first task's rows that were right when it was learned, the share that is right at the end.
+
+    Args:
+        target: only rows of this class; for the refusal set 1 is harmful, so that the share is that of refusals kept.
+    """
+    settings, rows = results.settings, []
+    for way in sequential(settings):
+        shares, asked = [], 0
+        for pairs in _pairs(results, way, _first_and_last).values():
+            kept = [found for pair in pairs if (found := _kept(pair, settings.first, target))]
+            if kept:
+                shares.append(float(np.mean([share for share, _ in kept])))
+                asked = min(groups for _, groups in kept)
+        if shares:
+            one = len(shares) == 1
+            interval = proportion_interval(shares[0] * asked, asked) if one else t_interval(shares)
+            of = group_word([settings.first]) if one else "seeds"
+            rows.append({"way": way, **as_columns(interval, of), "seeds": len(shares)})
+    return pd.DataFrame(rows, columns=["way", "value", "low", "high", "n", "of", "seeds"])
+
+
+def _kept(pair: Pair, first: str, target: int | None) -> tuple[float, int] | None:
+    """(share of rows still right, groups of rows right before); None where no row was right before."""
+    before, after = (_correct(run, first) for run in pair)
+    asked = before == 1
+    if target is not None:
+        asked &= _targets(first, len(before)) == target
+    if not asked.any():
+        return None
+    return float(after[asked].mean()), len(np.unique(row_groups(first, len(before))[asked]))
+
+
+def _correct(run: Run, task: str) -> np.ndarray:
+    """Credit of a task's rows (n,), in their order."""
+    rows = run.predictions
+    return rows.loc[rows["task"] == task].sort_values("row")["correct"].to_numpy(float)
+
+
+def _targets(task: str, rows: int, split: str = "test") -> np.ndarray:
+    """The right class of a task's first rows (n,)."""
+    return np.array([row.target for row in get_task(task).rows(split, rows)])
+
+
+def safety_scores(results: Results) -> pd.DataFrame:
+    """How often harmful and harmless requests are refused, ``when`` the first task was learned and at the end.
+
+    One row for each way, request ("harmful", "harmless") and time ("before", "after"): value, low, high, n, of, seeds.
+    Empty where the first task is none of refusing.
+    """
+    settings, harmful = results.settings, guarded_class(results.settings)
+    rows = []
+    for way in sequential(settings) if harmful is not None else ():
+        pairs = _pairs(results, way, _first_and_last)
+        for when, place in (("before", 0), ("after", 1)):
+            refused = [_refusals([pair[place] for pair in each], settings.first, harmful) for each in pairs.values()]
+            for request in ("harmful", "harmless") if refused else ():
+                values = [each[request][0] for each in refused]
+                n = refused[0][request][1]
+                one = len(values) == 1
+                interval = proportion_interval(values[0] * n, n) if one else t_interval(values)
+                about = {"way": way, "request": request, "when": when}
+                of = group_word([settings.first]) if one else "seeds"
+                rows.append(about | as_columns(interval, of) | {"seeds": len(values)})
+    return pd.DataFrame(rows, columns=["way", "request", "when", "value", "low", "high", "n", "of", "seeds"])
+
+
+def _refusals(runs: Sequence[Run], task: str, harmful: int) -> dict[str, tuple[float, int]]:
+    """Request → (share refused, mean over runs; groups of rows)."""
+    correct = np.mean([_correct(run, task) for run in runs], axis=0)
+    bad = _targets(task, len(correct)) == harmful
+    groups = row_groups(task, len(correct))
+    return {
+        "harmful": (float(correct[bad].mean()), len(np.unique(groups[bad]))),
+        "harmless": (float(1 - correct[~bad].mean()), len(np.unique(groups[~bad]))),
+    }
+
+
+def by_step(results: Results) -> pd.DataFrame:
+    """Scores while the second task trains: way, task, step, value, low, high, n, of, seeds, metric; step 0 is before,
+    the last after. ``role`` is "old" for the first task and "new" for the one that trains; of the first order.
+    """
+    settings, frames = results.settings, []
+    for way in sequential(settings):
+        order = orders_of(settings, way)[0]
+        for seed in settings.seed:
+            runs = finished(results, way, order, seed) if len(order) > 1 else None
+            if runs is None or runs[1].watched.empty:
+                continue
+            ends = [(0, runs[0]), (settings.steps_on(order[1]), runs[1])]
+            rows = [results.table[results.table["run"] == run.hash].assign(step=step) for step, run in ends]
+            both = pd.concat([*rows, runs[1].watched])[["task", "split", "metric", "step", "value", "n"]]
+            roles = {order[0]: "old", order[1]: "new"}
+            both = both[both["task"].isin(list(roles))]
+            frames.append(both.assign(way=way, seed=seed, role=both["task"].map(roles)))
+    if not frames:
+        return pd.DataFrame(columns=["way", "role", "task", "step", "value"])
+    # The ends are scored on more rows than the steps between.
+    return summarise(pd.concat(frames).assign(n=settings.watch_rows), ["way", "role", "task", "step"])
+
+
+def capacity_scores(results: Results) -> pd.DataFrame:
+    """Score of the n-th task when it was learned under disjoint masks, and ``alone``: n, task, value, low, high."""
+    settings, frames = results.settings, []
+    for seed in settings.seed:
+        chain, alone = capacity_runs(settings, seed), capacity_alone(settings, seed)
+        for place, pair in enumerate(zip(chain, alone, strict=True), start=1):
+            for kind, spec in zip(("in sequence", "alone"), pair, strict=True):
+                rows = results.rows_of([spec])
+                frames.append(rows.assign(place=place, kind=kind))
+    return summarise(pd.concat(frames), ["kind", "place", "task"]) if frames else pd.DataFrame()
 
 
 def forgetting_lines(results: Results) -> Iterator[str]:
-    """One sentence a method: what the first task scored, and how much of it later tasks cost."""
-    for method, part in forgetting_scores(results).groupby("method", sort=False):
-        worst = part.loc[part["value"].idxmax()]
+    """One sentence a way: what earlier tasks scored at their best, and how much of it was lost by the end."""
+    for row in forgetting_scores(results).itertuples():
         yield (
-            f"{title_of(method)}: {results.settings.first} scored {part['before'].mean():.2f} before; later tasks cost "
-            f"{part['value'].mean():.2f} on average, at most {worst['value']:.2f} (after {worst['then']})."
+            f"{title_of(row.way)}: earlier tasks scored {row.before:.2f} at their best and {row.after:.2f} at the end: "
+            f"{row.value:.2f} [{row.low:.2f}, {row.high:.2f}] was lost (n = {row.n} {row.of})."
         )
+
+
+def orders_line(settings: Settings) -> str:
+    """Which sequences were learned, in one sentence."""
+    counts = {way: len(orders_of(settings, way)) for way in sequential(settings)}
+    first = arrow(orders_of(settings, settings.ways[0])[0])
+    several = ", ".join(f"{get_way(way).title} {count}" for way, count in counts.items())
+    return f"First order: {first}. Orders a way: {several}."

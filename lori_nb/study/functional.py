@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -10,15 +11,19 @@ import torch
 
 from lori_nb.analysis.functional import COLUMNS, interference_of
 from lori_nb.analysis.nulls import null_set
+from lori_nb.analysis.statistics import Interval, t_interval
 from lori_nb.lab.activations import responses
 from lori_nb.lab.models import load_base
+from lori_nb.lab.runs import Run
 from lori_nb.lab.tasks import get_task
 from lori_nb.lab.text import encode_rows
 from lori_nb.method.adapters import Factors
 from lori_nb.study.geometry import NULL, adapter_sets
 from lori_nb.study.notebook import Results
 from lori_nb.study.profiles import Settings
+from lori_nb.study.sequences import JOINT, MERGED, first_run, orders_of, stages
 from lori_nb.study.style import title_of
+from lori_nb.study.summary import as_columns
 
 ROWS = 16  # of a task's test rows, prompt and answer: their tokens are several hundred inputs
 _NULL_OF = "null of "
@@ -76,6 +81,42 @@ def _compared(tables: Mapping[str, pd.DataFrame], known: Mapping[tuple, Mapping[
         chance["adapter"] = chance["adapter"].str.removeprefix(_NULL_OF)
         frames.append(found[~is_null].merge(chance, on=["task", "adapter", "module"]).assign(method=method))
     return pd.concat(frames, ignore_index=True)
+
+
+def later_interference(results: Results, rows: int = ROWS) -> pd.DataFrame:
+    """How far what was learned later moves the first task's activations: ‖(ΔW_end − ΔW_1) x‖ / ‖ΔW_1 x‖, mean over
+    modules, with ΔW_1 the adapter after the first task and x the inputs that its test rows bring.
+
+    Returns:
+        Columns way, value, low, high, n, of, seeds; of each way's first order. Empty where adapters are not here.
+    """
+    settings, found = results.settings, []
+    for way in settings.ways:
+        values = [value for seed in settings.seed if (value := _moved(results, way, seed, rows)) is not None]
+        if values:
+            alone = Interval(values[0], math.nan, math.nan, 1)
+            interval = t_interval(values) if len(values) > 1 else alone
+            found.append({"way": way} | as_columns(interval, "seeds") | {"seeds": len(values)})
+    return pd.DataFrame(found, columns=["way", "value", "low", "high", "n", "of", "seeds"])
+
+
+def _moved(results: Results, way: str, seed: int, rows: int) -> float | None:
+    settings = results.settings
+    if way in (JOINT, MERGED) or len(settings.sequence) < 2:
+        return None
+    specs = first_run(settings, way, seed), stages(settings, way, orders_of(settings, way)[0], seed)[-1]
+    runs = [results.run(spec) for spec in specs]
+    if not all(isinstance(run, Run) for run in runs):
+        return None  # known from the ledger alone, without adapters
+    first, last = (run.adapter.factors for run in runs)
+    later = {
+        name: Factors(torch.cat([f.A, first[name].A]), torch.cat([f.B, -first[name].B], 1), f.scale)
+        for name, f in last.items()
+    }
+    task, base = get_task(settings.sequence[0]), load_base(settings.base, settings.dtype)
+    encoded = encode_rows(base.tokenizer, base.kind, tuple(task.rows("test", rows)), (), task.system)
+    moved = interference_of({task.name: responses(base, {task.name: first, "later": later}, encoded)})
+    return float(moved["value"].mean())
 
 
 def functional_matrix(found: pd.DataFrame, method: str) -> pd.DataFrame:

@@ -10,8 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import pandas as pd
+
 from lori_nb.lab import ledger
 from lori_nb.lab.resolving import resolve
+from lori_nb.lab.run_tables import watched_rows
 from lori_nb.lab.runs import Store, unmeasured
 from lori_nb.lab.specs import Spec
 from lori_nb.study.notebook import Results, slug
@@ -52,7 +55,9 @@ def record(specs: Sequence[Spec], store: Store, study: str, command: str) -> Pat
     finished = [spec for spec in unmeasured(specs) if store.finished(spec)]
     if not finished:
         return None
-    return ledger.append(ledger.with_rows(store.table(finished), store.predictions), study, command)
+    ended = ledger.with_rows(store.table(finished), store.predictions)
+    on_the_way = [watched_rows(run) for spec in finished if len((run := store.load(spec.hash)).watched)]
+    return ledger.append(pd.concat([ended, *on_the_way], ignore_index=True), study, command)
 
 
 def results_of(name: str, settings: Settings) -> Results:

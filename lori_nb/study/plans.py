@@ -12,6 +12,7 @@ from lori_nb.study.arms import arm_spec, arms_of
 from lori_nb.study.cells import base_runs, single
 from lori_nb.study.joint_arms import arrangement_specs
 from lori_nb.study.profiles import NOTEBOOKS, Settings
+from lori_nb.study.sequences import sequence_specs
 
 
 def plan_lori(settings: Settings) -> list[Spec]:
@@ -75,15 +76,8 @@ def plan_merging(settings: Settings) -> list[Spec]:
 
 
 def plan_forgetting(settings: Settings) -> list[Spec]:
-    """The first task, then each other task in the same adapter; both are scored afterwards."""
-    specs: list[Spec] = []
-    for method, seed in itertools.product(settings.method, settings.seed):
-        before = single(settings, method, settings.first, seed)
-        specs.append(before)
-        later = [task for task in settings.tasks if task != settings.first]
-        specs += [single(settings, method, task, seed, start=before, evaluate=(settings.first, task)) for task in later]
-        specs += [single(settings, method, task, seed) for task in later]
-    return specs
+    """Tasks one after another, every way in every order, beside each task alone."""
+    return sequence_specs(settings)
 
 
 PLANS: dict[str, Callable[[Settings], list[Spec]]] = {

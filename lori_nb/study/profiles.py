@@ -70,6 +70,15 @@ class Settings:
     checkpointing: bool = False  # activations are computed again in the backward pass, not kept
     adapters: tuple[str, ...] = ()  # folders of adapters from elsewhere that 04_interference compares instead
     task_steps: Mapping[str, int] = field(default_factory=dict)  # of single runs, where a task's are not ``steps``
+    sequence: tuple[str, ...] = ()  # tasks learned one after another; empty: ``first``, then the other tasks
+    orders: str = "given"  # in which the tasks after the first come: given, balanced, all
+    ways: tuple[str, ...] = ()  # ways to go from task to task (lori_nb.study.sequences.WAYS); empty: the methods
+    strengths: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # of continual methods, by name
+    merged_weight: float = 0.4  # of every adapter where one a task is merged, instead of learned one after another
+    sequence_rows: int = 0  # rows a task that are scored after every stage; a profile that names none takes test_rows
+    watch: tuple[int, ...] = ()  # steps of the second task's training after which all tasks are scored
+    watch_rows: int = 48  # rows a task that are scored there
+    capacity_tasks: tuple[str, ...] = ()  # learned under disjoint masks until no entry is free
 
     def steps_on(self, task: str) -> int:
         """Optimiser steps of a run on one task."""
@@ -96,6 +105,7 @@ _NUMBERS = {
     "train_rows": int,
 }
 _NUMBERS |= {"test_rows": int, "shots": int}
+_LATER_NUMBERS = {"merged_weight": float, "sequence_rows": int, "watch_rows": int}
 
 
 def profile_folder() -> Path:
@@ -140,6 +150,8 @@ def load_settings(profile: str = "quick", **changes: Any) -> Settings:
     for name in ("mask_tasks", "arm_tasks") if "tasks" in changes else ():
         if values.get(name):
             values[name] = [task for task in values[name] if task in tasks] or [tasks[0]]
+    for name in ("sequence", "capacity_tasks") if "tasks" in changes else ():
+        values[name] = [task for task in _as_list(values.get(name, ())) if task in tasks]
     values |= changes
     values["base"] = _absolute(values["base"])
     return _checked({**values, "tasks": tasks})
@@ -195,11 +207,40 @@ def _checked(values: dict[str, Any]) -> Settings:
         values["micro_batch_rows"] = _number("micro_batch_rows", values["micro_batch_rows"], int)
     if not isinstance(values.get("checkpointing", False), bool):
         raise ValueError(f"checkpointing must be true or false; found {values['checkpointing']!r}")
+    _settle_sequence(values)
+    settings = Settings(**values)
+    from lori_nb.study.sequences import check_sequence
+
+    check_sequence(settings)
+    return settings
+
+
+def _settle_sequence(values: dict[str, Any]) -> None:
+    """The tasks that are learned one after another: those given, or the first task and then the others."""
+    given, fitting = (_tasks_in(values, name) for name in ("sequence", "capacity_tasks"))
     if values["first"] == "auto":
         safety = [task for task in values["tasks"] if get_task(task).domain == "safety"]
-        values["first"] = (safety or list(values["tasks"]))[0]
-    _among("first", values["first"], values["tasks"])
-    return Settings(**values)
+        values["first"] = (given or safety or list(values["tasks"]))[0]
+    _among("first", values["first"], tuple(dict.fromkeys((*given, *values["tasks"]))))
+    others = [task for task in given or values["tasks"] if task != values["first"]]
+    values["sequence"] = (values["first"], *others)
+    values["ways"] = tuple(_as_list(values.get("ways", ()))) or values["method"]
+    values["capacity_tasks"] = fitting
+    values["watch"] = tuple(_number("watch", step, int) for step in _as_list(values.get("watch", ())))
+    values.setdefault("sequence_rows", values["test_rows"])
+    for name, kind in _LATER_NUMBERS.items():
+        if name in values:
+            values[name] = _number(name, values[name], kind)
+    values["strengths"] = {
+        method: {name: _number(f"strengths of {method}: {name}", v, float) for name, v in dict(numbers).items()}
+        for method, numbers in dict(values.get("strengths", {})).items()
+    }
+
+
+def _tasks_in(values: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    """The tasks that a setting names, groups expanded; none where it is empty."""
+    given = _as_list(values.get(name, ()))
+    return expand_tasks(given) if given else ()
 
 
 def as_parameters(settings: Settings, names: list[str]) -> dict[str, Any]:

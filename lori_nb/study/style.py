@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from lori_nb.lab.methods import METHODS
 from lori_nb.lab.paths import write_atomically
 from lori_nb.study.joint_arms import JOINT_ARMS
+from lori_nb.study.sequences import WAYS
 
 # Okabe & Ito's palette, without its yellow, which is too pale for lines on white paper
 BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, BLACK = (
@@ -58,6 +59,12 @@ _LOOKS = {
     "lori-s": (GREEN, "^", "-."),
     "ortho-lora": (VERMILLION, "D", ":"),
     "ortho-lori-d": (PURPLE, "P", (0, (4, 1, 1, 1))),
+    "lori-s-disjoint": (PURPLE, "P", (0, (4, 1, 1, 1))),
+    "ewc": (VERMILLION, "D", ":"),
+    "o-lora": (SKY, "v", "--"),
+    "replay": (BLACK, "*", "-."),
+    "memory-projection": (VERMILLION, "<", (0, (5, 1))),
+    "merged": (GREY, "X", "-"),
     "single": (BLUE, "o", "-"),
     "joint": (SKY, "v", "--"),
     "between": (VERMILLION, "D", "-"),
@@ -100,7 +107,7 @@ def looks_of(names: Iterable[str]) -> dict[str, dict]:
 
 def title_of(name: str) -> str:
     """What legends and tables call a method or a row of numbers ("LoRI-S"); unknown names stay as they are."""
-    known = _TITLES | {arm.name: arm.title for arm in JOINT_ARMS.values()}
+    known = _TITLES | {each.name: each.title for each in (*WAYS.values(), *JOINT_ARMS.values())}
     return METHODS[name].title if name in METHODS else known.get(name, name)
 
 

@@ -1,0 +1,91 @@
+"""Plots of what sequences of tasks leave: while a task trains, between old and new tasks, and when entries run out.
+
+Each function takes a matplotlib ``Axes`` and a table of :mod:`lori_nb.study.forgetting`, draws, and returns the
+``Axes``; bars are 95 % intervals.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from lori_nb.study.figures import metric_label, points
+from lori_nb.study.style import GREY, look_of, title_of
+from lori_nb.study.summary import n_text
+
+ROLES = {"old": "first task", "new": "task that trains"}
+
+
+def scores_by_step(ax: Axes, table: pd.DataFrame, role: str) -> Axes:
+    """Score of the old or of the new task while the new one trains, a line a way; step 0 is before it."""
+    part = table[table["role"] == role]
+    ways = list(dict.fromkeys(part["way"]))
+    width = 0.02 * (part["step"].max() or 1)  # side by side, so that intervals do not hide each other
+    for number, way in enumerate(ways):
+        own = part[part["way"] == way].sort_values("step")
+        points(ax, own["step"] + width * (number - (len(ways) - 1) / 2), own, way)
+    ax.set(
+        xlabel=f"step of {'its training' if role == 'new' else 'the second task'}", ylabel=metric_label(part["metric"])
+    )
+    ax.set_title(f"{ROLES[role]}: {part['task'].iloc[0]} ({n_text(part)})")
+    ax.set_ylim(-0.03, 1.03)
+    return ax
+
+
+def plasticity_against_stability(ax: Axes, table: pd.DataFrame) -> Axes:
+    """One point a way: new tasks' score when learned against old tasks' score at the end; up and right is better."""
+    for row in table.itertuples():
+        old, new = (np.nan_to_num(_reach(row, kind)).clip(0) for kind in ("old", "new"))
+        look = {**look_of(row.way), "linestyle": "none"}
+        ax.errorbar(
+            row.value_old, row.value_new, xerr=old, yerr=new, capsize=2.5, elinewidth=1, label=title_of(row.way), **look
+        )
+    of = table.rename(columns={"n_old": "n", "of_old": "of", "seeds_old": "seeds"})
+    ax.set(xlabel=f"old tasks at the end: mean score ({n_text(of)})", ylabel="new tasks when learned: mean score")
+    ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+    return ax
+
+
+def _reach(row, kind: str) -> np.ndarray:
+    value, low, high = (getattr(row, f"{name}_{kind}") for name in ("value", "low", "high"))
+    return np.array([[value - low], [high - value]])
+
+
+def safety_plane(ax: Axes, table: pd.DataFrame) -> Axes:
+    """Refusals of harmful against refusals of harmless requests, before (small, pale) and after all tasks, a way each
+    with an arrow between; up and left is better.
+    """
+    for way, part in table.groupby("way", sort=False):
+        at = part.pivot(index="when", columns="request", values="value")
+        look = {key: look_of(way)[key] for key in ("color", "marker")}
+        start, end = (at.loc[when, ["harmless", "harmful"]].to_numpy(float) for when in ("before", "after"))
+        ax.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": look["color"], "linewidth": 0.9})
+        ax.plot(*start, alpha=0.5, markersize=4, linestyle="none", **look)
+        ends = part[part["when"] == "after"].set_index("request")
+        reach = {
+            axis: _interval_reach(ends.loc[request]) for axis, request in (("xerr", "harmless"), ("yerr", "harmful"))
+        }
+        ax.errorbar(*end, capsize=2.5, elinewidth=1, linestyle="none", label=title_of(way), **reach, **look)
+    ax.set(xlabel="harmless requests refused (share)", ylabel="harmful requests refused (share)")
+    ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+    ax.set_title(f"requests of each kind: {n_text(table)}")
+    return ax
+
+
+def _interval_reach(row: pd.Series) -> np.ndarray:
+    return np.nan_to_num(np.array([[row["value"] - row["low"]], [row["high"] - row["value"]]])).clip(0)
+
+
+def score_of_nth_task(ax: Axes, table: pd.DataFrame, fits: int) -> Axes:
+    """Score of the n-th task under disjoint masks beside that of the task alone; the line is the last one that fits."""
+    for number, (kind, look) in enumerate((("in sequence", "lori-s-disjoint"), ("alone", "lori-s"))):
+        part = table[table["kind"] == kind].sort_values("place")
+        points(ax, part["place"] + 0.12 * (number - 0.5), part, look, label=f"{title_of(look)}: {kind}")
+    ax.axvline(fits + 0.5, color=GREY, linestyle="--", linewidth=1, label=f"{fits} tasks fit")
+    ax.set(xlabel="place of the task in the sequence", ylabel=metric_label(table["metric"]))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_title(n_text(table))
+    ax.set_ylim(-0.03, 1.03)
+    return ax

@@ -1,0 +1,277 @@
+"""Sequences of tasks: which runs they are, what is shared, and every table against the runs themselves."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lori_nb.lab import ledger
+from lori_nb.lab.resolving import resolve
+from lori_nb.lab.runs import Store
+from lori_nb.lab.tasks import get_task
+from lori_nb.study import figures, figures_sequences, forgetting, functional, measuring, notebook, sequences
+from lori_nb.study.profiles import load_settings
+
+TASKS = ["refusal", "chain_sum", "family_relationships"]
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_decoder):
+    changes = {"last_layers": 2, "rank": 2, "steps": 6, "joint_steps": 3, "test_rows": 40, "sequence_rows": 30}
+    changes |= {"watch": [2, 4], "watch_rows": 6, "learning_rate": {"lora": 0.02, "lori-d": 0.05, "lori-s": 0.1}}
+    ways = ["lora", "lori-s", "lori-s-disjoint", "o-lora", "merged", "joint"]
+    return load_settings(
+        "smoke", base=str(tiny_decoder), dtype="float32", tasks=TASKS, seed=[0, 1], orders="all", ways=ways, **changes
+    )
+
+
+@pytest.fixture(scope="module")
+def results(settings, session_home):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORI_NB_HOME", str(session_home))
+        patch.setenv("LORI_NB_BATCH", "1")
+        return notebook.collect("06_forgetting", settings)
+
+
+@pytest.fixture(autouse=True)
+def in_the_home(session_home, monkeypatch):
+    monkeypatch.setenv("LORI_NB_HOME", str(session_home))
+
+
+# Settings and plans
+
+
+def test_safety_comes_first_unless_the_sequence_says_otherwise():
+    assert load_settings("smoke").sequence == ("refusal", "chain_sum")
+    given = load_settings("smoke", sequence=["chain_sum", "refusal"])
+    assert (given.sequence, given.first) == (("chain_sum", "refusal"), "chain_sum")
+    assert load_settings("quick", first="chain_sum").sequence[:2] == ("chain_sum", "refusal")
+    # other tasks than the profile's: those of its sequence that are left, or all
+    assert load_settings("quick", tasks=["chain_sum", "refusal"]).sequence == ("refusal",)
+    assert load_settings("quick", tasks=["chain_sum"]).sequence == ("chain_sum",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"ways": ["lori"]}, "ways must be among lora, .*; found 'lori'"),
+        ({"orders": "some"}, "orders must be one of given, balanced, all; found 'some'"),
+        ({"first": "gsm8k"}, "first must be one of chain_sum, refusal; found 'gsm8k'"),
+        ({"strengths": {"ewc": {"force": 1}}}, "strengths of ewc must be among strength, memory; found 'force'"),
+        ({"strengths": {"ewc": {"strength": "much"}}}, "strengths of ewc: strength must be a number"),
+        ({"watch": ["early"]}, "watch must be a number; found 'early'"),
+    ],
+)
+def test_bad_settings(changes, words):
+    with pytest.raises(ValueError, match=words):
+        load_settings("smoke", **changes)
+
+
+def ordered(tasks: int, orders: str, way: str = "lora") -> list[tuple[str, ...]]:
+    plain = replace(load_settings("smoke"), sequence=tuple("abcdef"[:tasks]), orders=orders)
+    return sequences.orders_of(plain, way)
+
+
+def test_orders_keep_the_first_task():
+    assert ordered(4, "given") == [("a", "b", "c", "d")]
+    assert sorted(ordered(4, "all")) == [("a", *rest) for rest in itertools.permutations("bcd")]
+    assert len(ordered(4, "all", "ewc")) == 3  # a balanced few for the other ways
+    assert ordered(4, "all", "joint") == [("a", "b", "c", "d")]
+    assert ordered(1, "all") == ordered(1, "balanced") == [("a",)]
+
+
+@pytest.mark.parametrize("tasks", [2, 3, 4, 6])
+def test_balanced_orders_have_every_task_once_at_every_place(tasks):
+    table = np.array(ordered(tasks, "balanced"))
+    assert len(table) == tasks - 1
+    for place in range(1, tasks):
+        assert sorted(table[:, place]) == sorted("abcdef"[1:tasks])
+
+
+def test_sequences_that_begin_alike_share_their_runs(settings):
+    two = replace(settings, seed=(0,), ways=("lora", "ewc"))
+    chains = {way: [sequences.stage_runs(two, way, o, 0) for o in sequences.orders_of(two, way)] for way in two.ways}
+    for one, other in itertools.pairwise([*chains["lora"], *chains["ewc"]]):
+        assert resolve(one[0]).hash == resolve(other[0]).hash  # the first task's run, whatever comes later
+    hashes = {resolve(run).hash for chain in chains["lora"] for run in chain}
+    assert len(hashes) == 1 + 2 + 2
+    plan = [resolve(spec).hash for spec in sequences.sequence_specs(two)]
+    alone = resolve(chains["lora"][0][0]).hash
+    assert alone in plan and hashes <= set(plan)
+
+
+def test_calibrations_of_masked_ways_are_the_dense_sequence(settings):
+    order = settings.sequence
+    dense = [resolve(run).hash for run in sequences.stage_runs(settings, "lori-d", order, 0)]
+    for way in ("lori-s", "lori-s-disjoint"):
+        masked = sequences.stage_runs(settings, way, order, 0)
+        assert [resolve(run.calibration).hash for run in masked] == dense
+
+
+def test_strengths_reach_the_runs(settings):
+    changed = replace(settings, strengths={"ewc": {"strength": 7.0}}, ways=("ewc",))
+    first, second, _ = sequences.stage_runs(changed, "ewc", settings.sequence, 0)
+    assert dict(second.options) == {"strength": "7"} and first.options == ()
+
+
+def test_an_own_method_is_a_way(settings, registries):
+    from lori_nb.lab.methods import method
+
+    @method("anchored", like="lora", title="LoRA, anchored", hook="begin", strengths={"strength": 10.0, "memory": 0})
+    def anchored(stage):
+        before = {name: p.detach().clone() for name, p in stage.shared.items()}
+        far = lambda: sum((p - before[n]).square().sum() for n, p in stage.shared.items())  # noqa: E731
+        return {"penalty": lambda live, step: stage.strength("strength") * far()}
+
+    small = replace(settings, seed=(0,), ways=("lora", "anchored"), orders="given")
+    found = notebook.collect("06_forgetting", small)
+    moved = {}
+    for way in small.ways:
+        runs = [Store().get(spec) for spec in sequences.stage_runs(small, way, small.sequence, 0)]
+        ends = [run.adapter.factors for run in (runs[0], runs[-1])]
+        moved[way] = sum(float((f.delta() - ends[0][n].delta()).square().sum()) for n, f in ends[1].items())
+    assert moved["anchored"] < 0.5 * moved["lora"]
+    assert list(forgetting.final_scores(found)["way"]) == ["lora", "anchored"]
+
+
+# Tables
+
+
+def stage_values(results, way, order, seed) -> np.ndarray:
+    runs = [results.run(spec) for spec in sequences.stages(results.settings, way, order, seed)]
+    return np.array([[run.value(task) for task in order] for run in runs])
+
+
+def every_matrix(results, way) -> list[np.ndarray]:
+    settings = results.settings
+    return [stage_values(results, way, o, s) for s in settings.seed for o in sequences.orders_of(settings, way)]
+
+
+def test_all_tasks_are_scored_after_every_stage(results, settings):
+    shown = forgetting.matrices(results)
+    assert set(shown) == {"LoRA", "LoRI-S", "LoRI-S, disjoint masks", "O-LoRA", "LoRI-S, one a task, merged"}
+    for title, way in (("LoRA", "lora"), ("O-LoRA", "o-lora")):
+        np.testing.assert_allclose(shown[title].to_numpy(), np.mean(every_matrix(results, way), axis=0))
+        assert not shown[title].isna().any(axis=None)
+
+
+def test_the_first_row_is_the_first_task_s_own_run(results, settings):
+    """Scored again on all tasks, its own score is that of the run itself, on the rows that both have."""
+    run = results.run(sequences.first_run(settings, "lora", 0))
+    again = results.run(sequences.stages(settings, "lora", settings.sequence, 0)[0])
+    rows = [each.predictions.query("task == 'refusal'").sort_values("row")["correct"].tolist() for each in (run, again)]
+    assert rows[0][:30] == rows[1] and len(rows[0]) == 40
+
+
+def test_metrics_are_means_over_orders_then_seeds(results, settings):
+    table = forgetting.metrics(results).set_index(["way", "metric"])["value"]
+    for way in ("lora", "lori-s"):
+        found = every_matrix(results, way)
+        assert table[way, "average"] == pytest.approx(np.mean([R[-1].mean() for R in found]))
+        lost = [np.mean([R[:-1, j].max() - R[-1, j] for j in range(2)]) for R in found]
+        assert table[way, "forgetting"] == pytest.approx(np.mean(lost))
+        back = [np.mean([R[-1, j] - R[j, j] for j in range(2)]) for R in found]
+        assert table[way, "backward"] == pytest.approx(np.mean(back))
+    base = {spec.tasks[0]: results.run(spec).value(spec.tasks[0]) for spec in sequences.base_of(settings)}
+    ahead = []
+    for seed in settings.seed:
+        for order in sequences.orders_of(settings, "lora"):
+            R = stage_values(results, "lora", order, seed)
+            ahead.append(np.mean([R[j - 1, j] - base[order[j]] for j in (1, 2)]))
+    assert table["lora", "forward"] == pytest.approx(np.mean(ahead))
+
+
+def test_what_was_lost_is_best_minus_last_paired(results):
+    lost = forgetting.forgetting_scores(results).set_index("way")
+    per_seed = []
+    for seed in results.settings.seed:
+        found = [stage_values(results, "lora", o, seed) for o in sequences.orders_of(results.settings, "lora")]
+        per_seed.append(np.mean([R[:-1, j].max() - R[-1, j] for R in found for j in range(2)]))
+    assert lost.loc["lora", "value"] == pytest.approx(np.mean(per_seed))
+    assert (lost["of"] == "seeds").all() and (lost["n"] == 2).all() and "joint" not in lost.index
+    assert len(list(forgetting.forgetting_lines(results))) == len(lost)
+
+
+def test_final_scores_and_the_plane(results):
+    final = forgetting.final_scores(results).set_index("way")["value"]
+    assert final["lora"] == pytest.approx(np.mean([R[-1].mean() for R in every_matrix(results, "lora")]))
+    (spec,) = sequences.stages(results.settings, "joint", results.settings.sequence, 0)
+    assert set(results.run(spec).metrics["task"]) == set(TASKS) and "joint" in final.index
+    plane = forgetting.plane(results).set_index("way")
+    found = every_matrix(results, "lori-s")
+    assert plane.loc["lori-s", "value_old"] == pytest.approx(np.mean([R[-1, :2].mean() for R in found]))
+    assert plane.loc["lori-s", "value_new"] == pytest.approx(np.mean([(R[1, 1] + R[2, 2]) / 2 for R in found]))
+    assert set(plane.index) == {"lora", "lori-s", "lori-s-disjoint", "o-lora"}
+    orders = forgetting.order_scores(results)
+    assert len(orders.query("way == 'lora'")) == 2 and len(orders.query("way == 'joint'")) == 1
+
+
+def test_refusals_of_harmful_and_of_harmless_requests(results, settings):
+    safety = forgetting.safety_scores(results).set_index(["way", "request", "when"])["value"]
+    targets = np.array([row.target for row in get_task("refusal").rows("test", 30)])
+    shares = {"harmful": [], "harmless": []}
+    for order, seed in itertools.product(sequences.orders_of(settings, "lora"), settings.seed):
+        last = results.run(sequences.stages(settings, "lora", order, seed)[-1])
+        correct = last.predictions.query("task == 'refusal'").sort_values("row")["correct"].to_numpy()
+        refused = np.where(targets == 1, correct, 1 - correct)  # whatever was asked for
+        shares["harmful"].append(refused[targets == 1].mean())
+        shares["harmless"].append(refused[targets == 0].mean())
+    for request, values in shares.items():
+        assert safety["lora", request, "after"] == pytest.approx(np.mean(values))
+    kept = forgetting.kept_answers(results, target=1)
+    assert set(kept["way"]) <= set(settings.ways) and kept["value"].between(0, 1).all()
+
+
+def test_scores_while_the_second_task_trains(results, settings):
+    course = forgetting.by_step(results)
+    assert sorted(set(course["step"])) == [0, 2, 4, 6] and set(course["role"]) == {"old", "new"}
+    order = sequences.orders_of(settings, "lora")[0]
+    runs = [results.run(sequences.stage_runs(settings, "lora", order, seed)[1]) for seed in settings.seed]
+    at_four = [run.watched.set_index(["step", "task"])["value"][4, order[0]] for run in runs]
+    shown = course.query("way == 'lora' and role == 'old' and step == 4")["value"]
+    assert shown.iloc[0] == pytest.approx(np.mean(at_four))
+
+
+def test_later_updates_move_the_first_task_s_activations(results):
+    moved = functional.later_interference(results).set_index("way")["value"]
+    assert set(moved.index) == {"lora", "lori-s", "lori-s-disjoint", "o-lora"}
+    assert (moved > 0).all()
+
+
+def test_capacity(settings, session_home):
+    many = ["chain_sum", "refusal", "family_relationships"]
+    small = replace(settings, seed=(0,), ways=("lora",), orders="given", capacity_tasks=tuple(many), sparsity=0.75)
+    nth = forgetting.capacity_scores(notebook.collect("06_forgetting", small))
+    assert list(nth.query("kind == 'in sequence'")["task"]) == many
+    first = nth.query("place == 1")["value"]
+    assert first.iloc[0] == first.iloc[1]  # the first task of a sequence is that task alone
+    figure, (ax,) = figures.panels(1)
+    figures_sequences.score_of_nth_task(ax, nth, 4)
+    assert len(ax.get_legend_handles_labels()[0]) == 3
+
+
+def test_the_ledger_gives_the_same_tables(results, settings, session_home, tmp_path, monkeypatch):
+    """Scores, kept rows and scores on the way come back from the ledger alone; adapters do not."""
+    monkeypatch.setattr(ledger, "ledger_folder", lambda: tmp_path)
+    measuring.record([resolve(spec) for spec in sequences.sequence_specs(settings)], Store(), "study", "command")
+    from_ledger = measuring.results_of("06_forgetting", settings)
+    assert len(from_ledger.runs) == from_ledger.planned
+    for table in (forgetting.metrics, forgetting.final_scores, forgetting.safety_scores, forgetting.by_step):
+        pd.testing.assert_frame_equal(table(from_ledger), table(results), check_dtype=False)
+    assert functional.later_interference(from_ledger).empty
+
+
+def test_figures_draw_every_way(results):
+    figure, axes = figures.panels(4)
+    course = forgetting.by_step(results)
+    for ax, role in zip(axes, ("old", "new"), strict=False):
+        figures_sequences.scores_by_step(ax, course, role)
+    figures_sequences.plasticity_against_stability(axes[2], forgetting.plane(results))
+    figures_sequences.safety_plane(axes[3], forgetting.safety_scores(results))
+    for ax, count in zip(axes, (4, 4, 4, 5), strict=True):
+        assert len(set(ax.get_legend_handles_labels()[1])) == count
+        assert ax.get_xlabel() and ax.get_ylabel()
