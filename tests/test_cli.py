@@ -128,6 +128,7 @@ def test_settings_are_checked_before_any_run(home, changes, words):
 def test_notebooks_are_chosen_by_name_or_path_in_the_order_of_the_story():
     assert chosen_notebooks([]) == NOTEBOOKS
     assert chosen_notebooks(["notebooks/05_merging.ipynb", "01_lori"]) == ("01_lori", "05_merging")
+    assert chosen_notebooks(["06", "01"]) == ("01_lori", "06_forgetting")
 
 
 def test_spans_of_time():

@@ -112,6 +112,7 @@ def tune(
     profile: Profile = "quick",
     jobs: Jobs = 2,
     methods: Annotated[str, typer.Option(help="Some only: lora,lori-s,joint, or any method of the registry.")] = "",
+    strengths: Annotated[str, typer.Option(help="Instead: how strongly earlier tasks are held: ewc,o-lora.")] = "",
     allow_code_execution: AllowCode = False,
 ) -> None:
     """Choose learning rates on held-out training rows, every method with the same budget."""
@@ -120,6 +121,12 @@ def tune(
     from lori_nb.study.profiles import load_settings
 
     settings = load_settings(profile)  # and with it the methods of own code
+    if strengths:
+        from lori_nb.study.strengths import publish_strengths, tune_strengths
+
+        for path in publish_strengths(tune_strengths(settings, names_in(strengths), jobs), profile):
+            print(path)
+        return
     grids = tuning.first_grids(names_in(methods)) if methods else tuning.first_grids()
     table = tuning.tune(settings, grids, jobs)
     for path in tuning.publish(table, profile):

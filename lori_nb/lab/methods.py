@@ -101,7 +101,7 @@ METHODS: dict[str, Method] = {
         Method("lora-fa", "LoRA-FA", trains_A=False, optimiser=lora_fa_optimiser, built_in=True),
         Method("dora", "DoRA", form="dora", built_in=True),
         Method("full", "Full fine-tuning", form="full", built_in=True),
-        _continual("ewc", "LoRA + EWC", continual.elastic_weights, strength=100.0, memory=64),
+        _continual("ewc", "LoRA + EWC", continual.elastic_weights, strength=1000.0, memory=64),
         _continual("o-lora", "O-LoRA", continual.orthogonal_subspaces, grows=True, strength=0.5, memory=0),
         _continual("replay", "LoRA + replay", continual.replay, rows=2, memory=64),
         _continual("memory-projection", "Ortho-LoRA on memory", continual.projected_off_memory, rows=4, memory=64),

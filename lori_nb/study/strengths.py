@@ -1,0 +1,114 @@
+"""The one number of every way to protect earlier tasks, chosen by the same rule, on rows held out of training.
+
+Every way begins with as many values as a method begins with learning rates, on the first two tasks of the sequence.
+Chosen is the value with the best mean score over both tasks after the second, on the tuning split; where it is the
+first or the last of the grid, the grid grows by one value on that side. The learning rate is LoRA's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+
+from lori_nb.lab import ledger
+from lori_nb.lab.paths import write_atomically
+from lori_nb.lab.runs import Store, unmeasured
+from lori_nb.lab.specs import RunSpec
+from lori_nb.study.pool import train_all
+from lori_nb.study.profiles import Settings
+from lori_nb.study.sequences import get_way, stage_runs
+from lori_nb.study.tuning import RATES, ROUNDS, TUNE_ROWS
+
+COLUMNS = ["way", "number", "setting", "task", "seed", "metric", "value", "n", "chosen", "run"]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where the values of a method's number lie: ``centre`` in the middle, each ``factor`` times the one before."""
+
+    number: str
+    centre: float
+    factor: float
+
+    @property
+    def values(self) -> list[float]:
+        """As many as a method begins with learning rates."""
+        return [self.centre * self.factor**step for step in range(-(RATES // 2), RATES - RATES // 2)]
+
+
+GRIDS = {
+    "ewc": Grid("strength", 1e3, 10.0),
+    "o-lora": Grid("strength", 0.5, 10.0),
+    "replay": Grid("rows", 4, 2.0),
+    "memory-projection": Grid("rows", 8, 2.0),
+}
+
+
+def check_ways(ways: list[str]) -> None:
+    """ValueError for a way without a number to choose; it lists those that have one."""
+    for way in ways:
+        if way not in GRIDS:
+            raise ValueError(f"strengths must be among {', '.join(GRIDS)}; found {way!r}")
+
+
+def specs_at(settings: Settings, way: str, value: float) -> list[RunSpec]:
+    """The second tasks' runs of a way at one value of its number, one a seed, scored on the tuning split."""
+    number = {GRIDS[way].number: value}
+    fixed = replace(settings, strengths={get_way(way).later: number}, sequence=settings.sequence[:2], watch=())
+    runs = [stage_runs(fixed, way, fixed.sequence, seed)[-1] for seed in settings.seed]
+    return [replace(run, score_on="tune", test_rows=TUNE_ROWS) for run in runs]
+
+
+def tune_strengths(settings: Settings, ways: list[str], jobs: int = 2, store: Store | None = None) -> pd.DataFrame:
+    """Run the grids and return one measurement a row, with :data:`COLUMNS`.
+
+    Raises:
+        ValueError: a way without a number to choose, or a sequence of one task.
+    """
+    check_ways(ways)
+    if len(settings.sequence) < 2:
+        raise ValueError(f"sequence must hold at least two tasks; found {', '.join(settings.sequence)}")
+    store, tables = store or Store(), []
+    for way in ways:
+        table = _tune_one(settings, way, jobs, store)
+        best = _best(table)
+        tables.append(table.assign(chosen=table["setting"] == best))
+        tried = ", ".join(f"{value:g}" for value in sorted(set(table["setting"])))
+        print(f"{way}: {GRIDS[way].number} {best:g} among {tried}", flush=True)
+    return pd.concat(tables, ignore_index=True)
+
+
+def _best(table: pd.DataFrame) -> float:
+    return float(table.groupby("setting")["value"].mean().idxmax())
+
+
+def _tune_one(settings: Settings, way: str, jobs: int, store: Store) -> pd.DataFrame:
+    grid = GRIDS[way]
+    values = grid.values
+    for widened in range(ROUNDS + 1):
+        by_value = {value: specs_at(settings, way, value) for value in values}
+        train_all(unmeasured([spec for specs in by_value.values() for spec in specs]), store, jobs)
+        frames = [store.table(specs).assign(setting=value) for value, specs in by_value.items()]
+        table = pd.concat(frames, ignore_index=True).assign(way=way, number=grid.number)
+        best = _best(table)
+        lowest = best == min(values) and not (grid.number == "rows" and best <= 1)  # no less than a row
+        if not (lowest or best == max(values)):
+            break
+        if widened == ROUNDS:
+            print(f"{way}: the best value, {best:g}, is still at the edge of its grid", flush=True)
+        values = [best / grid.factor, *values] if best == min(values) else [*values, best * grid.factor]
+    return table
+
+
+def publish_strengths(table: pd.DataFrame, profile: str) -> list[Path]:
+    """Append the grids to the ledger and write the table that people read; returns the files."""
+    command = f"lori-nb tune --profile {profile} --strengths {','.join(table['way'].unique())}"
+    added = ledger.append(table.drop(columns="setting"), f"strengths-{profile}", command)
+    csv = ledger.ledger_folder().parent / f"strengths-{profile}.csv"
+    before = pd.read_csv(csv) if csv.exists() else pd.DataFrame(columns=COLUMNS)
+    kept = before[~before["way"].isin(set(table["way"]))]
+    whole = pd.concat([part for part in (kept, table[COLUMNS]) if len(part)], ignore_index=True)
+    write_atomically(csv, whole.sort_values(["way", "setting", "task", "seed"]).to_csv(index=False))
+    return [path for path in (added, csv) if path is not None]
