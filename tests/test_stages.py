@@ -15,6 +15,7 @@ from lori_nb.lab.models import load_base
 from lori_nb.lab.resolving import check, resolve
 from lori_nb.lab.runs import Store
 from lori_nb.lab.specs import MergeSpec
+from lori_nb.lab.tasks import Example, task
 from lori_nb.lab.text import collate
 from lori_nb.method.conflicts import project_off
 from lori_nb.method.projection import fixed_orders, project_conflicts_reference
@@ -35,11 +36,11 @@ def store(home) -> Store:
 def sparse_sequence(base, origin: str, count: int = 3, **changes) -> list:
     """LoRI-S on one task after another, each calibrated by LoRI-D after the LoRI-D runs before."""
     runs, dense = [], None
-    for place, task in enumerate(TASKS[:count]):
-        dense = tiny_spec(base, "lori-d", [task], start=dense)
+    for place, name in enumerate(TASKS[:count]):
+        dense = tiny_spec(base, "lori-d", [name], start=dense)
         settings = {"sparsity": 0.75, "mask_origin": "same-a" if place == 0 else origin} | changes
         start = runs[-1] if runs else None
-        runs.append(tiny_spec(base, "lori-s", [task], start=start, calibration=dense, **settings))
+        runs.append(tiny_spec(base, "lori-s", [name], start=start, calibration=dense, **settings))
     return runs
 
 
@@ -317,6 +318,34 @@ def test_begin_may_only_return_hooks_of_a_run(base, store, registries):
 
     with pytest.raises(ValueError, match="begin of odd must return hooks among penalty, transform, after_step"):
         store.get(second(base, "odd"))
+
+
+@pytest.mark.parametrize("name", ["ewc", "replay", "memory-projection", "o-lora"])
+def test_an_encoder_keeps_earlier_heads(name, tiny_encoder, store, registries):
+    """The old task's gradient goes through the head that it was left with; that head stays as it is."""
+    for number in (0, 1):
+
+        @task(
+            f"parity-{number}", domain="own", metric="accuracy", licence="own", reads="encoder", labels=("even", "odd")
+        )
+        def parity(split, number=number):
+            for value in range(40):
+                yield Example(
+                    prompt=f"{number} {value}",
+                    answer=("even", "odd")[(value + number) % 2],
+                    target=(value + number) % 2,
+                )
+
+    first = tiny_spec(tiny_encoder, "lora", ["parity-0"], steps=6)
+    later = tiny_spec(
+        tiny_encoder, name, ["parity-1"], steps=6, start=first, evaluate=("parity-0", "parity-1"), watch=(3,)
+    )
+    before, after = store.get(first).adapter, store.get(later)
+    for part in ("weight", "bias"):
+        assert torch.equal(after.adapter.extras[f"head.parity-0.{part}"], before.extras[f"head.parity-0.{part}"])
+    assert set(after.adapter.extras) == {f"head.parity-{n}.{part}" for n in (0, 1) for part in ("weight", "bias")}
+    assert set(after.watched["task"]) == {"parity-0", "parity-1"}
+    assert not same(after.adapter, store.get(replace(later, method="lora")).adapter)
 
 
 # Scores on the way, and scores of other tasks

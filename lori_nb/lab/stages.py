@@ -73,7 +73,14 @@ class Stage:
 
     @contextmanager
     def at(self, adapter: Adapter) -> Iterator[None]:
-        """Within the block the trained factors are those of an earlier adapter; then they are what they were."""
+        """Within the block the trained factors are those of an earlier adapter; then they are what they were.
+
+        Raises ValueError for an adapter of another rank, such as one that has grown.
+        """
+        for module, low in self.live.items():
+            if adapter.factors[module].B.shape != low.shape:
+                found = tuple(adapter.factors[module].B.shape)
+                raise ValueError(f"adapter must have B of shape {tuple(low.shape)} in {module}; found {found}")
         before = {name: p.detach().clone() for name, p in self.shared.items()}
         try:
             with torch.no_grad():

@@ -30,6 +30,7 @@ from lori_nb.study.sequences import (
     get_way,
     orders_of,
     stages,
+    steps_after,
 )
 from lori_nb.study.style import title_of
 from lori_nb.study.summary import Pair, as_columns, difference, group_word, row_groups, summarise
@@ -297,7 +298,7 @@ def by_step(results: Results) -> pd.DataFrame:
             runs = finished(results, way, order, seed) if len(order) > 1 else None
             if runs is None or runs[1].watched.empty:
                 continue
-            ends = [(0, runs[0]), (settings.steps_on(order[1]), runs[1])]
+            ends = [(0, runs[0]), (steps_after(settings, order[1]), runs[1])]
             rows = [results.table[results.table["run"] == run.hash].assign(step=step) for step, run in ends]
             both = pd.concat([*rows, runs[1].watched])[["task", "split", "metric", "step", "value", "n"]]
             roles = {order[0]: "old", order[1]: "new"}

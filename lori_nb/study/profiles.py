@@ -76,6 +76,7 @@ class Settings:
     strengths: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # of continual methods, by name
     merged_weight: float = 0.4  # of every adapter where one a task is merged, instead of learned one after another
     sequence_rows: int = 0  # rows a task that are scored after every stage; a profile that names none takes test_rows
+    sequence_steps: int | None = None  # of every task after the first; none: as many as alone
     watch: tuple[int, ...] = ()  # steps of the second task's training after which all tasks are scored
     watch_rows: int = 48  # rows a task that are scored there
     capacity_tasks: tuple[str, ...] = ()  # learned under disjoint masks until no entry is free
@@ -201,10 +202,9 @@ def _checked(values: dict[str, Any]) -> Settings:
     for sparsity in (values["sparsity"], *values["sparsities"]):
         if not 0 <= sparsity < 1:
             raise ValueError(f"sparsity must be in [0, 1); found {sparsity}")
-    if values["last_layers"] is not None:
-        values["last_layers"] = _number("last_layers", values["last_layers"], int)
-    if values.get("micro_batch_rows") is not None:
-        values["micro_batch_rows"] = _number("micro_batch_rows", values["micro_batch_rows"], int)
+    for name in ("last_layers", "micro_batch_rows", "sequence_steps"):
+        if values.get(name) is not None:
+            values[name] = _number(name, values[name], int)
     if not isinstance(values.get("checkpointing", False), bool):
         raise ValueError(f"checkpointing must be true or false; found {values['checkpointing']!r}")
     _settle_sequence(values)

@@ -94,16 +94,26 @@ def stages(settings: Settings, way: str, order: Sequence[str], seed: int) -> lis
 
 def stage_runs(settings: Settings, way: str, order: Sequence[str], seed: int) -> list[RunSpec]:
     """The chain of runs of a sequence; while the second task trains, all tasks are scored at the steps to watch."""
-    chosen = get_way(way)
-    shorter = replace(settings, test_rows=settings.sequence_rows)
+    chosen, shorter = get_way(way), _as_stages(settings)
     runs = [first_run(settings, way, seed)]
     for place, task in enumerate(order[1:], start=1):
-        watch = tuple(step for step in settings.watch if step < settings.steps_on(task)) if place == 1 else ()
+        watch = tuple(step for step in settings.watch if step < shorter.steps_on(task)) if place == 1 else ()
         changes = {"watch": watch, "watch_rows": settings.watch_rows} if watch else {}
         changes |= {"options": options_of(settings, chosen.later)} | dict(chosen.changes)
         start = {"start": runs[-1], "evaluate": settings.sequence}
         runs.append(single(shorter, chosen.later, task, seed, **start, **changes))
     return runs
+
+
+def _as_stages(settings: Settings) -> Settings:
+    """The settings of the runs after the first."""
+    steps = {} if settings.sequence_steps is None else {"steps": settings.sequence_steps, "task_steps": {}}
+    return replace(settings, test_rows=settings.sequence_rows, **steps)
+
+
+def steps_after(settings: Settings, task: str) -> int:
+    """Optimiser steps of a task that is learned after another."""
+    return _as_stages(settings).steps_on(task)
 
 
 def first_run(settings: Settings, way: str, seed: int) -> RunSpec:
