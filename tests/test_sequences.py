@@ -13,7 +13,16 @@ from lori_nb.lab import ledger
 from lori_nb.lab.resolving import resolve
 from lori_nb.lab.runs import Store
 from lori_nb.lab.tasks import get_task
-from lori_nb.study import figures, figures_sequences, forgetting, functional, measuring, notebook, sequences
+from lori_nb.study import (
+    figures,
+    figures_sequences,
+    forgetting,
+    functional,
+    measuring,
+    notebook,
+    reference,
+    sequences,
+)
 from lori_nb.study.profiles import load_settings
 
 TASKS = ["refusal", "chain_sum", "family_relationships"]
@@ -22,7 +31,12 @@ TASKS = ["refusal", "chain_sum", "family_relationships"]
 @pytest.fixture(scope="module")
 def settings(tiny_decoder):
     changes = {"last_layers": 2, "rank": 2, "steps": 6, "joint_steps": 3, "test_rows": 40, "sequence_rows": 30}
-    changes |= {"watch": [2, 4], "watch_rows": 6, "learning_rate": {"lora": 0.02, "lori-d": 0.05, "lori-s": 0.1}}
+    changes |= {
+        "arms": [],
+        "watch": [2, 4],
+        "watch_rows": 6,
+        "learning_rate": {"lora": 0.02, "lori-d": 0.05, "lori-s": 0.1},
+    }
     ways = ["lora", "lori-s", "lori-s-disjoint", "o-lora", "merged", "joint"]
     return load_settings(
         "smoke", base=str(tiny_decoder), dtype="float32", tasks=TASKS, seed=[0, 1], orders="all", ways=ways, **changes
@@ -263,6 +277,17 @@ def test_the_ledger_gives_the_same_tables(results, settings, session_home, tmp_p
     for table in (forgetting.metrics, forgetting.final_scores, forgetting.safety_scores, forgetting.by_step):
         pd.testing.assert_frame_equal(table(from_ledger), table(results), check_dtype=False)
     assert functional.later_interference(from_ledger).empty
+    root = tmp_path / "project"
+    root.mkdir()
+    (root / "README.md").write_text(" old ".join(reference.marks(settings.profile)))
+    names = {path.name for path in reference.write_reference(settings, ["06_forgetting"], root)}
+    assert {"sequence_metrics.csv", "sequence_plane.pdf", "sequence_by_step.svg", "sequence_matrices.png"} <= names
+    text = (root / "README.md").read_text()
+    row = forgetting.metrics(results).query("way == 'o-lora' and metric == 'average'").iloc[0]
+    assert f"| O-LoRA | {row['value']:.2f} [" in text and "old" not in text.replace("old tasks", "")
+    # another notebook's tables do not push these out
+    reference.write_reference(settings, ["01_lori"], root)
+    assert "| O-LoRA | " in (root / "README.md").read_text()
 
 
 def test_figures_draw_every_way(results):

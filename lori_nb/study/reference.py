@@ -14,11 +14,11 @@ import pandas as pd
 
 from lori_nb.analysis.statistics import interval_text
 from lori_nb.lab.paths import PROJECT, write_atomically
-from lori_nb.study import comparison, figures, figures_lori, questions, sharing, style
+from lori_nb.study import comparison, figures, figures_lori, questions, reference_sequences, sharing, style
 from lori_nb.study.arms import arms_of
 from lori_nb.study.measuring import results_of
 from lori_nb.study.notebook import Results, slug
-from lori_nb.study.profiles import Settings
+from lori_nb.study.profiles import NOTEBOOKS, Settings
 
 FORESTS = {  # name → question of the arms, the notebook whose plan holds them, and the methods that stand with them
     "baselines": ("baseline", "01_lori", ()),
@@ -32,7 +32,7 @@ def write_reference(settings: Settings, notebooks: Sequence[str], root: Path = P
     """
     folder = root / "figures" / "reference" / slug(settings)
     folder.mkdir(parents=True, exist_ok=True)
-    found = {name: results_of(name, settings) for name in notebooks}
+    found = {name: results_of(name, settings) for name in _with_those_before(notebooks, folder)}
     tables = _tables(found)
     for name, table in tables.items():
         write_atomically(folder / f"{name}.csv", table.to_csv(index=False, float_format="%.10g"))
@@ -42,6 +42,13 @@ def write_reference(settings: Settings, notebooks: Sequence[str], root: Path = P
     readme = root / "README.md"
     write_section(readme, folder, settings.profile)
     return [*(folder / f"{name}.csv" for name in tables), *drawn, readme]
+
+
+def _with_those_before(notebooks: Sequence[str], folder: Path) -> list[str]:
+    """The notebooks named, and those that the folder holds tables of already: the section tells of all of them."""
+    counts = folder / "runs.csv"
+    before = list(pd.read_csv(counts)["notebook"]) if counts.exists() else []
+    return [name for name in NOTEBOOKS if name in {*before, *notebooks}]
 
 
 def _tables(found: dict[str, Results]) -> dict[str, pd.DataFrame]:
@@ -59,6 +66,8 @@ def _tables(found: dict[str, Results]) -> dict[str, pd.DataFrame]:
         tables["sparsity"] = questions.sparsity_scores(masks)
     if (shared := found.get("03_ortho_lora")) and shared.runs:
         tables |= {"arrangements": sharing.arrangement_scores(shared), "recovery": sharing.gap_recovery(shared)}
+    if sequences := found.get("06_forgetting"):
+        tables |= reference_sequences.tables(sequences)
     return {name: table for name, table in tables.items() if len(table)}
 
 
@@ -73,6 +82,8 @@ def _figures(found: dict[str, Results], tables: dict[str, pd.DataFrame]) -> dict
             drawn[name] = found[notebook], _forest_of(found[notebook], tables[name], arms)
     if "sparsity" in tables:
         drawn["sparsity"] = found["02_masks"], lambda: _sparsity(tables["sparsity"])
+    if sequences := found.get("06_forgetting"):
+        drawn |= {name: (sequences, draw) for name, draw in reference_sequences.drawn(sequences, tables).items()}
     return drawn
 
 
@@ -124,6 +135,8 @@ def section(folder: Path) -> str:
     for name in ("methods", *FORESTS):
         if (folder / f"{name}.csv").exists():
             parts.append(_comparison(pd.read_csv(folder / f"{name}.csv")))
+    if (folder / "sequence_metrics.csv").exists():
+        parts.append(reference_sequences.text(pd.read_csv(folder / "sequence_metrics.csv")))
     return "\n\n".join(parts)
 
 
