@@ -83,7 +83,7 @@ def test_a_seed_list_multiplies_the_runs_and_one_seed_does_not():
 
 def test_encoder_tasks_bring_their_base_and_need_no_few_shot_runs():
     settings = load_settings("smoke", tasks="glue")
-    assert settings.tasks == ("rte", "mrpc", "cola", "sst2", "stsb")
+    assert settings.tasks == ("rte", "mrpc", "cola", "sst2", "stsb", "qnli")
     assert settings.base == "all-minilm-l6-v2"
     assert settings.first == "rte" and settings.mask_tasks == ("rte",)
     assert not [spec for spec in PLANS["01_lori"](settings) if spec.method == "base"]

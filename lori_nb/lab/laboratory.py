@@ -17,6 +17,7 @@ from lori_nb.lab.baselines import Dora, dora_extras, put_in_place, replacing
 from lori_nb.lab.methods import FACTORED, LOW_RANK, get_method, initial_live, subspace_of
 from lori_nb.lab.models import Base, empty_body, load_base
 from lori_nb.lab.prefix import split_at, suffix_body
+from lori_nb.lab.regression import unit_of
 from lori_nb.lab.resolving import check
 from lori_nb.lab.scoring import Asked, Subject, check_can_score, metric_rows, prediction_rows, score_task, states_of
 from lori_nb.lab.specs import MergeSpec, RunSpec, Spec
@@ -90,10 +91,15 @@ def _live(spec: RunSpec, linears: Mapping[str, nn.Linear], adapter_of: Callable[
 
 
 def _extras(live: Mapping[str, nn.Module], tasks: Sequence[TaskData]) -> dict[str, Tensor]:
-    """What is trained beside the factors: task heads, DoRA's magnitudes."""
-    heads = {f"head.{t.name}.{part}": p for t in tasks if t.head for part, p in t.head.named_parameters()}
+    """What is trained beside the factors: task heads, a regression's in its target's own unit; DoRA's magnitudes."""
+    heads = {f"head.{t.name}.{part}": p for t in tasks if t.head for part, p in _head_parameters(t).items()}
     doras = {name: module for name, module in live.items() if isinstance(module, Dora)}
     return {name: p.detach().cpu() for name, p in heads.items()} | dora_extras(doras)
+
+
+def _head_parameters(task: TaskData) -> dict[str, Tensor]:
+    parameters = dict(task.head.named_parameters())
+    return parameters if task.unit is None else task.unit.of_head(parameters)
 
 
 def _outcome(spec, base, live, trained: Trained, adapter, metrics, predictions) -> Outcome:
@@ -132,7 +138,9 @@ def _adapter(spec: RunSpec, base: Base, live, extras: dict[str, Tensor], inherit
 def _task_data(spec: RunSpec, base: Base, name: str, first: int, report: Report) -> TaskData:
     task = get_task(name)
     rows = encode_rows(base.tokenizer, base.kind, tuple(task.rows("train", spec.train_rows)), (), task.system)
-    return TaskData(name, rows, states_of(base, rows, first, name, report), new_head(spec, base, name))
+    head = new_head(spec, base, name)
+    unit = unit_of(row.target for row in rows) if head is not None and not task.labels else None
+    return TaskData(name, rows, states_of(base, rows, first, name, report), head, unit)
 
 
 def new_head(spec: RunSpec, base: Base, task: str, width: int | None = None) -> nn.Module | None:

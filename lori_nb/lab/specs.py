@@ -35,6 +35,8 @@ class RunSpec:
     ``stop_after`` ends training after so many of the schedule's ``steps``, as a calibration by a part of a run does.
     ``micro_batch_rows`` rows, of all tasks, are computed at a time (None: all), and with ``checkpointing`` the backward
     pass computes activations again instead of keeping them: less memory; the former rounds sums in another order.
+    ``task_weights`` holds w_t > 0 for each of several tasks, empty for ones: what the tasks share is trained on the
+    gradients w_t g_t, by every method and conflict solver; task heads are not weighted.
     """
 
     method: str
@@ -71,6 +73,7 @@ class RunSpec:
     schedule: str = _later("linear")
     micro_batch_rows: int | None = _later(None)
     checkpointing: bool = _later(False)
+    task_weights: tuple[float, ...] = _later(())
 
     kind: ClassVar[str] = "run"
 
@@ -101,6 +104,7 @@ class RunSpec:
         told = {"subspace": "independent", "mask_scope": "model", "mask_origin": "same-a", "mask_structure": "entries"}
         after += "".join(f" · {getattr(self, name)}" for name, usual in told.items() if getattr(self, name) != usual)
         after += f" · first {self.stop_after} steps" if self.stop_after else ""
+        after += f" · weights {':'.join(f'{w:g}' for w in self.task_weights)}" if self.task_weights else ""
         sparse = f" {self.sparsity:g}" if self.sparsity else ""
         shots = f" {self.shots} shots" if self.method == "base" else f" lr {self.learning_rate:g}"
         return f"{self.method}{sparse} · {'+'.join(self.tasks)}{after} ·{shots} · seed {self.seed}"
@@ -213,6 +217,7 @@ def from_payload(data: dict | None) -> Spec | None:
         "evaluate": tuple(data["evaluate"]) if data["evaluate"] else None,
         "options": tuple(tuple(pair) for pair in data["options"]),
         "family": tuple(data.get("family", ())),
+        "task_weights": tuple(data.get("task_weights", ())),
         "start": from_payload(data["start"]),
         "calibration": from_payload(data["calibration"]),
         "digests": pairs,

@@ -6,6 +6,7 @@ Every name is checked before any work; an unknown one is an error that names the
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -70,10 +71,17 @@ class Settings:
     checkpointing: bool = False  # activations are computed again in the backward pass, not kept
     adapters: tuple[str, ...] = ()  # folders of adapters from elsewhere that 04_interference compares instead
     task_steps: Mapping[str, int] = field(default_factory=dict)  # of single runs, where a task's are not ``steps``
+    task_weights: Mapping[str, float] = field(default_factory=dict)  # of runs on several tasks; 1 where none is named
 
     def steps_on(self, task: str) -> int:
         """Optimiser steps of a run on one task."""
         return self.task_steps.get(task, self.steps)
+
+    @property
+    def joint_weights(self) -> tuple[float, ...]:
+        """The tasks' weights in a run on all of them, in the tasks' order; empty where all are 1."""
+        weights = tuple(self.task_weights.get(task, 1.0) for task in self.tasks)
+        return () if all(weight == 1 for weight in weights) else weights
 
 
 _LISTS = {
@@ -168,6 +176,7 @@ def _checked(values: dict[str, Any]) -> Settings:
         for task, steps in dict(values.get("task_steps", {})).items()
         if get_task(task).name in values["tasks"]
     }
+    values["task_weights"] = _weights(values.get("task_weights", {}), values["tasks"])
     values["adapters"] = tuple(_absolute(name) for name in _as_list(values.get("adapters", ())))
     values["mask_tasks"] = expand_tasks(values["mask_tasks"])
     values["arms"] = tuple(_as_list(values.get("arms", ())))
@@ -200,6 +209,19 @@ def _checked(values: dict[str, Any]) -> Settings:
         values["first"] = (safety or list(values["tasks"]))[0]
     _among("first", values["first"], values["tasks"])
     return Settings(**values)
+
+
+def _weights(given: Any, tasks: tuple[str, ...]) -> dict[str, float]:
+    """Task → weight, of the study's own tasks among those named; ValueError for an unknown task or a weight not above
+    0.
+    """
+    if not isinstance(given, Mapping):
+        raise ValueError(f"task_weights must map tasks to numbers; found {given!r}")
+    weights = {get_task(task).name: _number(f"task_weights of {task}", w, float) for task, w in given.items()}
+    for task, weight in weights.items():
+        if not 0 < weight < math.inf:
+            raise ValueError(f"task_weights of {task} must be a finite number above 0; found {weight:g}")
+    return {task: weight for task, weight in weights.items() if task in tasks}
 
 
 def as_parameters(settings: Settings, names: list[str]) -> dict[str, Any]:
