@@ -141,6 +141,7 @@ def load_settings(profile: str = "quick", **changes: Any) -> Settings:
     encoder = values.pop("encoder", {})
     known = [f.name for f in fields(Settings)]
     _check_names(list(values), known, f"profile {profile}")
+    _check_names(list(encoder), known, f"profile {profile}, encoder")
     _check_names(list(changes), known, "settings")
     tasks = expand_tasks(_as_list(changes.get("tasks", values["tasks"])))
     if all(get_task(task).reads == "encoder" for task in tasks):
