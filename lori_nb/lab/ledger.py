@@ -20,6 +20,7 @@ import pandas as pd
 from lori_nb.lab.paths import PROJECT, write_atomically
 
 KEY = ["run", "task", "metric", "split"]
+OF_VALUES = ("pearson", "spearman")  # metrics of numbers, which have no rows that are right or wrong
 
 
 def ledger_folder() -> Path:
@@ -86,7 +87,7 @@ class Measured:
 
     @cached_property
     def predictions(self) -> pd.DataFrame:
-        """One evaluated row a line: task, split, row, correct; empty where no rows were kept."""
+        """One evaluated row a line: task, split, row, correct; none of a task whose rows were not kept."""
         columns = ["task", "split", "row", "correct"]
         frames = [
             pd.DataFrame({"task": r.task, "split": r.split, "row": np.arange(r.n), "correct": unpacked(r.right, r.n)})
@@ -126,9 +127,9 @@ def unpacked(right: bytes, n: int) -> np.ndarray:
 
 
 def measured(hashes: Iterable[str], folder: Path | None = None) -> dict[str, Measured]:
-    """The runs among ``hashes`` that the ledger holds with the rows that were right."""
+    """The runs among ``hashes`` that the ledger holds with the rows that were right, where rows can be."""
     known = rows_of(hashes, folder)
     if "right" not in known:
         return {}
-    kept = known[known["right"].map(lambda right: isinstance(right, bytes))]
+    kept = known[known["right"].map(lambda right: isinstance(right, bytes)) | known["metric"].isin(OF_VALUES)]
     return {name: Measured(name, rows.reset_index(drop=True)) for name, rows in kept.groupby("run", sort=False)}

@@ -57,7 +57,7 @@ class DataSet:
     blank_texts: bool = False
 
     def file(self, part: str, folder: Path | None = None) -> str:
-        """The file of an official part, relative to the folder; what stands in for it where ``folder`` has that alone."""
+        """The file of an official part, relative to the folder; what stands in where ``folder`` has that alone."""
         name = {"train": self.train_file, "test": self.test_file}[part]
         instead = self.train_instead if part == "train" else ""
         if folder is None or not instead or (folder / name).is_file() or not (folder / instead).is_file():
