@@ -44,6 +44,8 @@ def invoke(*words: str):
         (["train", "--seed", "0,9"], "seed must be one of the plan's, 0, 1, 2; found 9"),
         (["sweep", "09_none"], "notebook must be a file or one of"),
         (["tune", "--methods", "lorri"], "methods must be among"),
+        (["tune", "--tasks", "sums"], "task must be one of"),
+        (["measure", "--tasks", "rte,sums"], "task must be one of"),
         (["runs", "show", "abc"], "found 0 for 'abc'"),
         (["publish"], "the study must be finished first"),
     ],
@@ -102,6 +104,19 @@ def test_the_plan_of_the_papers_models_needs_no_weights(home, monkeypatch):
         lines = [line for line in result.stdout.splitlines() if line.startswith(f"{method} ·")]
         assert lines and all(f" {count} " in line for line in lines)
     assert "0 of them done" in result.stdout and "with 2 workers" in result.stdout
+    assert not (home / "runs").exists()
+
+
+def test_the_plan_of_glue_on_roberta_needs_neither_weights_nor_rows(home, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("LORI_NB_DATA", raising=False)
+    words = ("study", "--profile", "paper", "--tasks", "glue,mnli,qqp", "--plan", "--notebooks", "03_ortho_lora")
+    for base, count in {"FacebookAI/roberta-base": "294,912", "FacebookAI/roberta-large": "786,432"}.items():
+        result = invoke(*words, "--base", base, "--seed", "0")
+        assert result.exit_code == 0, result.output
+        lines = [line for line in result.stdout.splitlines() if line.startswith("lora · rte ·")]
+        assert len(lines) == 1 and f" {count} " in lines[0]
+        assert "16 runs, 0 of them done" in result.stdout  # eight tasks alone, eight ways to share an adapter
     assert not (home / "runs").exists()
 
 

@@ -18,8 +18,10 @@ from lori_nb.lab.tasks import Example, expand_tasks, get_task, rows_digest
 from lori_nb.lab.tasks.folder import official_rows
 from lori_nb.lab.tasks.official import _DATA_SETS, examples_from_hub, split_rows
 
-GLUE = ("rte", "mrpc", "cola", "sst2", "stsb")
-NAMES = (*GLUE, "gsm8k", "boolq")
+GLUE = ("rte", "mrpc", "cola", "sst2", "stsb", "qnli")
+HERE = (*GLUE, "gsm8k", "boolq")  # what the folder of real data holds
+NAMES = (*HERE, "mnli", "qqp")
+PAIRED = {"rte", "mrpc", "stsb", "qnli", "mnli", "qqp"}
 
 
 def counts_in_readme(file: str) -> dict[str, tuple[int, dict[str, int]]]:
@@ -42,9 +44,9 @@ def from_real_data(monkeypatch):
 @pytest.mark.usefixtures("from_real_data")
 class TestRealData:
     @pytest.mark.parametrize("part", ["train", "test"])
-    @pytest.mark.parametrize("name", NAMES)
+    @pytest.mark.parametrize("name", HERE)
     def test_counts_and_label_histograms_equal_the_readme(self, name, part):
-        file = _DATA_SETS[name].file(part)
+        file = _DATA_SETS[name].file(part, real_data())
         rows = official_rows(name, part)
         count, histogram = counts_in_readme(file)[Path(file).stem]
         assert len(rows) == count
@@ -55,7 +57,16 @@ class TestRealData:
             by_word = set(histogram) <= set(words)
             assert Counter(words if by_word else (str(row.target) for row in rows)) == histogram
 
-    @pytest.mark.parametrize("name", NAMES)
+    @pytest.mark.parametrize("name", GLUE)
+    def test_every_official_row_is_scored_once(self, name):
+        rows = official_rows(name, "test")
+        assert get_task(name).rows("test", 10**6) == list(rows)
+        repeated = len(rows) - len({row.key for row in rows})
+        assert repeated == {"cola": 4, "stsb": 2}.get(name, 0), "repeats of the official file itself count too"
+        learned = [row.key for split in ("train", "tune") for row in get_task(name).rows(split, 10**6)]
+        assert len(learned) == len(set(learned)), "no row is learned from twice an epoch"
+
+    @pytest.mark.parametrize("name", HERE)
     def test_no_prompt_stands_in_two_splits_and_none_is_lost(self, name):
         task, whole = get_task(name), 10**6
         keys = {split: {row.key for row in task.rows(split, whole)} for split in ("train", "tune", "test")}
@@ -137,6 +148,20 @@ IN_BOTH_SCHEMAS = {
             "label": [3.8, 1.267],
         },
     ),
+    "qnli": (
+        "index\tquestion\tsentence\tlabel\n0\tWho?\tA man.\tentailment\n1\tWhen?\tIn Rome.\tnot_entailment\n",
+        {"question": ["Who?", "When?"], "sentence": ["A man.", "In Rome."], "label": [0, 1]},
+    ),
+    "mnli": (
+        "index\tgenre\tsentence1\tsentence2\tlabel1\tgold_label\n"
+        "0\ttravel\tIt rains.\tIt is wet.\tneutral\tentailment\n"
+        "1\tfiction\tA b.\tC d.\tneutral\tcontradiction\n",
+        {"premise": ["It rains.", "A b."], "hypothesis": ["It is wet.", "C d."], "label": [0, 2]},
+    ),
+    "qqp": (
+        "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n0\t1\t2\tWho?\tWhich one?\t1\n1\t3\t4\tWhy?\t\t0\n",
+        {"question1": ["Who?", "Why?"], "question2": ["Which one?", ""], "label": [1, 0]},
+    ),
     "gsm8k": (
         "\n".join(map(json.dumps, GSM8K)),
         {key: [row[key] for row in GSM8K] for key in ("question", "answer")},
@@ -151,6 +176,9 @@ CLASS_NAMES = {
     "mrpc": ["not_equivalent", "equivalent"],
     "cola": ["unacceptable", "acceptable"],
     "sst2": ["negative", "positive"],
+    "qnli": ["entailment", "not_entailment"],
+    "mnli": ["entailment", "neutral", "contradiction"],
+    "qqp": ["not_duplicate", "duplicate"],
 }
 
 
@@ -179,7 +207,7 @@ def test_hub_rows_equal_the_folder_rows(name, folder):
     from_hub = examples_from_hub(_DATA_SETS[name], hub_table(name).to_dict(), "hub")
     assert from_hub == official_rows(name, "train")
     assert from_hub[0] != from_hub[1]
-    assert (from_hub[0].second is not None) == (name in {"rte", "mrpc", "stsb"})
+    assert (from_hub[0].second is not None) == (name in PAIRED)
 
 
 def test_rows_as_they_must_read(folder):
@@ -188,6 +216,9 @@ def test_rows_as_they_must_read(folder):
     assert official_rows("cola", "train")[1] == Example("Rains it it.", "unacceptable", target=0)
     assert official_rows("sst2", "train")[0] == Example("a fine film", "positive", target=1)
     assert official_rows("stsb", "train")[1] == Example("A cat.", "1.3", second="A dog.", target=1.267)
+    assert official_rows("qnli", "train")[0] == Example("Who?", "entailment", second="A man.", target=0)
+    assert official_rows("mnli", "train")[1] == Example("A b.", "contradiction", second="C d.", target=2)
+    assert official_rows("qqp", "train")[1] == Example("Why?", "not_duplicate", second="", target=0)
     assert official_rows("gsm8k", "train")[1] == Example("Much?", "It is\n#### -1,250", target=-1250)
     choices = ("the correct answer is true", "the correct answer is false")
     wet = Example(INSTRUCTION.format("is fire wet"), choices[1], target=1, choices=choices)
@@ -196,12 +227,42 @@ def test_rows_as_they_must_read(folder):
 
 def test_what_the_tasks_say_of_themselves():
     assert expand_tasks("glue") == GLUE
-    assert [get_task(name).metric for name in NAMES[:5]] == ["accuracy", "f1", "matthews", "accuracy", "pearson"]
-    assert {get_task(name).reads for name in GLUE} == {"encoder"}
+    official = {"rte": ["accuracy"], "mrpc": ["f1", "accuracy"], "cola": ["matthews"], "sst2": ["accuracy"]}
+    official |= {"stsb": ["pearson", "spearman"], "qnli": ["accuracy"], "mnli": ["accuracy"], "qqp": ["accuracy", "f1"]}
+    assert {name: [get_task(name).metric, *get_task(name).also] for name in official} == official
+    assert {get_task(name).reads for name in official} == {"encoder"}
+    assert _DATA_SETS["mnli"].hub_split("test") == "validation_matched", "the matched part"
     assert {get_task(name).reads for name in ("gsm8k", "boolq")} == {"decoder"}
     assert all(get_task(name).licence and len(get_task(name).source_digest) == 64 for name in NAMES)
     for name, words in CLASS_NAMES.items():
         assert get_task(name).labels == tuple(words)
+
+
+def test_a_part_of_the_rows_stands_in_for_a_train_file_that_is_not_there(folder):
+    whole = official_rows("qnli", "train")
+    subset = folder / "glue_subset_10k/QNLI/train.json"
+    subset.parent.mkdir(parents=True)
+    rows = [{"text_a": r.prompt, "text_b": r.second, "label": r.answer} for r in whole]
+    subset.write_text(json.dumps({"0": rows[1], "1": rows[0]}))
+    assert official_rows("qnli", "train") == whole, "the official file comes first"
+    (folder / "glue/QNLI/train.tsv").unlink()
+    assert official_rows("qnli", "train") == whole[::-1], "in the order of the file"
+    assert official_rows("qnli", "test") == whole, "the test part is never taken from a part of the rows"
+    subset.unlink()
+    with pytest.raises(FileNotFoundError, match="LORI_NB_DATA must hold the file glue/QNLI/train.tsv; found none at"):
+        official_rows("qnli", "train")
+
+
+def test_a_row_that_stands_twice_in_the_test_part_counts_twice(folder):
+    path = folder / "glue/CoLA/dev.tsv"
+    path.write_text(path.read_text() * 2)
+    assert len(get_task("cola").rows("test", 10)) == 4
+    path = folder / "glue/CoLA/train.tsv"
+    path.write_text("a1\t1\t\tIt snows.\n" * 3)
+    learned = [row for split in ("train", "tune") for row in split_rows(split, official_rows("cola", "train"), ())]
+    assert len(learned) == 3
+    split = "train" if split_rows("train", official_rows("cola", "train"), ()) else "tune"
+    assert len(get_task("cola").rows(split, 10)) == 1
 
 
 def test_an_edited_file_is_read_again(folder):

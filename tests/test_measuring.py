@@ -11,8 +11,9 @@ import pytest
 from lori_nb.lab import ledger
 from lori_nb.lab.resolving import resolve
 from lori_nb.lab.runs import Store
-from lori_nb.study import measuring, reference
-from lori_nb.study.notebook import collect
+from lori_nb.study import conflict, conflict_records, measuring, reference, sharing
+from lori_nb.study.joint_arms import joint_arm_spec
+from lori_nb.study.notebook import collect, slug
 from lori_nb.study.plans import method_specs
 from lori_nb.study.profiles import load_settings
 from lori_nb.study.questions import method_scores
@@ -60,7 +61,7 @@ def test_reference_tables_and_figures_come_from_the_ledger_alone(settings, tmp_p
     settings = replace(settings, arms=("lori-s-random", "lora-longer"), arm_tasks=("chain_sum",))
     root = tmp_path / "project"
     root.mkdir()
-    start, end = reference.marks(settings.profile)
+    start, end = reference.marks(slug(settings))
     (root / "README.md").write_text(f"before {start} old {end} after")
     measuring.measure(settings, ["01_lori"], jobs=1)
     shutil.rmtree(Store().root)
@@ -78,3 +79,77 @@ def test_reference_tables_and_figures_come_from_the_ledger_alone(settings, tmp_p
     row = compared.iloc[0]
     assert f"{100 * row['value']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]" in text
     assert "LoRA, twice the steps" in text
+
+
+# Several tasks in one adapter
+
+
+@pytest.fixture
+def several(settings, tmp_path):
+    """The same study on two tasks, which are not those of the profile, and a project of its own."""
+    (tmp_path / "project").mkdir()
+    tasks = ("chain_sum", "word_sequence_reversal")
+    return replace(settings, tasks=tasks, mask_tasks=tasks[:1], arm_tasks=tasks[:1], first=tasks[0], joint_steps=4)
+
+
+def test_ways_to_share_an_adapter_are_read_from_the_ledger_without_their_runs(several, tmp_path):
+    measuring.measure(several, ["03_ortho_lora"], jobs=1)
+    here = collect("03_ortho_lora", several, train=False)
+    wanted, costs = conflict.conflict_map(here), sharing.arrangement_costs(here)
+    rates = conflict.conflict_rates(here)
+    shutil.rmtree(Store().root)
+    assert measuring.measure(several, ["03_ortho_lora"], jobs=1) == [], "neither scores nor conflicts again"
+    root = tmp_path / "project"
+    start, end = reference.marks(slug(several))
+    (root / "README.md").write_text(f"{start} old {end} <!-- smoke --> of other tasks <!-- /smoke -->")
+    written = {path.name: path for path in reference.write_reference(several, ["03_ortho_lora"], root)}
+    kept = pd.read_csv(written["conflicts.csv"])
+    assert len(kept) == len(wanted) > 0
+    for column in ("between", "low", "within"):
+        assert kept[column].to_numpy() == pytest.approx(wanted[column].to_numpy(), abs=1e-5)  # kept in float32
+    assert kept["inside"].tolist() == wanted["inside"].tolist()
+    of_ledger = conflict.excess_conflict(conflict_records.kept_of(several, "joint"))[0]
+    assert of_ledger.mean == pytest.approx(conflict.excess_conflict(rates)[0].mean, abs=1e-6)
+    assert {"recovery.pdf", "conflict_map.svg", "arrangements.csv", "recovery.csv"} <= set(written)
+    text = (root / "README.md").read_text()
+    assert "of other tasks" in text and "old" not in text and "| Ortho-LoRA |" in text
+    assert "--profile smoke --tasks chain_sum,word_sequence_reversal --notebooks 03_ortho_lora" in text
+    # what it costs: one adapter a task, or one in all, which sees as many rows a step
+    assert costs.set_index("arm")["adapters"].to_dict() == {"single": 2, "joint": 1, "ortho-lora": 1}
+    sizes = costs.set_index("arm")["trainable_parameters"]
+    assert sizes["single"] == 2 * sizes["joint"] == 2 * sizes["ortho-lora"]
+    operations = costs.set_index("arm")["training_pflops"]
+    assert operations["joint"] == operations["ortho-lora"] > 0
+    assert (costs["training_seconds"] > 0).all()
+    assert costs.set_index("arm").loc["joint", "step_against_joint"] == 1
+    again = pd.read_csv(written["arrangement_costs.csv"])
+    assert again["training_seconds"].isna().all() and len(again) == 3
+
+
+def test_studies_of_other_tasks_have_names_of_their_own(several, settings):
+    plain = load_settings("smoke")
+    assert slug(plain) == "smoke" and measuring.command_of(plain, ["01_lori"]).endswith("smoke --notebooks 01_lori")
+    others = load_settings("standard", tasks="rte,mrpc,cola,sst2,stsb")
+    assert slug(others) == "standard-tasks-rte-mrpc-cola-sst2-stsb"
+    assert slug(others) != slug(load_settings("standard", tasks="rte,mrpc")) != slug(load_settings("standard"))
+    words = "--profile standard --tasks rte,mrpc,cola,sst2,stsb --notebooks 03_ortho_lora"
+    assert measuring.command_of(others, ["03_ortho_lora"]) == f"lori-nb measure {words}"
+
+
+def test_joint_training_and_ortho_lora_come_before_the_other_ways(several):
+    several = replace(several, joint_arms=("joint", "joint-wide", "ortho-lora", "pcgrad"))
+    specs = measuring.planned(several, ["03_ortho_lora"])
+    joint = [spec for spec in specs if len(spec.tasks) > 1]
+    first = {resolve(joint_arm_spec(several, name, s)).hash for name in ("joint", "ortho-lora") for s in several.seed}
+    assert {spec.hash for spec in joint[:4]} == first and len(joint) == 8
+    alone = {spec.hash for spec in specs if len(spec.tasks) == 1}
+    assert {spec.hash for spec in specs[:8]} == alone | first, "what the others are held against"
+    assert [spec.seed for spec in specs[:8]] == [0] * 4 + [1] * 4
+
+
+def test_counts_of_other_notebooks_stay(tmp_path):
+    counts = pd.DataFrame({"notebook": ["03_ortho_lora"], "runs": [8], "planned": [8]})
+    path = tmp_path / "runs.csv"
+    assert reference._with_others(counts, path).equals(counts)
+    path.write_text("notebook,runs,planned\n01_lori,5,9\n03_ortho_lora,1,8\n")
+    assert reference._with_others(counts, path).to_numpy().tolist() == [["01_lori", 5, 9], ["03_ortho_lora", 8, 8]]

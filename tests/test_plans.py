@@ -11,11 +11,13 @@ from transformers import LlamaConfig
 from lori_nb.lab.models import KNOWN_CONFIGS, empty_body
 from lori_nb.lab.resolving import check
 from lori_nb.lab.specs import RunSpec
+from lori_nb.study import profiles
 from lori_nb.study.arms import arm_spec, get_arm
 from lori_nb.study.cells import joint, single
 from lori_nb.study.cost import cost_of, trainable_parameters
+from lori_nb.study.joint_arms import joint_arm_spec
 from lori_nb.study.plans import PLANS
-from lori_nb.study.profiles import NOTEBOOKS, as_parameters, load_settings, profile_names
+from lori_nb.study.profiles import NOTEBOOKS, as_parameters, load_settings, profile_names, read_profile
 from lori_nb.study.tuning import CENTRES, RATES, first_grids, tuning_specs
 
 LLAMA = "meta-llama/Meta-Llama-3-8B"
@@ -84,7 +86,7 @@ def test_a_seed_list_multiplies_the_runs_and_one_seed_does_not():
 
 def test_encoder_tasks_bring_their_base_and_need_no_few_shot_runs():
     settings = load_settings("smoke", tasks="glue")
-    assert settings.tasks == ("rte", "mrpc", "cola", "sst2", "stsb")
+    assert settings.tasks == ("rte", "mrpc", "cola", "sst2", "stsb", "qnli")
     assert settings.base == "all-minilm-l6-v2"
     assert settings.first == "rte" and settings.mask_tasks == ("rte",)
     assert not [spec for spec in PLANS["01_lori"](settings) if spec.method == "base"]
@@ -141,6 +143,47 @@ def test_trainable_parameters_of_llama_3_8b_are_the_papers(method, sparsity, cou
     assert LLAMA in KNOWN_CONFIGS
     spec = RunSpec(method, ("chain_sum",), base=LLAMA, rank=32, last_layers=None, sparsity=sparsity)
     assert trainable_parameters(spec) == count
+
+
+@pytest.mark.parametrize(
+    ("base", "modules", "method", "count"),
+    [
+        # r (d_in + d_out) a module for LoRA, r d_out for LoRI-D; query and value are d × d
+        ("FacebookAI/roberta-base", "query,value", "lora", 12 * 2 * 8 * (768 + 768)),
+        ("FacebookAI/roberta-base", "query,value", "lori-d", 12 * 2 * 8 * 768),
+        ("FacebookAI/roberta-base", "all-linear", "lora", 12 * 8 * (4 * 2 * 768 + 2 * (768 + 3072))),
+        ("FacebookAI/roberta-large", "query,value", "ortho-lora", 24 * 2 * 8 * (1024 + 1024)),
+        ("FacebookAI/roberta-large", "all-linear", "ortho-lori-d", 24 * 8 * (4 * 1024 + 4096 + 1024)),
+    ],
+)
+def test_trainable_parameters_of_roberta(base, modules, method, count):
+    assert base in KNOWN_CONFIGS, "the hub is not asked"
+    assert next(empty_body(base).parameters()).is_meta
+    spec = RunSpec(method, ("rte", "stsb"), base=base, rank=8, modules=modules, last_layers=None)
+    assert trainable_parameters(spec) == count
+
+
+def test_glue_in_profile_paper_is_for_roberta_and_shares_rows_and_steps():
+    settings = load_settings("paper", tasks="glue,mnli,qqp")
+    assert settings.base == "FacebookAI/roberta-base" and len(settings.tasks) == 8 and len(settings.seed) == 5
+    large = load_settings("paper", tasks="glue", base="FacebookAI/roberta-large")
+    assert large.base == "FacebookAI/roberta-large" and large.tasks == settings.tasks[:6]
+    specs = PLANS["03_ortho_lora"](settings)
+    alone = {(s.steps, s.batch_size) for s in specs if len(s.tasks) == 1}
+    together = {(s.steps, s.batch_size // len(s.tasks)) for s in specs if len(s.tasks) > 1}
+    assert alone == together == {(4000, 32)}
+    for spec in specs:
+        check(spec)
+    counts = {name: trainable_parameters(joint_arm_spec(settings, name, 0)) for name in settings.joint_arms}
+    assert counts["joint"] == counts["ortho-lora"] == 294_912 and counts["joint-wide"] == 8 * 294_912
+    assert counts["joint-lori-d"] == counts["ortho-lori-d"] == 294_912 // 2
+
+
+def test_the_settings_of_encoders_are_checked_too(tmp_path, monkeypatch):
+    values = {"encoder": {"base": "all-minilm-l6-v2", "joint_step": 3}}
+    monkeypatch.setattr(profiles, "read_profile", lambda name: read_profile("smoke") | values)
+    with pytest.raises(ValueError, match="profile smoke, encoder: unknown parameter 'joint_step'; .*'joint_steps'"):
+        load_settings("smoke")
 
 
 def test_the_cost_of_a_run_grows_with_its_steps_and_layers():

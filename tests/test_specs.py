@@ -57,6 +57,7 @@ OTHER = {
     "checkpointing": True,
     "watch": (5,),
     "watch_rows": 4,
+    "task_weights": (2.0,),
 }
 
 
@@ -254,6 +255,13 @@ def test_bad_settings(base, change, words):
 def test_an_encoder_needs_tasks_for_encoders(tiny_encoder, home):
     with pytest.raises(ValueError, match="'chain_sum' must be a classification or regression task for the encoder"):
         check(tiny_spec(tiny_encoder))
+
+
+@pytest.mark.parametrize(("name", "metric"), [("mrpc", "f1"), ("qqp", "f1"), ("stsb", "pearson")])
+def test_a_decoder_gives_no_predictions_for_any_of_a_task_s_metrics(base, name, metric):
+    with pytest.raises(ValueError, match=f"task '{name}' must have a metric of right and wrong .*; {metric} needs an"):
+        check(tiny_spec(base, tasks=[name]))
+    check(tiny_spec(base, tasks=["rte"]))
 
 
 def test_a_set_for_evaluation_only_is_scored_and_never_learned_from(base):

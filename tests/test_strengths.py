@@ -55,7 +55,7 @@ def test_real_grids_are_published(settings, tmp_path, monkeypatch):
     monkeypatch.setitem(strengths.GRIDS, "replay", strengths.Grid("rows", 2, 2.0))
     monkeypatch.setattr(strengths, "RATES", 2)
     table = strengths.tune_strengths(settings, ["replay"], jobs=1)
-    files = strengths.publish_strengths(table, "smoke")
+    files = strengths.publish_strengths(table, "smoke", "--profile smoke")
     written = pd.read_csv(files[-1])
     assert list(written.columns) == strengths.COLUMNS and len(written) == 2 * 2
     assert written.loc[written["chosen"], "setting"].nunique() == 1

@@ -109,3 +109,25 @@ def test_tuning_one_arm_keeps_the_published_rows_of_others(own_ledger, tmp_path)
     _, csv = tuning.publish(table("lora", 2e-3), "mine")
     found = pd.read_csv(csv)
     assert list(zip(found["arm"], found["learning_rate"], strict=True)) == [("dora", 1e-3), ("lora", 2e-3)]
+
+
+def test_rates_for_other_tasks_have_a_table_of_their_own(own_ledger):
+    plain, others = load_settings("standard"), load_settings("standard", tasks="rte,stsb", seed=0)
+    assert tuning.table_name(plain) == "standard" and tuning.table_name(others) == "standard-tasks-rte-stsb"
+    about = {"task": "rte", "seed": 0, "metric": "accuracy", "split": "tune", "value": 0.5, "n": 8, "chosen": True}
+    table = pd.DataFrame([{"arm": "joint", "learning_rate": 1e-3, "run": "a", **about}])
+    added, csv = tuning.publish(table, tuning.table_name(others), "--profile standard --tasks rte,stsb --seed 0")
+    assert csv.name == "tuning-standard-tasks-rte-stsb.csv"
+    words = "lori-nb tune --profile standard --tasks rte,stsb --seed 0 --methods joint"
+    assert pd.read_parquet(added)["command"].unique().tolist() == [words]
+
+
+def test_every_way_to_share_an_adapter_is_tuned_on_the_encoder_s_tasks():
+    settings = load_settings("standard", tasks="rte,mrpc,cola,sst2,stsb", seed=0)
+    grids = tuning.first_grids(settings.joint_arms)
+    specs = tuning.first_specs(settings, grids)
+    assert set(grids) == set(settings.joint_arms) and len(specs) == len(grids) * tuning.RATES
+    assert {spec.tasks for spec in specs} == {settings.tasks} and {spec.base for spec in specs} == {settings.base}
+    assert settings.base == "all-minilm-l6-v2"
+    assert {spec.score_on for spec in specs} == {"tune"} and len({spec.learning_rate for spec in specs}) > tuning.RATES
+    assert len(tuning.first_specs(settings, {"lora": [1e-3]})) == len(settings.tasks)

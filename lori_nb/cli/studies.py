@@ -111,25 +111,41 @@ def sweep(
 def tune(
     profile: Profile = "quick",
     jobs: Jobs = 2,
-    methods: Annotated[str, typer.Option(help="Some only: lora,lori-s,joint, or any method of the registry.")] = "",
+    methods: Annotated[
+        str, typer.Option(help="Some only: lora,lori-s, any method of the registry, joint or another of joint_arms.")
+    ] = "",
     strengths: Annotated[str, typer.Option(help="Instead: how strongly earlier tasks are held: ewc,o-lora.")] = "",
+    tasks: Tasks = "",
+    seed: Seed = "",
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print the first grids' runs and their cost; do nothing.")
+    ] = False,
     allow_code_execution: AllowCode = False,
 ) -> None:
     """Choose learning rates on held-out training rows, every method with the same budget."""
     allow_code(allow_code_execution)
     from lori_nb.study import tuning
+    from lori_nb.study.conduct import plan_text
+    from lori_nb.study.grid import expand_values
     from lori_nb.study.profiles import load_settings
 
-    settings = load_settings(profile)  # and with it the methods of own code
+    changes = {"tasks": names_in(tasks)} if tasks else {}
+    settings = load_settings(profile, **changes, **({"seed": expand_values(seed)} if seed else {}))  # own methods too
+    words = [f"--{name} {value}" for name, value in (("tasks", tasks), ("seed", seed)) if value]
+    asked = " ".join([f"--profile {profile}", *words])
     if strengths:
-        from lori_nb.study.strengths import publish_strengths, tune_strengths
+        from lori_nb.study import strengths as numbers
 
-        for path in publish_strengths(tune_strengths(settings, names_in(strengths), jobs), profile):
+        table = numbers.tune_strengths(settings, names_in(strengths), jobs)
+        for path in numbers.publish_strengths(table, tuning.table_name(settings), asked):
             print(path)
         return
     grids = tuning.first_grids(names_in(methods)) if methods else tuning.first_grids()
+    if plan:
+        print(plan_text(tuning.first_specs(settings, grids), jobs))
+        return
     table = tuning.tune(settings, grids, jobs)
-    for path in tuning.publish(table, profile):
+    for path in tuning.publish(table, tuning.table_name(settings), asked):
         print(path)
 
 
@@ -138,16 +154,23 @@ def tune(
 def measure(
     profile: Profile = "standard",
     notebooks: Annotated[str, typer.Option(help="Whose runs: 01_lori,02_masks.")] = "01_lori,02_masks",
+    tasks: Tasks = "",
     jobs: Jobs = 2,
+    plan: Annotated[bool, typer.Option("--plan", help="Print what the ledger lacks and its cost; do nothing.")] = False,
 ) -> None:
     """Train what the ledger lacks of a profile's runs, add scores to the ledger, and write tables and figures
-    of it.
+    of it. Other tasks than the profile's have tables and figures of their own.
     """
     from lori_nb.study import measuring, reference
-    from lori_nb.study.conduct import chosen_notebooks
+    from lori_nb.study.conduct import chosen_notebooks, plan_text
     from lori_nb.study.profiles import load_settings
 
-    settings, chosen = load_settings(profile), chosen_notebooks(names_in(notebooks))
+    settings = load_settings(profile, **({"tasks": names_in(tasks)} if tasks else {}))
+    chosen = chosen_notebooks(names_in(notebooks))
+    if plan:
+        missing = measuring.unmeasured(measuring.planned(settings, chosen))
+        print(plan_text(missing, jobs) if missing else "the ledger holds every run")
+        return
     for path in (*measuring.measure(settings, chosen, jobs), *reference.write_reference(settings, chosen)):
         print(path)
     for name in chosen:

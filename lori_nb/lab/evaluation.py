@@ -82,7 +82,8 @@ def states_at(base: Base, body: nn.Module, batch: Batch, before: Cache | None = 
 def task_loss(base: Base, logits: Tensor, targets: Tensor) -> Tensor:
     """Mean cross entropy over answer tokens (decoder) or rows (classes), mean squared error for a one-value head.
 
-    ``logits`` (n × classes or 1), ``targets`` (n).
+    ``logits`` (n × classes or 1), ``targets`` (n), which a regression task standardises for training
+    (:mod:`lori_nb.lab.regression`).
     """
     if base.kind == "encoder" and logits.shape[1] == 1:
         return F.mse_loss(logits.squeeze(1), targets.float())

@@ -26,6 +26,7 @@ from lori_nb.lab import distributed
 from lori_nb.lab.evaluation import states_at, task_loss
 from lori_nb.lab.models import Base
 from lori_nb.lab.prefix import RowStates
+from lori_nb.lab.regression import Unit
 from lori_nb.lab.text import Batch, Encoded, collate
 from lori_nb.method.adapters import LowRank
 from lori_nb.method.task_gradients import by_task
@@ -37,12 +38,17 @@ LOSSES = "losses"
 
 @dataclass
 class TaskData:
-    """A task's encoded training rows and, where the frozen prefix is reused, their hidden states."""
+    """A task's encoded training rows and, where the frozen prefix is reused, their hidden states.
+
+    ``unit`` is that of a regression task's targets, on whose standardised values ``head`` is trained; None for classes
+    and for text answers.
+    """
 
     name: str
     rows: list[Encoded]
     states: RowStates | None
     head: nn.Module | None = None
+    unit: Unit | None = None
 
     def targets(self, indices: Sequence[int]) -> int:
         """How many predictions the mean loss of these rows is taken over: answer tokens, or rows for an encoder."""
@@ -89,6 +95,11 @@ class TaskGradients:
         """Neighbouring batches, parts of one, added: T → T / 2."""
         shared = {name: each.unflatten(0, (-1, 2)).sum(1) for name, each in self.shared.items()}
         return TaskGradients(self.losses.view(-1, 2).sum(1), shared, self.heads)
+
+    def weighted(self, weights: Tensor) -> TaskGradients:
+        """Shared gradients times w_t, with ``weights`` (T) on their device; heads' gradients stay as they are."""
+        shared = {name: each * weights.view(-1, *[1] * (each.ndim - 1)) for name, each in self.shared.items()}
+        return TaskGradients(self.losses, shared, self.heads)
 
     def of(self, task: int) -> dict[str, Tensor]:
         """One batch's gradient of the shared parameters, as views."""
@@ -213,6 +224,7 @@ def _losses(base: Base, body: nn.Module, parts: Sequence[tuple[TaskData, Sequenc
     losses = []
     for (task, own), scores, targets, weight in zip(parts, logits, batch.targets.split(ends), weights, strict=True):
         scores = scores if decoder or not own else task.head(scores).float()
+        targets = targets if task.unit is None else task.unit.standardised(targets)
         losses.append(weight * task_loss(base, scores, targets) if own else states.new_zeros((), dtype=torch.float32))
     return losses
 

@@ -17,6 +17,7 @@ from lori_nb.lab.baselines import Dora, dora_extras, put_in_place, replacing
 from lori_nb.lab.methods import FACTORED, LOW_RANK, get_method, initial_live, subspace_of
 from lori_nb.lab.models import Base, empty_body, load_base
 from lori_nb.lab.prefix import split_at, suffix_body
+from lori_nb.lab.regression import Unit, unit_of
 from lori_nb.lab.resolving import check
 from lori_nb.lab.scoring import Asked, Subject, check_can_score, metric_rows, prediction_rows, score_task, states_of
 from lori_nb.lab.specs import MergeSpec, RunSpec, Spec
@@ -108,7 +109,11 @@ def _earlier(spec: RunSpec, base: Base, first: int, adapter_of, report: Report) 
         (name,), adapter = run.tasks, adapter_of(run)
         rows = _encoded(base, name, kept) if kept else []
         states = states_of(base, rows, first, name, report) if kept else None
-        found.append(Earlier(TaskData(name, rows, states, _stored_head(base, name, adapter.extras)), adapter))
+        head = _stored_head(base, name, adapter.extras)
+        unit = _unit(name, rows, head) if kept else None
+        if unit is not None:  # its loss on the scale that it was trained on
+            head.load_state_dict(unit.out_of_head(head.state_dict()))
+        found.append(Earlier(TaskData(name, rows, states, head, unit), adapter))
     return found
 
 
@@ -121,10 +126,15 @@ def _live(spec: RunSpec, linears: Mapping[str, nn.Linear], adapter_of: Callable[
 
 
 def _extras(live: Mapping[str, nn.Module], tasks: Sequence[TaskData]) -> dict[str, Tensor]:
-    """What is trained beside the factors: task heads, DoRA's magnitudes."""
-    heads = {f"head.{t.name}.{part}": p for t in tasks if t.head for part, p in t.head.named_parameters()}
+    """What is trained beside the factors: task heads, a regression's in its target's own unit; DoRA's magnitudes."""
+    heads = {f"head.{t.name}.{part}": p for t in tasks if t.head for part, p in _head_parameters(t).items()}
     doras = {name: module for name, module in live.items() if isinstance(module, Dora)}
     return {name: p.detach().cpu() for name, p in heads.items()} | dora_extras(doras)
+
+
+def _head_parameters(task: TaskData) -> dict[str, Tensor]:
+    parameters = dict(task.head.named_parameters())
+    return parameters if task.unit is None else task.unit.of_head(parameters)
 
 
 def _outcome(spec, base, live, trained: Trained, adapter, metrics, predictions) -> Outcome:
@@ -172,7 +182,13 @@ def _masks(live: Mapping[str, nn.Module], inherited: Adapter | None) -> dict[str
 
 def _task_data(spec: RunSpec, base: Base, name: str, first: int, report: Report) -> TaskData:
     rows = _encoded(base, name, spec.train_rows)
-    return TaskData(name, rows, states_of(base, rows, first, name, report), new_head(spec, base, name))
+    head = new_head(spec, base, name)
+    return TaskData(name, rows, states_of(base, rows, first, name, report), head, _unit(name, rows, head))
+
+
+def _unit(name: str, rows: Sequence[Encoded], head: nn.Module | None) -> Unit | None:
+    """The unit of a regression task's targets; None for other tasks."""
+    return unit_of(row.target for row in rows) if head is not None and not get_task(name).labels else None
 
 
 def _encoded(base: Base, name: str, rows: int) -> list[Encoded]:

@@ -21,6 +21,7 @@ from lori_nb.lab.paths import PROJECT, write_atomically
 
 KEY = ["run", "task", "metric", "split"]
 AFTER = "@"  # in a split: scored after so many steps, not at the end
+OF_VALUES = ("pearson", "spearman")  # metrics of numbers, which have no rows that are right or wrong
 
 
 def ledger_folder() -> Path:
@@ -98,7 +99,7 @@ class Measured:
 
     @cached_property
     def predictions(self) -> pd.DataFrame:
-        """One evaluated row a line: task, split, row, correct; empty where no rows were kept."""
+        """One evaluated row a line: task, split, row, correct; none of a task whose rows were not kept."""
         columns = ["task", "split", "row", "correct"]
         frames = [
             pd.DataFrame({"task": r.task, "split": r.split, "row": np.arange(r.n), "correct": unpacked(r.right, r.n)})
@@ -138,15 +139,15 @@ def unpacked(right: bytes, n: int) -> np.ndarray:
 
 
 def measured(hashes: Iterable[str], folder: Path | None = None) -> dict[str, Measured]:
-    """The runs among ``hashes`` that the ledger holds with the rows that were right."""
+    """The runs among ``hashes`` that the ledger holds with the rows that were right, where rows can be."""
     known = _rows_of(hashes, folder)
     if "right" not in known:
         return {}
     where = known["split"].str.partition(AFTER)
     ended = where[1] == ""
-    kept = known[ended & known["right"].map(lambda right: isinstance(right, bytes))]
+    whole = known["right"].map(lambda right: isinstance(right, bytes)) | known["metric"].isin(OF_VALUES)
     watched = known[~ended].assign(split=where[0], step=pd.to_numeric(where[2]))
     return {
         name: Measured(name, rows.reset_index(drop=True), watched[watched["run"] == name].reset_index(drop=True))
-        for name, rows in kept.groupby("run", sort=False)
+        for name, rows in known[ended & whole].groupby("run", sort=False)
     }

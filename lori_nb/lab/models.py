@@ -28,6 +28,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     PretrainedConfig,
+    RobertaConfig,
 )
 from transformers.utils import logging as hf_logging
 
@@ -94,6 +95,7 @@ PACKAGED = {
     ),
 }
 
+_ROBERTA = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
 # Architectures of gated or large models, so that their adapters can be counted and planned without the weights.
 KNOWN_CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "meta-llama/Meta-Llama-3-8B": lambda: LlamaConfig(
@@ -120,7 +122,12 @@ KNOWN_CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
         num_key_value_heads=3,
         vocab_size=49152,
     ),
-    "FacebookAI/roberta-base": lambda: AutoConfig.for_model("roberta", vocab_size=50265),
+    "FacebookAI/roberta-base": lambda: RobertaConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, **_ROBERTA
+    ),
+    "FacebookAI/roberta-large": lambda: RobertaConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, **_ROBERTA
+    ),
 }
 
 

@@ -14,7 +14,18 @@ from importlib.metadata import version
 
 from lori_nb.analysis import merging
 from lori_nb.analysis.merging import MERGE_METHODS
-from lori_nb.lab import baselines, continual, evaluation, generation, gradients, prefix, scoring, telemetry, text
+from lori_nb.lab import (
+    baselines,
+    continual,
+    evaluation,
+    generation,
+    gradients,
+    prefix,
+    regression,
+    scoring,
+    telemetry,
+    text,
+)
 from lori_nb.lab.extensions import is_own, source_digest
 from lori_nb.lab.methods import LOW_RANK, METHODS, get_mask_origin, get_method, subspace_of
 from lori_nb.lab.models import base_digest, base_kind, resolve_dtype
@@ -63,10 +74,14 @@ def resolve(spec: Spec) -> Spec:
         ("base", base_digest(spec.base)),
         *_rows_digests(spec, spec.tasks),
         *_recipe_digests(),
+        *_regression_digests(spec),
         *_joint_digests(spec),
         *_extension_digests(spec),
     )
-    return replace(spec, dtype=resolve_dtype(spec.dtype), start=start, calibration=calibration, digests=digests)
+    settled = {"dtype": resolve_dtype(spec.dtype), "start": start, "calibration": calibration}
+    if all(weight == 1 for weight in spec.task_weights):
+        settled["task_weights"] = ()  # ones weigh as none do
+    return replace(spec, digests=digests, **settled)
 
 
 def _rows_digests(spec: Spec, trained: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
@@ -90,6 +105,14 @@ def _rows_digest_from(name: str, split: str, limit: int, load: Callable, folder:
 
 def _recipe_digests() -> tuple[tuple[str, str], ...]:
     return tuple((f"recipe:{name}", str(number)) for name, number in recipes().items())
+
+
+def _regression_digests(spec: RunSpec) -> tuple[tuple[str, str], ...]:
+    """How regression is trained, for runs that do it alone: an encoder's on tasks without classes."""
+    if not get_method(spec.method).trains or base_kind(spec.base) == "decoder":
+        return ()
+    regresses = any(not get_task(name).labels for name in spec.tasks)
+    return (("recipe:regression", str(regression.RECIPE)),) if regresses else ()
 
 
 def _joint_digests(spec: RunSpec) -> tuple[tuple[str, str], ...]:
@@ -171,6 +194,10 @@ def _check_run(spec: RunSpec) -> None:
     _require("tasks", spec.tasks, len(spec.tasks) >= 1, "at least one")
     least = len(spec.tasks)
     _require("batch_size", spec.batch_size, spec.batch_size >= least, f"at least one row a task, {least}")
+    weights = spec.task_weights
+    _require("task_weights", weights, len(weights) in (0, least), f"empty, or {least} numbers, one a task")
+    good = all(0 < weight < math.inf for weight in weights)
+    _require("task_weights", weights, good, "finite numbers above 0")
     _check_parents(spec)
 
 
@@ -269,8 +296,9 @@ def _check_tasks(spec: Spec) -> None:
                 f"task {name!r} must be a classification or regression task for the encoder {spec.base}; "
                 "it has free answers"
             )
-        if kind == "decoder" and task.metric in evaluation.OF_PREDICTIONS:
+        of_predictions = [metric for metric in (task.metric, *task.also) if metric in evaluation.OF_PREDICTIONS]
+        if kind == "decoder" and of_predictions:
             raise ValueError(
                 f"task {name!r} must have a metric of right and wrong answers for the decoder {spec.base}; "
-                f"{task.metric} needs an encoder's predictions"
+                f"{of_predictions[0]} needs an encoder's predictions"
             )

@@ -36,6 +36,8 @@ class RunSpec:
     ``micro_batch_rows`` rows, of all tasks, are computed at a time (None: all), and with ``checkpointing`` the backward
     pass computes activations again instead of keeping them: less memory; the former rounds sums in another order.
     After each of the steps in ``watch`` the scored tasks are scored on their first ``watch_rows`` rows.
+    ``task_weights`` holds w_t > 0 for each of several tasks, empty for ones: what the tasks share is trained on the
+    gradients w_t g_t, by every method and conflict solver; task heads are not weighted.
     """
 
     method: str
@@ -74,6 +76,7 @@ class RunSpec:
     checkpointing: bool = _later(False)
     watch: tuple[int, ...] = _later(())
     watch_rows: int = _later(32)
+    task_weights: tuple[float, ...] = _later(())
 
     kind: ClassVar[str] = "run"
 
@@ -104,6 +107,7 @@ class RunSpec:
         told = {"subspace": "independent", "mask_scope": "model", "mask_origin": "same-a", "mask_structure": "entries"}
         after += "".join(f" · {getattr(self, name)}" for name, usual in told.items() if getattr(self, name) != usual)
         after += f" · first {self.stop_after} steps" if self.stop_after else ""
+        after += f" · weights {':'.join(f'{w:g}' for w in self.task_weights)}" if self.task_weights else ""
         sparse = f" {self.sparsity:g}" if self.sparsity else ""
         shots = f" {self.shots} shots" if self.method == "base" else f" lr {self.learning_rate:g}"
         return f"{self.method}{sparse} · {'+'.join(self.tasks)}{after} ·{shots} · seed {self.seed}"
@@ -224,6 +228,7 @@ def from_payload(data: dict | None) -> Spec | None:
         "options": tuple(tuple(pair) for pair in data["options"]),
         "family": tuple(data.get("family", ())),
         "watch": tuple(data.get("watch", ())),
+        "task_weights": tuple(data.get("task_weights", ())),
         "start": from_payload(data["start"]),
         "calibration": from_payload(data["calibration"]),
         "digests": pairs,

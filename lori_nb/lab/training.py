@@ -143,14 +143,14 @@ class Loop:
         self.together = len(tasks) > 1 and all(isinstance(low, LowRank) for low in live.values())
         self.telemetry = Telemetry([task.name for task in tasks]) if len(tasks) > 1 else None
         self.solver_state: dict[str, Tensor] = {}
+        self.weights = torch.tensor(spec.task_weights, device=base.device) if spec.task_weights else None
         self.hooks: dict[str, Callable | None] = {name: getattr(self.method, name) for name in RUN_HOOKS}
 
     def begin(self, earlier: Sequence[Earlier]) -> None:
         """Let the method look at the stages before, with the factors attached and as they begin."""
         if earlier:
-            self.hooks = hooks_of(
-                self.spec, Stage(self.spec, self.live, self.named, tuple(earlier), self._gradients_at)
-            )
+            stage = Stage(self.spec, self.live, self.named, tuple(earlier), self._gradients_at)
+            self.hooks = hooks_of(self.spec, stage)
 
     def _gradients_at(self, batches, named: Mapping[str, nn.Parameter]) -> TaskGradients:
         rows = self.spec.micro_batch_rows
@@ -159,6 +159,8 @@ class Loop:
     def step(self, step: int) -> tuple[Tensor, Tensor]:
         """One optimiser step; returns task losses (T) and the gradient norm before clipping, still on the device."""
         found, halves = self._task_gradients(step)
+        if self.weights is not None:
+            found = found.weighted(self.weights)  # the halves are asked for cosines alone, which no weight changes
         combined, blocks = self._combined(found, step)
         if self.telemetry is not None:
             self._record(step, found, combined, blocks, halves)
@@ -205,8 +207,8 @@ class Loop:
         return task_gradients(*arguments, None, totals)
 
     def _combined(self, found: TaskGradients, step: int) -> tuple[dict[str, Tensor], Conflicts | None]:
-        """The gradient that the optimiser sees: the mean over tasks, or what solver or the method's transform makes of
-        them; with a solver also the conflicts in its blocks.
+        """The gradient that the optimiser sees: the mean over tasks of the weighted gradients, or what solver or the
+        method's transform makes of these; with a solver also the conflicts in its blocks.
 
         A head has a gradient from its own task alone, so it is neither projected nor averaged.
         """

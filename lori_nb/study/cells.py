@@ -85,7 +85,8 @@ def joint(settings: Settings, method: str, seed: int) -> RunSpec:
     if settings.subspace == "orthogonal":  # one adapter for all tasks has no block of its own
         settings = replace(settings, subspace="independent")
     spec = single(settings, method, settings.tasks[0], seed, learning_rate=rate, steps=settings.joint_steps)
-    return replace(spec, tasks=settings.tasks, batch_size=settings.joint_batch_size)
+    weights = settings.joint_weights
+    return replace(spec, tasks=settings.tasks, batch_size=settings.joint_batch_size, task_weights=weights)
 
 
 def base_runs(settings: Settings) -> list[RunSpec]:

@@ -36,6 +36,11 @@ def recorded(results: Results, *measures: str) -> pd.DataFrame:
     table = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
     if table.empty:  # not measured: a batch of one row a task has no halves
         return pd.DataFrame(columns=columns)
+    return with_places(table)[columns]
+
+
+def with_places(table: pd.DataFrame) -> pd.DataFrame:
+    """Telemetry with columns module (kind), layer and factor of its tensors, and pairs: "within" for one task."""
     names = pd.Series(table["tensor"].unique(), dtype=object)
     modules = names.str.rpartition(".")[0]
     kinds = module_kinds(modules.unique())
@@ -48,7 +53,7 @@ def recorded(results: Results, *measures: str) -> pd.DataFrame:
         }
     )
     table = table.astype({"tensor": object, "task": object, "other": object}).merge(of_tensor, on="tensor")
-    return table.assign(pairs=np.where(table["task"] == table["other"], WITHIN, BETWEEN))[columns]
+    return table.assign(pairs=np.where(table["task"] == table["other"], WITHIN, BETWEEN))
 
 
 def conflict_rates(results: Results) -> pd.DataFrame:
@@ -128,7 +133,11 @@ def conflict_map(results: Results, arrangement: str = JOINT) -> pd.DataFrame:
     by chance. With one seed nothing is tested: no interval, and inside is False. All are means over half batches.
     """
     table = recorded(results, HALVES)
-    table = table[table["arrangement"] == arrangement]
+    return map_of(table[table["arrangement"] == arrangement])
+
+
+def map_of(table: pd.DataFrame) -> pd.DataFrame:
+    """:func:`conflict_map` of cosines of half batches, one or more a cell: seed, step, layer, factor, pairs, value."""
     columns = ["step", "layer", "factor", BETWEEN, "low", "high", WITHIN, "n", "inside"]
     if table.empty:
         return pd.DataFrame(columns=columns)

@@ -24,6 +24,7 @@ COST_LABELS = {
     "trainable_parameters": "trainable parameters (log)",
     "training_pflops": "PFLOPs of training, with calibration (log)",
 }
+SECONDS_LABEL = "seconds of training (log)"
 
 
 def forest_height(compared: pd.DataFrame) -> float:
@@ -162,14 +163,18 @@ def score_against_cost(ax: Axes, costs: pd.DataFrame, cost: str) -> Axes:
     """Mean score over tasks against what training costs (log), a point an arm.
 
     Args:
-        costs: of :func:`comparison.costs`.
-        cost: its column "trainable_parameters" or "training_pflops".
+        costs: of :func:`comparison.costs`, or of :func:`sharing.arrangement_costs`.
+        cost: its column "trainable_parameters" or "training_pflops", or "training_seconds" where it has that.
     """
+    if costs[cost].isna().all():
+        ax.text(0.5, 0.5, "not measured", ha="center", va="center", transform=ax.transAxes)
+        ax.set_axis_off()
+        return ax
     looks = looks_of(costs["arm"])
     for arm, part in costs.groupby("arm", sort=False):
         points(ax, part[cost], part, arm, label=part["title"].iloc[0], line=False, look=looks[arm])
     ax.set_xscale("log")
     ax.set_xlim(costs[cost].min() / 2, costs[cost].max() * 2)
-    ax.set(xlabel=COST_LABELS[cost], ylabel=metric_label({"mean of metrics"}))
+    ax.set(xlabel=(COST_LABELS | {"training_seconds": SECONDS_LABEL})[cost], ylabel=metric_label({"mean of metrics"}))
     ax.set_title(n_text(costs))
     return ax

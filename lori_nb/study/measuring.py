@@ -1,7 +1,8 @@
 """Long measurements that outlive a machine: scores go to the ledger as they come, and what it holds is not done again.
 
-A study of hours trains the methods themselves first and the variants after them, each seed by seed, so that the runs
-that share a calibration are done together and what is there at any time can be read. Tables and figures are then made
+A study of hours trains the methods themselves first, with joint training and Ortho-LoRA where a notebook asks for them,
+and the variants after them, each seed by seed, so that the runs that share a calibration are done together and what is
+there at any time can be read. Tables and figures are then made
 from the ledger alone, wherever the runs themselves may be.
 """
 
@@ -17,10 +18,12 @@ from lori_nb.lab.resolving import resolve
 from lori_nb.lab.run_tables import watched_rows
 from lori_nb.lab.runs import Store, unmeasured
 from lori_nb.lab.specs import Spec
+from lori_nb.study import conflict_records
+from lori_nb.study.joint_arms import JOINT, ORTHO, joint_arm_spec
 from lori_nb.study.notebook import Results, slug
 from lori_nb.study.plans import PLANS, method_specs
 from lori_nb.study.pool import train_all
-from lori_nb.study.profiles import Settings
+from lori_nb.study.profiles import Settings, load_settings
 
 BATCH = 12  # runs between two additions to the ledger
 
@@ -30,17 +33,32 @@ def measure(settings: Settings, notebooks: Sequence[str], jobs: int = 2, store: 
 
     Raises TrainingFailedError, after what was done is in the ledger.
     """
-    store = store or Store()
-    command = f"lori-nb measure --profile {slug(settings)} --notebooks {','.join(notebooks)}"
+    store, command = store or Store(), command_of(settings, notebooks)
     study = f"study-{slug(settings)}"
-    specs = in_order((spec for name in notebooks for spec in PLANS[name](settings)), method_specs(settings))
-    added = [record(specs, store, study, command)]
+    specs = planned(settings, notebooks)
+
+    def kept() -> list[Path | None]:
+        return [conflict_records.record(specs, store, study), record(specs, store, study, command)]
+
+    added = kept()
     while missing := [spec for spec in unmeasured(specs) if not store.finished(spec)]:
         try:
             train_all(missing[:BATCH], store, jobs)
         finally:
-            added.append(record(specs, store, study, command))
+            added += kept()
     return [path for path in added if path is not None]
+
+
+def planned(settings: Settings, notebooks: Sequence[str]) -> list[Spec]:
+    """Every run that the notebooks ask for, once, in the order in which they are measured."""
+    first = [*method_specs(settings), *(joint_arm_spec(settings, n, s) for n in (JOINT, ORTHO) for s in settings.seed)]
+    return in_order((spec for name in notebooks for spec in PLANS[name](settings)), first)
+
+
+def command_of(settings: Settings, notebooks: Sequence[str]) -> str:
+    """The command that makes these measurements; other changes of a profile than its tasks have no option here."""
+    tasks = "" if settings.tasks == load_settings(settings.profile).tasks else f" --tasks {','.join(settings.tasks)}"
+    return f"lori-nb measure --profile {settings.profile}{tasks} --notebooks {','.join(notebooks)}"
 
 
 def in_order(specs: Iterable[Spec], first: Iterable[Spec] = ()) -> list[Spec]:

@@ -6,6 +6,7 @@ Every name is checked before any work; an unknown one is an error that names the
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -80,10 +81,17 @@ class Settings:
     watch: tuple[int, ...] = ()  # steps of the second task's training after which all tasks are scored
     watch_rows: int = 48  # rows a task that are scored there
     capacity_tasks: tuple[str, ...] = ()  # learned under disjoint masks until no entry is free
+    task_weights: Mapping[str, float] = field(default_factory=dict)  # of runs on several tasks; 1 where none is named
 
     def steps_on(self, task: str) -> int:
         """Optimiser steps of a run on one task."""
         return self.task_steps.get(task, self.steps)
+
+    @property
+    def joint_weights(self) -> tuple[float, ...]:
+        """The tasks' weights in a run on all of them, in the tasks' order; empty where all are 1."""
+        weights = tuple(self.task_weights.get(task, 1.0) for task in self.tasks)
+        return () if all(weight == 1 for weight in weights) else weights
 
 
 _LISTS = {
@@ -144,6 +152,7 @@ def load_settings(profile: str = "quick", **changes: Any) -> Settings:
     encoder = values.pop("encoder", {})
     known = [f.name for f in fields(Settings)]
     _check_names(list(values), known, f"profile {profile}")
+    _check_names(list(encoder), known, f"profile {profile}, encoder")
     _check_names(list(changes), known, "settings")
     tasks = expand_tasks(_as_list(changes.get("tasks", values["tasks"])))
     if all(get_task(task).reads == "encoder" for task in tasks):
@@ -181,6 +190,7 @@ def _checked(values: dict[str, Any]) -> Settings:
         for task, steps in dict(values.get("task_steps", {})).items()
         if get_task(task).name in values["tasks"]
     }
+    values["task_weights"] = _weights(values.get("task_weights", {}), values["tasks"])
     values["adapters"] = tuple(_absolute(name) for name in _as_list(values.get("adapters", ())))
     values["mask_tasks"] = expand_tasks(values["mask_tasks"])
     values["arms"] = tuple(_as_list(values.get("arms", ())))
@@ -241,6 +251,19 @@ def _tasks_in(values: Mapping[str, Any], name: str) -> tuple[str, ...]:
     """The tasks that a setting names, groups expanded; none where it is empty."""
     given = _as_list(values.get(name, ()))
     return expand_tasks(given) if given else ()
+
+
+def _weights(given: Any, tasks: tuple[str, ...]) -> dict[str, float]:
+    """Task → weight, of the study's own tasks among those named; ValueError for an unknown task or a weight not above
+    0.
+    """
+    if not isinstance(given, Mapping):
+        raise ValueError(f"task_weights must map tasks to numbers; found {given!r}")
+    weights = {get_task(task).name: _number(f"task_weights of {task}", w, float) for task, w in given.items()}
+    for task, weight in weights.items():
+        if not 0 < weight < math.inf:
+            raise ValueError(f"task_weights of {task} must be a finite number above 0; found {weight:g}")
+    return {task: weight for task, weight in weights.items() if task in tasks}
 
 
 def as_parameters(settings: Settings, names: list[str]) -> dict[str, Any]:

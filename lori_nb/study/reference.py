@@ -14,11 +14,23 @@ import pandas as pd
 
 from lori_nb.analysis.statistics import interval_text
 from lori_nb.lab.paths import PROJECT, write_atomically
-from lori_nb.study import comparison, figures, figures_lori, questions, reference_sequences, sharing, style
+from lori_nb.study import (
+    comparison,
+    conflict,
+    conflict_records,
+    figures,
+    figures_joint,
+    figures_lori,
+    questions,
+    reference_sequences,
+    sharing,
+    style,
+)
 from lori_nb.study.arms import arms_of
-from lori_nb.study.measuring import results_of
+from lori_nb.study.joint_arms import JOINT, get_joint_arm
+from lori_nb.study.measuring import command_of, results_of
 from lori_nb.study.notebook import Results, slug
-from lori_nb.study.profiles import NOTEBOOKS, Settings
+from lori_nb.study.profiles import Settings
 
 FORESTS = {  # name → question of the arms, the notebook whose plan holds them, and the methods that stand with them
     "baselines": ("baseline", "01_lori", ()),
@@ -27,28 +39,30 @@ FORESTS = {  # name → question of the arms, the notebook whose plan holds them
 
 
 def write_reference(settings: Settings, notebooks: Sequence[str], root: Path = PROJECT) -> list[Path]:
-    """Tables (CSV) and figures of the notebooks' runs that the ledger holds, below ``figures/reference/<profile>/``,
-    and README's section on the profile, where it has marks for one; returns the files.
+    """Tables (CSV) and figures of the notebooks' runs that the ledger holds, below ``figures/reference/<slug>/``, which
+    names the profile and other tasks than its own, and README's section on them, where it has marks for one; returns
+    the files. What an earlier call wrote of other notebooks stays.
     """
     folder = root / "figures" / "reference" / slug(settings)
     folder.mkdir(parents=True, exist_ok=True)
-    found = {name: results_of(name, settings) for name in _with_those_before(notebooks, folder)}
+    found = {name: results_of(name, settings) for name in notebooks}
     tables = _tables(found)
+    tables["runs"] = _with_others(tables["runs"], folder / "runs.csv")
     for name, table in tables.items():
         write_atomically(folder / f"{name}.csv", table.to_csv(index=False, float_format="%.10g"))
     drawn = [
         path for name, (result, draw) in _figures(found, tables).items() for path in _save(result, draw, folder, name)
     ]
     readme = root / "README.md"
-    write_section(readme, folder, settings.profile)
+    write_section(readme, folder, command_of(settings, tuple(tables["runs"]["notebook"])))
     return [*(folder / f"{name}.csv" for name in tables), *drawn, readme]
 
 
-def _with_those_before(notebooks: Sequence[str], folder: Path) -> list[str]:
-    """The notebooks named, and those that the folder holds tables of already: the section tells of all of them."""
-    counts = folder / "runs.csv"
-    before = list(pd.read_csv(counts)["notebook"]) if counts.exists() else []
-    return [name for name in NOTEBOOKS if name in {*before, *notebooks}]
+def _with_others(counts: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """Counts of runs by notebook, those that ``path`` holds of other notebooks with them, in the notebooks' order."""
+    before = pd.read_csv(path) if path.exists() else counts.head(0)
+    others = before[~before["notebook"].isin(counts["notebook"])]
+    return pd.concat([others, counts], ignore_index=True).sort_values("notebook", ignore_index=True)
 
 
 def _tables(found: dict[str, Results]) -> dict[str, pd.DataFrame]:
@@ -66,6 +80,8 @@ def _tables(found: dict[str, Results]) -> dict[str, pd.DataFrame]:
         tables["sparsity"] = questions.sparsity_scores(masks)
     if (shared := found.get("03_ortho_lora")) and shared.runs:
         tables |= {"arrangements": sharing.arrangement_scores(shared), "recovery": sharing.gap_recovery(shared)}
+        tables["arrangement_costs"] = sharing.arrangement_costs(shared)
+        tables["conflicts"] = conflict.map_of(conflict_records.kept_of(shared.settings, JOINT))
     if sequences := found.get("06_forgetting"):
         tables |= reference_sequences.tables(sequences)
     return {name: table for name, table in tables.items() if len(table)}
@@ -82,6 +98,10 @@ def _figures(found: dict[str, Results], tables: dict[str, pd.DataFrame]) -> dict
             drawn[name] = found[notebook], _forest_of(found[notebook], tables[name], arms)
     if "sparsity" in tables:
         drawn["sparsity"] = found["02_masks"], lambda: _sparsity(tables["sparsity"])
+    if "recovery" in tables:
+        drawn["recovery"] = found["03_ortho_lora"], lambda: _recovery(tables["recovery"])
+    if "conflicts" in tables:
+        drawn["conflict_map"] = found["03_ortho_lora"], lambda: _conflict_map(tables["conflicts"])
     if sequences := found.get("06_forgetting"):
         drawn |= {name: (sequences, draw) for name, draw in reference_sequences.drawn(sequences, tables).items()}
     return drawn
@@ -107,6 +127,19 @@ def _sparsity(scores: pd.DataFrame):
     return figure
 
 
+def _recovery(table: pd.DataFrame):
+    figure, (ax,) = figures.panels(1, height=1.2 + 0.5 * table["task"].nunique())
+    figures_joint.recovery(ax, table)
+    figures.shared_legend(figure)
+    return figure
+
+
+def _conflict_map(table: pd.DataFrame):
+    figure, axes = figures.panels(2, height=3.2)
+    figures_joint.conflict_map(axes, table)
+    return figure
+
+
 def _save(results: Results, draw: Callable, folder: Path, name: str) -> list[Path]:
     style.use()
     figure = draw()
@@ -117,24 +150,32 @@ def _save(results: Results, draw: Callable, folder: Path, name: str) -> list[Pat
     return paths
 
 
-def marks(profile: str) -> tuple[str, str]:
-    """What a profile's section of README stands between."""
-    return f"<!-- {profile} -->", f"<!-- /{profile} -->"
+def marks(name: str) -> tuple[str, str]:
+    """What README's section on a measured study, named as its folder is, stands between."""
+    return f"<!-- {name} -->", f"<!-- /{name} -->"
 
 
-def section(folder: Path) -> str:
-    """README's section on a measured profile as Markdown, from the committed tables in ``folder``."""
+def section(folder: Path, command: str) -> str:
+    """README's section on a measured study as Markdown, from the committed tables in ``folder``."""
     counts = pd.read_csv(folder / "runs.csv")
     each = [f"{row.runs} of {row.planned} runs of notebook {row.notebook[:2]}" for row in counts.itertuples()]
     there = ", ".join(each)
-    command = f"lori-nb measure --profile {folder.name} --notebooks {','.join(counts['notebook'])}"
     parts = [
-        f"Profile `{folder.name}`, so far {there} (made by `{command}`; tables and figures in "
-        f"`figures/reference/{folder.name}/`). Points against tuned LoRA, paired over seeds and rows:"
+        f"Study `{folder.name}`, so far {there} (made by `{command}`; tables and figures in "
+        f"`figures/reference/{folder.name}/`)."
     ]
-    for name in ("methods", *FORESTS):
-        if (folder / f"{name}.csv").exists():
-            parts.append(_comparison(pd.read_csv(folder / f"{name}.csv")))
+    compared = [folder / f"{name}.csv" for name in ("methods", *FORESTS) if (folder / f"{name}.csv").exists()]
+    if compared:
+        parts.append("Points against tuned LoRA, paired over seeds and rows:")
+        parts += [_comparison(pd.read_csv(path)) for path in compared]
+    if (folder / "recovery.csv").exists():
+        parts.append(
+            "Share of what joint training loses against an adapter a task that each way wins back, with Fieller's "
+            "interval over seeds; in brackets alone where the gap's own interval contains zero, so that there was "
+            "nothing to win back. p: paired t test against joint training over seeds; detectable: the least mean "
+            "difference that so many seeds would find in four of five studies."
+        )
+        parts.append(_recovered(pd.read_csv(folder / "recovery.csv")))
     if (folder / "sequence_metrics.csv").exists():
         parts.append(reference_sequences.text(pd.read_csv(folder / "sequence_metrics.csv")))
     return "\n\n".join(parts)
@@ -150,16 +191,35 @@ def _comparison(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def _recovered(table: pd.DataFrame) -> str:
+    tasks = list(dict.fromkeys(table["task"]))
+    lines = [f"| way | {' | '.join(tasks)} | gap | p | detectable | n |", "|---" * (5 + len(tasks)) + "|"]
+    for name, part in table.groupby("arrangement", sort=False):
+        by_task = part.set_index("task")
+        whole = by_task.iloc[-1]  # the mean over tasks stands last
+        shares = [_share(by_task.loc[task]) if task in by_task.index else "–" for task in tasks]
+        gap = interval_text(whole["gap"], whole["gap_low"], whole["gap_high"], 3, signed=True)
+        tests = ["–" if pd.isna(whole[key]) else f"{whole[key]:.3f}" for key in ("p", "detectable")]
+        cells = [get_joint_arm(name).title, *shares, gap, *tests, f"{int(whole['n'])} {whole['of']}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _share(row: pd.Series) -> str:
+    text = interval_text(row["value"], row["low"], row["high"], 2)
+    return text if row["shown"] else f"({text})"
+
+
 def _cell(row: pd.Series) -> str:
     value = interval_text(*(100 * row[name] for name in ("value", "low", "high")), 1, signed=True)
     word = f", {row['verdict']}" if row["seeds"] > 1 else ""
     return f"{value} (n = {int(row['n'])} {row['of']}{word})"
 
 
-def write_section(path: Path, folder: Path, profile: str) -> None:
-    """Replace what stands between the profile's marks in a README; nothing happens where it has none."""
-    start, end = marks(profile)
+def write_section(path: Path, folder: Path, command: str) -> None:
+    """Replace what stands between the folder's marks in a README; nothing happens where it has none."""
+    start, end = marks(folder.name)
     text = path.read_text() if path.exists() else ""
     if start in text and end in text:
         before, _, rest = text.partition(start)
-        write_atomically(path, f"{before}{start}\n\n{section(folder)}\n\n{end}{rest.partition(end)[2]}")
+        write_atomically(path, f"{before}{start}\n\n{section(folder, command)}\n\n{end}{rest.partition(end)[2]}")

@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import pandas as pd
 
 from lori_nb.analysis.equivalence import detectable_effect, difference_p
 from lori_nb.analysis.statistics import Interval, paired_estimate, ratio_interval, t_interval
+from lori_nb.lab.flops import training_flops
 from lori_nb.lab.specs import RunSpec
-from lori_nb.study.comparison import OVER_TASKS
+from lori_nb.study.comparison import OVER_TASKS, PETA
+from lori_nb.study.cost import trainable_parameters
 from lori_nb.study.joint_arms import JOINT, SINGLE, arrangement_specs, get_joint_arm
 from lori_nb.study.notebook import Results
 from lori_nb.study.profiles import Settings
 from lori_nb.study.questions import run_pairs, unit_of
+from lori_nb.study.style import title_of
 from lori_nb.study.summary import Pair, as_columns, difference, seed_differences, summarise
 
 
@@ -74,6 +78,38 @@ def _recovery(gains: Sequence[float], losses: Sequence[float]) -> dict:
         else {"p": math.nan, "detectable": math.nan}
     )
     return as_columns(ratio, "seeds") | about | tests
+
+
+def arrangement_costs(results: Results) -> pd.DataFrame:
+    """Mean score over tasks of every arrangement beside what training it costs, all of its adapters together.
+
+    Columns arm (the arrangement), title, value, low, high, n, of, seeds, metric; adapters; trainable_parameters;
+    training_pflops (10¹⁵ operations counted from shapes, without what is done to finished gradients, so that solving
+    conflicts is not in them); training_seconds, as measured, solving and recording conflicts included, on whatever
+    machine and beside whatever else ran there, NaN where the runs themselves are not here; step_against_joint, seconds
+    a step over joint training's. Operations and seconds are means over seeds.
+    """
+    settings, rows = results.settings, []
+    for name in (SINGLE, *settings.joint_arms):
+        by_seed = [list(dict.fromkeys(arrangement_specs(settings, seed)[name])) for seed in settings.seed]
+        found = results.rows_of([spec for specs in by_seed for spec in specs])
+        if found.empty:
+            continue
+        score = summarise(found.assign(arm=name), ["arm"]).iloc[0].to_dict()
+        seconds, first = [_training_seconds(results, specs) for specs in by_seed], by_seed[0]
+        size = {"adapters": len(first), "trainable_parameters": sum(map(trainable_parameters, first))}
+        size["training_pflops"] = sum(training_flops(s) for specs in by_seed for s in specs) / len(by_seed) / PETA
+        size["training_seconds"] = float(np.mean(seconds))
+        steps = sum(spec.trained_steps for spec in first)
+        rows.append(score | {"title": title_of(name)} | size | {"step": size["training_seconds"] / steps})
+    table = pd.DataFrame(rows)
+    joint = table.loc[table["arm"] == JOINT, "step"] if len(table) else table
+    return table.assign(step_against_joint=table["step"] / joint.iloc[0]).drop(columns="step") if len(joint) else table
+
+
+def _training_seconds(results: Results, specs: Sequence[RunSpec]) -> float:
+    runs = [results.run(spec) for spec in specs]
+    return sum(math.nan if run is None else run.provenance.get("training_seconds", math.nan) for run in runs)
 
 
 def arrangement_pairs(results: Results, a: str, b: str, tasks: Sequence[str] | None = None) -> dict[int, list[Pair]]:

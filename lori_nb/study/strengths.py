@@ -102,11 +102,16 @@ def _tune_one(settings: Settings, way: str, jobs: int, store: Store) -> pd.DataF
     return table
 
 
-def publish_strengths(table: pd.DataFrame, profile: str) -> list[Path]:
-    """Append the grids to the ledger and write the table that people read; returns the files."""
-    command = f"lori-nb tune --profile {profile} --strengths {','.join(table['way'].unique())}"
-    added = ledger.append(table.drop(columns="setting"), f"strengths-{profile}", command)
-    csv = ledger.ledger_folder().parent / f"strengths-{profile}.csv"
+def publish_strengths(table: pd.DataFrame, name: str, asked: str) -> list[Path]:
+    """Append the grids to the ledger and write the table that people read; returns the files.
+
+    Args:
+        name: of the study, for the files: "quick".
+        asked: the options that lead to the study: "--profile quick".
+    """
+    command = f"lori-nb tune {asked} --strengths {','.join(table['way'].unique())}"
+    added = ledger.append(table.drop(columns="setting"), f"strengths-{name}", command)
+    csv = ledger.ledger_folder().parent / f"strengths-{name}.csv"
     before = pd.read_csv(csv) if csv.exists() else pd.DataFrame(columns=COLUMNS)
     kept = before[~before["way"].isin(set(table["way"]))]
     whole = pd.concat([part for part in (kept, table[COLUMNS]) if len(part)], ignore_index=True)

@@ -165,6 +165,8 @@ def _row_differences(pairs: list[Pair], tasks: Sequence[str]) -> list[np.ndarray
 def _group_differences(a: Run, b: Run, task: str) -> np.ndarray:
     """Mean difference of correctness in every group of rows (groups,)."""
     rows = [run.predictions.loc[run.predictions.task == task].sort_values("row") for run in (a, b)]
+    if any(each.empty for each in rows):  # the ledger keeps no rows of a metric of numbers
+        return np.empty(0)
     gap = rows[0]["correct"].to_numpy(float) - rows[1]["correct"].to_numpy(float)
     groups = row_groups(task, len(gap), str(rows[0]["split"].iloc[0]))
     return np.bincount(groups, gap) / np.bincount(groups)

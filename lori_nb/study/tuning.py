@@ -17,11 +17,12 @@ from lori_nb.lab import ledger
 from lori_nb.lab.methods import METHODS, get_method
 from lori_nb.lab.paths import write_atomically
 from lori_nb.lab.runs import Store, unmeasured
-from lori_nb.lab.specs import RunSpec
+from lori_nb.lab.specs import RunSpec, with_parents
 from lori_nb.study.cells import joint, like_of, single
 from lori_nb.study.joint_arms import JOINT_ARMS, joint_arm_spec
+from lori_nb.study.notebook import slug
 from lori_nb.study.pool import train_all
-from lori_nb.study.profiles import Settings
+from lori_nb.study.profiles import Settings, load_settings
 
 FACTOR = 2.0
 TUNE_ROWS = 128
@@ -119,15 +120,30 @@ def _held_out(calibration: RunSpec | None, held_out: dict) -> RunSpec | None:
     return None if calibration is None else replace(calibration, **held_out)
 
 
-def publish(table: pd.DataFrame, profile: str) -> list[Path]:
+def first_specs(settings: Settings, grids: dict[str, list[float]]) -> list[RunSpec]:
+    """Every run of the grids as they begin, once, after those it depends on."""
+    specs = [spec for name, rates in grids.items() for rate in rates for spec in tuning_specs(settings, name, rate)]
+    return with_parents(specs)
+
+
+def table_name(settings: Settings) -> str:
+    """What the tables of a study's rates are named by: its profile, and its tasks where they are others."""
+    return slug(replace(settings, seed=load_settings(settings.profile).seed))
+
+
+def publish(table: pd.DataFrame, name: str, chosen: str = "") -> list[Path]:
     """Append the grids to the ledger and write the table that people read, in which arms that were not tuned this time
     keep their rows; returns the files.
+
+    Args:
+        name: of :func:`table_name`.
+        chosen: the options of the command that chose profile, tasks and seeds; empty for the profile of that name.
     """
     folder = ledger.ledger_folder().parent
-    command = f"lori-nb tune --profile {profile} --methods {','.join(table['arm'].unique())}"
-    added = ledger.append(table, f"tuning-{profile}", command)
+    command = f"lori-nb tune {chosen or f'--profile {name}'} --methods {','.join(table['arm'].unique())}"
+    added = ledger.append(table, f"tuning-{name}", command)
     columns = ["arm", "learning_rate", "task", "seed", "metric", "value", "n", "chosen", "run"]
-    csv = folder / f"tuning-{profile}.csv"
+    csv = folder / f"tuning-{name}.csv"
     before = pd.read_csv(csv) if csv.exists() else pd.DataFrame(columns=columns)
     kept = before[~before["arm"].isin(set(table["arm"]))]
     whole = pd.concat([part for part in (kept, table[columns]) if len(part)], ignore_index=True)

@@ -60,7 +60,8 @@ class Task:
     ``also`` names further metrics of the same scores. ``system`` is the system message of a chat model: None for the
     kit's own short one, empty for what the model's template puts there. ``extra`` holds the settings of a generator,
     or of generation: max_new_tokens (required then), samples (1), temperature (0, greedy), stop (no strings).
-    ``splits`` are those that have rows: "test" alone for a set that is for evaluation only.
+    ``splits`` are those that have rows: "test" alone for a set that is for evaluation only. ``repeats`` are those in
+    which a prompt may stand twice: the official rows of a benchmark, whose metric counts each.
     """
 
     name: str
@@ -78,9 +79,11 @@ class Task:
     system: str | None = None
     extra: dict = field(default_factory=dict)
     splits: tuple[str, ...] = SPLITS
+    repeats: tuple[str, ...] = ()
 
     def rows(self, split: str, limit: int) -> list[Example]:
-        """The first ``limit`` rows of a split, fewer where the source ends earlier; repeated prompts are dropped.
+        """The first ``limit`` rows of a split, fewer where the source ends earlier; repeated prompts are dropped but in
+        the splits of ``repeats``.
 
         Raises ValueError when the task has no such split, ``limit`` is below 1, or the source has no row at all.
         """
@@ -91,7 +94,8 @@ class Task:
             )
         if limit < 1:
             raise ValueError(f"limit must be at least 1 row; found {limit}")
-        rows = list(itertools.islice(_without_repeats(self.load(split)), limit))
+        found = self.load(split) if split in self.repeats else _without_repeats(self.load(split))
+        rows = list(itertools.islice(found, limit))
         if not rows:
             raise ValueError(f"task {self.name!r} has no row in split {split!r}")
         return rows

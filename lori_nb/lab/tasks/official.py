@@ -28,11 +28,13 @@ class DataSet:
     """Where a published data set stands in a folder and on the hub, and how a row is read.
 
     ``train_file`` and ``test_file`` are relative to the folder. ``columns`` are the text columns, then the label
-    column; ``header`` names all columns of a file without a header line. ``label`` gives (answer, target) of a label
+    column; ``header`` names all columns of a file without a header line. ``train_instead`` is the file that stands in
+    for a missing ``train_file``, such as one with a part of its rows. ``label`` gives (answer, target) of a label
     as the folder holds it, or raises ValueError in words that follow the column's name; so does ``finish``, which
     completes an example (its choices, say). ``folder_row`` makes a row of ``columns`` out of a row of the files that
     has others. ``hub_columns`` stand in the order of ``columns``, ``hub_text`` and ``hub_label`` turn the hub's values
     into the folder's; where a row of the hub is made otherwise, ``hub_row`` gives the folder's row for it.
+    ``blank_texts`` says whether a text may be blank, which is an error else.
 
     An empty ``train_file`` says that the set is for evaluation only; an empty ``hub_id``, that no hub holds it.
     """
@@ -51,10 +53,16 @@ class DataSet:
     folder_row: Callable[[dict], dict] | None = None
     hub_row: Callable[[dict], dict] | None = None
     finish: Callable[[Example], Example] | None = None
+    train_instead: str = ""
+    blank_texts: bool = False
 
-    def file(self, part: str) -> str:
-        """The file of an official part, relative to the folder."""
-        return {"train": self.train_file, "test": self.test_file}[part]
+    def file(self, part: str, folder: Path | None = None) -> str:
+        """The file of an official part, relative to the folder; what stands in where ``folder`` has that alone."""
+        name = {"train": self.train_file, "test": self.test_file}[part]
+        instead = self.train_instead if part == "train" else ""
+        if folder is None or not instead or (folder / name).is_file() or not (folder / instead).is_file():
+            return name
+        return instead
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -105,7 +113,7 @@ def official_rows(name: str, part: str) -> Sequence[Example]:
         )
     if folder is None:
         return _rows_from_hub(data, part)
-    path = data_file(folder, data.file(part))
+    path = data_file(folder, data.file(part, folder))
     status = path.stat()
     return _rows_from_file(data, path, status.st_mtime_ns, status.st_size)
 
@@ -155,7 +163,7 @@ def _example(data: DataSet, row: dict[str, object], where: str) -> Example:
             raise ValueError(f"{where}: column {name!r} is required; found columns {', '.join(row) or 'none'}")
     *texts, label_name = data.columns
     for name in texts:
-        if not isinstance(row[name], str) or not row[name].strip():
+        if not isinstance(row[name], str) or not (data.blank_texts or row[name].strip()):
             raise ValueError(f"{where}: column {name!r} must be text that is not blank; found {row[name]!r}")
     prompt, *second = (row[name].strip() for name in texts)
     try:

@@ -40,8 +40,8 @@ def read_rows(path: Path, header: tuple[str, ...] = ()) -> Iterator[dict[str, ob
     """Rows of a .tsv, .csv, .json or .jsonl file as dictionaries, in file order.
 
     ``header`` names the columns of a .tsv without a header line. Tabs separate its fields and quote marks are text:
-    the GLUE files hold unpaired quotes. In a .csv, quote marks enclose fields. A .json file holds a list of objects, or
-    an object of columns, each a list; a column that is empty is left out.
+    the GLUE files hold unpaired quotes. In a .csv, quote marks enclose fields. A .json file holds a list of objects, an
+    object of such objects by number, or an object of columns, each a list; a column that is empty is left out.
 
     Raises ValueError naming the file (and the row, where there is one) when the text is not UTF-8, not of the file's
     format, or a row has another number of fields than the header.
@@ -81,6 +81,8 @@ def _read_json(path: Path, header: tuple[str, ...]) -> Iterator[dict[str, object
             sizes = ", ".join(f"{name} {len(column)}" for name, column in columns.items())
             raise ValueError(f"{path} must hold columns of one length; found {sizes}")
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    if isinstance(rows, dict) and rows and all(isinstance(row, dict) for row in rows.values()):
+        rows = list(rows.values())
     if not isinstance(rows, list):
         raise ValueError(f"{path} must hold a list of objects; found {type(rows).__name__}")
     yield from (_object(path, number, row) for number, row in enumerate(rows, start=1))
