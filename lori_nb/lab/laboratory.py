@@ -72,7 +72,7 @@ def _run(spec: RunSpec, folder: Path, adapter_of, report: Report) -> Outcome:
     linears = target_linears(base.body, spec.modules, spec.last_layers)
     first = split_at(base, spec.last_layers)
     body = suffix_body(base, first)
-    live = _live(spec, linears, adapter_of)
+    live = _live(spec, base, linears, adapter_of)
     tasks = [_task_data(spec, base, name, first, report) for name in spec.tasks]
     trained = train(spec, base, body, live, tasks, folder / "checkpoint.safetensors", report)
     inherited = adapter_of(spec.start) if spec.start else None
@@ -81,9 +81,11 @@ def _run(spec: RunSpec, folder: Path, adapter_of, report: Report) -> Outcome:
     return _outcome(spec, base, live, trained, _adapter(spec, base, live, extras, inherited), metrics, predictions)
 
 
-def _live(spec: RunSpec, linears: Mapping[str, nn.Linear], adapter_of: Callable[[RunSpec], Adapter]) -> dict:
+def _live(
+    spec: RunSpec, base: Base, linears: Mapping[str, nn.Linear], adapter_of: Callable[[RunSpec], Adapter]
+) -> dict:
     """What is trained at each linear module, on the module's device."""
-    live = initial_live(spec, {name: tuple(m.weight.shape) for name, m in linears.items()}, adapter_of)
+    live = initial_live(spec, {name: tuple(m.weight.shape) for name, m in linears.items()}, adapter_of, base)
     form = get_method(spec.method).form
     modules = live if form == LOW_RANK else replacing(form, linears, live)
     return {name: module.to(linears[name].weight.device) for name, module in modules.items()}
@@ -114,7 +116,8 @@ def _adapter(spec: RunSpec, base: Base, live, extras: dict[str, Tensor], inherit
         return None
     support = {name: low.support() for name, low in live.items()}
     masked = all(mask is not None for mask in support.values())
-    frozen = not get_method(spec.method).trains_A and (inherited is None or inherited.frozen_A)
+    method = get_method(spec.method)
+    frozen = not method.trains_A and (inherited.frozen_A if inherited else method.initialise is None)
     return Adapter(
         factors={name: low.factors() for name, low in live.items()},
         base=spec.base,

@@ -13,7 +13,8 @@ which takes everything from LoRA and adds a penalty to the loss.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,11 +26,14 @@ from lori_nb.method.adapters import Adapter, Factors, LowRank
 from lori_nb.method.masks import magnitude_masks, random_masks
 from lori_nb.method.subspaces import down_projection, fresh_subspace, subspace_id
 
+if TYPE_CHECKING:
+    from lori_nb.lab.models import Base
+
 Live = dict[str, LowRank]
 Gradients = Mapping[str, Tensor]
 LOW_RANK = "low-rank"
 FACTORED = (LOW_RANK, "dora")  # forms that leave factors A and B
-HOOKS = ("penalty", "transform", "after_step", "optimiser")
+HOOKS = ("penalty", "transform", "after_step", "optimiser", "initialise")
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,9 @@ class Method:
         penalty: hook (live, step) → scalar added to the loss.
         transform: hook (list of task gradients by name, step) → gradient by name; replaces the sum over tasks.
         after_step: hook (live, step), run after every optimiser step.
+        initialise: hook (spec, factors, base) → factors that training begins with, of the same modules and shapes, from
+            those that it would begin with. ``base`` is the loaded :class:`lori_nb.lab.models.Base`, so that a start may
+            depend on its weights and activations. An A that it gives is stored, since no seed draws it.
     """
 
     name: str
@@ -62,6 +69,10 @@ class Method:
     transform: Callable[[Sequence[Gradients], int], Gradients] | None = None
     after_step: Callable[[Live, int], None] | None = None
     built_in: bool = False
+    # Left out of repr, hence of the digest of methods that were registered before there was this hook.
+    initialise: Callable[[RunSpec, dict[str, Factors], Base], Mapping[str, Factors]] | None = field(
+        default=None, repr=False
+    )
 
     @property
     def source_digest(self) -> str:
@@ -118,18 +129,40 @@ def method(
 
 
 def initial_live(
-    spec: RunSpec, shapes: Mapping[str, tuple[int, int]], adapter_of: Callable[[RunSpec], Adapter]
+    spec: RunSpec,
+    shapes: Mapping[str, tuple[int, int]],
+    adapter_of: Callable[[RunSpec], Adapter],
+    base: Base | None = None,
 ) -> Live:
     """The trainable factors that a run begins with.
 
     Args:
         shapes: module name → (d_out, d_in).
         adapter_of: gives the adapter of a finished run; asked for the spec's ``start`` and ``calibration``.
+        base: what the method's hook ``initialise`` gets; it is not asked where a run goes on from another.
+
+    Raises:
+        ValueError: the hook gives other modules or shapes.
     """
     chosen = get_method(spec.method)
     factors = dict(adapter_of(spec.start).factors) if spec.start else fresh_factors(spec, shapes)
+    if chosen.initialise is not None and spec.start is None:
+        factors = _checked_start(chosen.name, factors, dict(chosen.initialise(spec, dict(factors), base)))
     masks = masks_of(spec, shapes, adapter_of) if chosen.masked else {}
     return {name: LowRank(f, train_A=chosen.trains_A, mask=masks.get(name)) for name, f in factors.items()}
+
+
+def _checked_start(method: str, wanted: Mapping[str, Factors], found: Mapping[str, Factors]) -> dict[str, Factors]:
+    wanted_shapes, found_shapes = (
+        {name: (tuple(f.A.shape), tuple(f.B.shape)) for name, f in each.items()} for each in (wanted, found)
+    )
+    for name in dict.fromkeys((*wanted_shapes, *found_shapes)):
+        if wanted_shapes.get(name) != found_shapes.get(name):
+            raise ValueError(
+                f"initialise of method {method!r} must give A and B of {name} the shapes {wanted_shapes.get(name)}; "
+                f"found {found_shapes.get(name)}"
+            )
+    return {name: found[name] for name in wanted}
 
 
 def fresh_factors(spec: RunSpec, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Factors]:

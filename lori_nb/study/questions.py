@@ -173,9 +173,9 @@ def best_weights(results: Results) -> pd.DataFrame:
 def paper_scores(results: Results) -> pd.DataFrame:
     """Scores on the test rows at the LoRI authors' weights for so many adapters, where they give one for the method."""
     settings = results.settings
-    weights = [(m, w) for m in settings.method for w in paper_weights(settings, m)]
-    known = pd.DataFrame(weights, columns=["method", "weight"]).astype({"weight": float})
-    return merged_scores(results).merge(known, on=["method", "weight"])
+    weights = {(method, weight) for method in settings.method for weight in paper_weights(settings, method)}
+    scores = merged_scores(results)
+    return scores[[(row.method, row.weight) in weights for row in scores.itertuples()]].reset_index(drop=True)
 
 
 def best_and_paper(results: Results) -> pd.DataFrame:
@@ -183,8 +183,8 @@ def best_and_paper(results: Results) -> pd.DataFrame:
     parts = {"chosen": best_weights(results), "paper's": paper_scores(results)}
     frames = [alone_scores(results).assign(how="not merged")]
     for title, part in parts.items():
-        weights = part["weight"].map("{:g}".format)
-        frames.append(part.assign(how=part["merge"] + ", " + title + " weight " + weights))
+        how = [f"{row.merge}, {title} weight {row.weight:g}" for row in part.itertuples()]
+        frames += [part.assign(how=how)] if len(part) else []
     return pd.concat(frames, ignore_index=True)
 
 
@@ -193,7 +193,7 @@ def scores_at_best(results: Results) -> pd.DataFrame:
     rows = merge_rows(results)
     best = chosen_weights(results)[["method", "merge", "weight"]]
     chosen = rows.merge(best, on=["method", "merge", "weight"])
-    how = chosen["method"].map(title_of) + ", " + chosen["merge"] + ", " + chosen["weight"].map("{:g}".format)
+    how = [f"{title_of(row.method)}, {row.merge}, {row.weight:g}" for row in chosen.itertuples()]
     return summarise(chosen.assign(how=how), ["how", "task"])
 
 
