@@ -122,7 +122,7 @@ def rewritten(folder, change) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda t: t.popitem(), r"must have A \(r × d_in\) and B \(d_out × r\); found"),
+        (lambda t: t.popitem(), r"must have two matrices, A \(r × d_in\) and B \(d_out × r\); found"),
         (
             lambda t: t.update({"base_model.model.lora_magnitude_vector.x": torch.ones(2)}),
             "factors of plain LoRA or whole",

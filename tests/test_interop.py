@@ -280,6 +280,10 @@ def rewritten(folder, change) -> None:
     save_file(tensors, folder / "adapter_model.safetensors")
 
 
+EMBEDDED = "base_model.model.model.embed_tokens.lora_embedding_{}"
+SHORT = FIRST.replace("model.model.model", "model.model")
+
+
 def rename(old: str, new: str):
     return lambda tensors: tensors.update({new: tensors.pop(old)})
 
@@ -287,18 +291,22 @@ def rename(old: str, new: str):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda t: t.pop(FIRST.format("B")), r"needs two matrices, lora_A and lora_B; found \['A'\]"),
-        (lambda t: t.pop(FIRST.format("A")), r"needs two matrices, lora_A and lora_B; found \['B'\]"),
+        (lambda t: t.pop(FIRST.format("B")), r"must have two matrices, A .* and B .*; found {'A'"),
+        (lambda t: t.pop(FIRST.format("A")), r"must have two matrices, A .* and B .*; found {'B'"),
         (lambda t: t[FIRST.format("A")].mul_(float("nan")), "tensors must be finite"),
         (lambda t: t[FIRST.format("B")].fill_(float("inf")), "tensors must be finite"),
         (lambda t: t.update({FIRST.format("A"): torch.ones(RANK, 63)}), "must have shapes"),
         (lambda t: t.update({FIRST.format("A"): torch.ones(5, 64), FIRST.format("B"): torch.ones(64, 5)}), "the rank"),
         (lambda t: t.update({FIRST.format("A"): torch.ones(64)}), "two matrices"),
         (lambda t: t.update({FIRST.format("A"): torch.ones(RANK, 64, dtype=torch.int64)}), "must be float32, float16"),
-        (rename(FIRST.format("A"), "base_model.model.../../x.lora_A.weight"), "tensors must be named"),
-        (rename(FIRST.format("A"), "/etc/x.lora_A.weight"), "tensors must be named"),
-        (lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(2)}), "must be named"),
-        (lambda t: t.update({FIRST.format("A").replace("model.model.model", "model.model"): torch.ones(1)}), "once"),
+        (rename(FIRST.format("A"), "base_model.model.../../x.lora_A.weight"), "factors of plain LoRA or whole"),
+        (rename(FIRST.format("A"), "/etc/x.lora_A.weight"), "factors of plain LoRA or whole"),
+        (lambda t: t.update({EMBEDDED.format(part): torch.ones(2, 2) for part in "AB"}), "on linear modules"),
+        (
+            lambda t: t.update({"base_model.model.score.weight": torch.ones(2)}),
+            "saved tensors must be the head of an adapter",
+        ),
+        (lambda t: t.update({SHORT.format(part): t[FIRST.format(part)].clone() for part in "AB"}), "stand once"),
         (lambda t: t.clear(), "at least one module"),
     ],
 )

@@ -137,7 +137,7 @@ def hub_that_answers(monkeypatch, code: str):
 @pytest.mark.parametrize(
     ("code", "words"),
     [
-        ("RepoNotFound", "base must be a model of the hub, .* the hub has no 'somebody/some-model'"),
+        ("RepoNotFound", "base must be a folder or a hub id, .* the hub has no 'somebody/some-model'"),
         ("GatedRepo", "'somebody/some-model' is gated: accept its terms .* hf auth login"),
     ],
 )

@@ -13,6 +13,7 @@ module here takes plain tensors or numbers and returns numbers; none touches a m
 - ``continual``: R (stages × tasks), the score on task j after training stage i; forgetting and transfer read off it.
 - ``pass_at_k``: the chance that one of k drawn programs passes, from n of which c did.
 - ``statistics``: what n seeds or n rows can say: t, Wilson and crossed (seeds × rows) intervals.
+- ``association``: whether one relation between adapters goes with another, adapters permuted and drawn, not pairs.
 - ``equivalence``: whether a difference lies within a margin, and what the design could tell at best.
 
 Symbols as on the first page of :mod:`lori_nb.method`. This room imports from ``method`` alone.

@@ -16,13 +16,23 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
 
-from lori_nb.lab.peft_folder import CONFIG, TOP, WEIGHTS, check_plain, read_config, read_tensors, scale_of
-from lori_nb.lab.peft_writing import KEY, check_new, portable, write_peft
+from lori_nb.lab.hub import refusal
+from lori_nb.lab.peft_folder import (
+    CONFIG,
+    KEY,
+    TOP,
+    WEIGHTS,
+    check_plain,
+    module_of,
+    read_config,
+    read_tensors,
+    scale_of,
+    sorted_out,
+)
+from lori_nb.lab.peft_writing import check_new, portable, write_peft
 from lori_nb.method.adapters import Factors
 
-_FACTOR = re.compile(rf"{re.escape(TOP)}((?:\w+\.)*\w+)\.(lora_([AB])\.weight|lora_embedding_([AB]))")
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # those that read_tensors lets pass
 # What a model puts before the names of its body's modules.
 _WRAPPERS = re.compile(r"(?:(?:model|base_model|transformer|bert|roberta|distilbert|electra|deberta|gpt_neox)\.)*")
@@ -89,30 +99,24 @@ def _path_of(name: str) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise FileNotFoundError(f"adapter must be a PEFT folder or a hub id owner/name; found {name!r}")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import HFValidationError
 
     try:
         return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
     except HFValidationError as error:
         raise ValueError(f"adapter must be a PEFT folder or a hub id owner/name; found {name!r}") from error
-    except GatedRepoError as error:
-        raise FileNotFoundError(f"adapter {name!r} is gated: accept its terms on its hub page, then log in") from error
-    except RepositoryNotFoundError as error:
-        raise FileNotFoundError(f"adapter must be a folder or a hub id open to you; the hub has no {name!r}") from error
     except Exception as error:  # noqa: BLE001 (any network error means the same to the user)
-        raise FileNotFoundError(
-            f"adapter {name!r} is no folder here, and the hub cannot be reached ({type(error).__name__})"
-        ) from error
+        raise FileNotFoundError(refusal("adapter", name, error)) from error
 
 
 def _read(path: Path) -> dict[str, Any]:
     config = read_config(path)
     tensors, _ = read_tensors(path)
     check_plain(config | {"modules_to_save": None}, own_head=False)
-    pairs, saved = _sorted_out(tensors, path)
+    pairs, saved = sorted_out(tensors, path)
     factors, keys = {}, {}
     for key, pair in pairs.items():
-        spelt = key.rpartition(".lora_")[0]
+        spelt = module_of(key)
         module = unwrapped(spelt)
         if module in factors:
             raise ValueError(
@@ -129,7 +133,7 @@ def _read(path: Path) -> dict[str, Any]:
         "base": str(config.get("base_model_name_or_path") or ""),
         "factors": factors,
         "keys": keys,
-        "saved": saved,
+        "saved": tuple(saved),
         "config": config,
         "digest": digest,
         "dtype": max(dtypes, key=lambda dtype: torch.finfo(dtype).eps),
@@ -139,27 +143,6 @@ def _read(path: Path) -> dict[str, Any]:
 def unwrapped(module: str) -> str:
     """A module's name in its model's body: "model.layers.3.mlp.up_proj" and "layers.3.mlp.up_proj" are one."""
     return module[_WRAPPERS.match(module).end() :]
-
-
-def _sorted_out(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, dict[str, Tensor]], tuple[str, ...]]:
-    pairs: dict[str, dict[str, Tensor]] = {}
-    saved = []
-    for key, tensor in tensors.items():
-        found = _FACTOR.fullmatch(key)
-        if found:
-            part = found[3] or found[4]
-            pairs.setdefault(f"{found[1]}.{found[2].replace(f'_{part}', '_{}')}", {})[part] = tensor
-        elif "lora_" not in key and re.fullmatch(rf"{re.escape(TOP)}(?:\w+\.)*\w+", key):
-            saved.append(key.removeprefix(TOP))
-        else:
-            raise ValueError(f"tensors of {path} must be factors of plain LoRA or whole saved modules; found {key!r}")
-    for key, pair in pairs.items():
-        if len(pair) != 2 or any(each.ndim != 2 for each in pair.values()) or len(pair["A"]) != pair["B"].shape[1]:
-            shapes = {part: tuple(each.shape) for part, each in sorted(pair.items())}
-            raise ValueError(f"{key} in {path} must have A (r × d_in) and B (d_out × r); found {shapes}")
-    if not pairs:
-        raise ValueError(f"{path} must hold the factors of at least one module; found none")
-    return pairs, tuple(saved)
 
 
 def write_merged(

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from lori_nb.lab.models import base_digest, base_kind, empty_body
-from lori_nb.lab.peft_folder import HEAD, TOP, check_plain, read_config, read_tensors, scale_of, sorted_out
-from lori_nb.lab.peft_writing import KEY, check_new, plain, portable, write_peft
+from lori_nb.lab.peft_folder import HEAD, KEY, TOP, check_plain, read_config, read_tensors, scale_of, sorted_out
+from lori_nb.lab.peft_writing import check_new, plain, portable, write_peft
 from lori_nb.method.adapters import Adapter, Factors
 from lori_nb.method.subspaces import down_projection
 
@@ -144,7 +144,8 @@ def import_peft(folder: Path, base_name: str) -> Adapter:
     tensors, about = read_tensors(folder)
     check_plain(config, own_head=isinstance(about.get("head"), str))
     body = empty_body(base_name)
-    pairs, heads = sorted_out(tensors, body.base_model_prefix, about.get("head"))
+    pairs, saved = sorted_out(tensors, folder)
+    pairs, heads = _on_linears(pairs, body.base_model_prefix), _own_head(saved, about.get("head"))
     factors = {
         name: Factors(pair["A"], pair["B"], scale_of(config, f"{body.base_model_prefix}.{name}", pair["A"].shape[0]))
         for name, pair in pairs.items()
@@ -167,6 +168,30 @@ def import_peft(folder: Path, base_name: str) -> Adapter:
         frozen_A=drawn,
         extras=heads,
     )
+
+
+def _on_linears(pairs: Mapping[str, dict[str, Tensor]], prefix: str) -> dict[str, dict[str, Tensor]]:
+    """Module → its pair, by names of the body, whose own prefix keys lack where it was wrapped without a head."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, pair in pairs.items():
+        module = key.removesuffix(KEY).removeprefix(f"{prefix}.")
+        if not key.endswith(KEY):
+            raise ValueError(f"adapters must sit on linear modules to be imported; found {key.format('A')!r}")
+        if module in found:
+            raise ValueError(f"a module must stand once in the file; found {key.format('A')!r} and another spelling")
+        found[module] = pair
+    return found
+
+
+def _own_head(saved: Mapping[str, Tensor], task: Any) -> dict[str, Tensor]:
+    """The head of an adapter that this kit exported, as an adapter names it; ValueError for other saved tensors."""
+    parts = {f"{HEAD}.{part}": f"head.{task}.{part}" for part in ("weight", "bias")} if isinstance(task, str) else {}
+    for name in saved:
+        if name not in parts:
+            raise ValueError(f"saved tensors must be the head of an adapter that this kit exported; found {name!r}")
+    if saved and len(saved) != 2:
+        raise ValueError(f"a head needs its weight and its bias; found {', '.join(saved)}")
+    return {parts[name]: tensor for name, tensor in saved.items()}
 
 
 def _is_draw(factors: Mapping[str, Factors], seed: Any, subspace: Any) -> bool:

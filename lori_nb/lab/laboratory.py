@@ -15,7 +15,7 @@ from lori_nb.analysis.merging import merge
 from lori_nb.lab import distributed
 from lori_nb.lab.baselines import Dora, dora_extras, put_in_place, replacing
 from lori_nb.lab.methods import FACTORED, LOW_RANK, get_method, initial_live, subspace_of
-from lori_nb.lab.models import Base, empty_body, load_base
+from lori_nb.lab.models import Base, base_kind, empty_body, load_base
 from lori_nb.lab.prefix import split_at, suffix_body
 from lori_nb.lab.regression import Unit, unit_of
 from lori_nb.lab.resolving import check
@@ -25,7 +25,17 @@ from lori_nb.lab.stages import Earlier, earlier_runs, strength_of
 from lori_nb.lab.tasks import get_task
 from lori_nb.lab.text import Encoded, encode_rows
 from lori_nb.lab.training import Report, TaskData, Trained, quiet, train
-from lori_nb.method.adapters import Adapter, Attached, LowRank, attach, check_rank, grown, target_linears
+from lori_nb.method.adapters import (
+    Adapter,
+    Attached,
+    Factors,
+    LowRank,
+    attach,
+    check_rank,
+    grown,
+    layer_number,
+    target_linears,
+)
 from lori_nb.method.subspaces import check_blocks, random_down_projection
 
 
@@ -75,7 +85,7 @@ def _run(spec: RunSpec, folder: Path, adapter_of, report: Report) -> Outcome:
     linears = target_linears(base.body, spec.modules, spec.last_layers)
     first = split_at(base, spec.last_layers)
     body = suffix_body(base, first)
-    live = _live(spec, linears, adapter_of)
+    live = _live(spec, base, linears, adapter_of)
     tasks = [_task_data(spec, base, name, first, report) for name in spec.tasks]
     earlier = _earlier(spec, base, first, adapter_of, report)
     inherited = adapter_of(spec.start) if spec.start else None
@@ -117,9 +127,11 @@ def _earlier(spec: RunSpec, base: Base, first: int, adapter_of, report: Report) 
     return found
 
 
-def _live(spec: RunSpec, linears: Mapping[str, nn.Linear], adapter_of: Callable[[RunSpec], Adapter]) -> dict:
+def _live(
+    spec: RunSpec, base: Base, linears: Mapping[str, nn.Linear], adapter_of: Callable[[RunSpec], Adapter]
+) -> dict:
     """What is trained at each linear module, on the module's device."""
-    live = initial_live(spec, {name: tuple(m.weight.shape) for name, m in linears.items()}, adapter_of)
+    live = initial_live(spec, {name: tuple(m.weight.shape) for name, m in linears.items()}, adapter_of, base)
     form = get_method(spec.method).form
     modules = live if form == LOW_RANK else replacing(form, linears, live)
     return {name: module.to(linears[name].weight.device) for name, module in modules.items()}
@@ -163,7 +175,7 @@ def _adapter(spec: RunSpec, base: Base, live, extras: dict[str, Tensor], inherit
         alpha=spec.alpha,
         seed=inherited.seed if inherited else spec.seed,
         subspace=inherited.subspace if inherited else subspace_of(spec),
-        frozen_A=not chosen.trains_A and (inherited is None or inherited.frozen_A),
+        frozen_A=not chosen.trains_A and (inherited.frozen_A if inherited else chosen.initialise is None),
         masks=_masks(live, inherited),
         extras=extras,
     )
@@ -227,6 +239,44 @@ def _merge(spec: MergeSpec, folder: Path, adapter_of, report: Report) -> Outcome
     live = {name: LowRank(f, train_A=False).to(base.device) for name, f in merged.items()}
     metrics, predictions = _score(spec, base, suffix_body(base, first), first, live, extras, report)
     return Outcome(metrics, predictions, facts={"device": str(base.device), "dtype": str(base.dtype)})
+
+
+def score_factors(
+    base: str, factors: Mapping[str, Factors], tasks: Sequence[str], rows: int, *, split: str = "test", dtype="auto"
+) -> pd.DataFrame:
+    """Metrics of factors that no run has made, such as a folder's from elsewhere, on tasks of a decoder.
+
+    Returns:
+        One row a task and metric: task, split, metric, value, n, majority, loss.
+
+    Raises:
+        ValueError: the base is an encoder, whose tasks need heads; a module is not one of its linear modules, or has
+            another shape; what a bare run of the base on these tasks would be refused for.
+    """
+    spec = RunSpec("base", tuple(tasks), steps=0, base=base, test_rows=rows, score_on=split, dtype=dtype)
+    check(spec)
+    if base_kind(base) == "encoder":
+        raise ValueError(f"base must be a decoder to score adapters without task heads; found the encoder {base}")
+    check_fit(base, factors)
+    for name in spec.scored:
+        check_can_score(get_task(name))
+    loaded = load_base(base, dtype)
+    layers = len({layer_number(name) for name in target_linears(loaded.body)})
+    first = split_at(loaded, layers - min(layer_number(name) for name in factors))
+    live = {name: LowRank(f, train_A=False).to(loaded.device) for name, f in factors.items()}
+    return _score(spec, loaded, suffix_body(loaded, first), first, live, {}, lambda *_: None)[0]
+
+
+def check_fit(base: str, factors: Mapping[str, Factors]) -> None:
+    """ValueError unless every module is a linear module in a layer of the base, of the update's shape; asks for shapes,
+    not for weights.
+    """
+    linears = {name: tuple(m.weight.shape) for name, m in target_linears(_shapes_of(base)).items()}
+    for name, f in factors.items():
+        found = (len(f.B), f.A.shape[1])
+        if linears.get(name) != found:
+            wanted = f"{linears[name]}" if name in linears else "a linear module in a layer"
+            raise ValueError(f"module {name!r} must be {wanted} of the base {base}; found an update of shape {found}")
 
 
 def _score(

@@ -28,13 +28,14 @@ from lori_nb.method.masks import magnitude_masks, random_masks
 from lori_nb.method.subspaces import down_projection, fresh_subspace, subspace_id
 
 if TYPE_CHECKING:
+    from lori_nb.lab.models import Base
     from lori_nb.lab.stages import Stage
 
 Live = dict[str, LowRank]
 Gradients = Mapping[str, Tensor]
 LOW_RANK = "low-rank"
 FACTORED = (LOW_RANK, "dora")  # forms that leave factors A and B
-HOOKS = ("penalty", "transform", "after_step", "optimiser", "begin")
+HOOKS = ("penalty", "transform", "after_step", "optimiser", "initialise", "begin")
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,9 @@ class Method:
         penalty: hook (live, step) → scalar added to the loss.
         transform: hook (list of task gradients by name, step) → gradient by name; replaces the sum over tasks.
         after_step: hook (live, step), run after every optimiser step.
+        initialise: hook (spec, factors, base) → factors that training begins with, of the same modules and shapes, from
+            those that it would begin with. ``base`` is the loaded :class:`lori_nb.lab.models.Base`, so that a start may
+            depend on its weights and activations. An A that it gives is stored, since no seed draws it.
         begin: hook (stage) → hooks of this run by name ("penalty", "transform", "after_step"), called where training
             goes on from an earlier task's run; ``stage`` (:class:`lori_nb.lab.stages.Stage`) gives the earlier tasks'
             rows, adapters and gradients.
@@ -72,17 +76,22 @@ class Method:
     penalty: Callable[[Live, int], Tensor] | None = None
     transform: Callable[[Sequence[Gradients], int], Gradients] | None = None
     after_step: Callable[[Live, int], None] | None = None
-    begin: Callable[[Stage], Mapping[str, Callable]] | None = None
-    grows: bool = False
-    strengths: Mapping[str, float] = field(default_factory=dict)
     built_in: bool = False
+    # Left out of repr, hence of the digest of methods that were registered before there were these.
+    initialise: Callable[[RunSpec, dict[str, Factors], Base], Mapping[str, Factors]] | None = field(
+        default=None, repr=False
+    )
+    begin: Callable[[Stage], Mapping[str, Callable]] | None = field(default=None, repr=False)
+    grows: bool = field(default=False, repr=False)
+    strengths: Mapping[str, float] = field(default_factory=dict, repr=False)
 
     @property
     def source_digest(self) -> str:
         """SHA-256 of the hooks' source, so that a registered extension counts by what it does."""
         hooks = {name: getattr(self, name) for name in HOOKS}
         given = tuple(hook for hook in hooks.values() if hook is not None)
-        return source_digest(given, repr(replace(self, **dict.fromkeys(hooks))))
+        begins = repr((self.grows, sorted(self.strengths.items()))) if self.begin is not None else ""
+        return source_digest(given, repr(replace(self, **dict.fromkeys(hooks))) + begins)
 
 
 def _continual(name: str, title: str, begin: Callable, grows: bool = False, **strengths: float) -> Method:
@@ -140,19 +149,41 @@ def method(
 
 
 def initial_live(
-    spec: RunSpec, shapes: Mapping[str, tuple[int, int]], adapter_of: Callable[[RunSpec], Adapter]
+    spec: RunSpec,
+    shapes: Mapping[str, tuple[int, int]],
+    adapter_of: Callable[[RunSpec], Adapter],
+    base: Base | None = None,
 ) -> Live:
     """The trainable factors that a run begins with.
 
     Args:
         shapes: module name → (d_out, d_in).
         adapter_of: gives the adapter of a finished run; asked for the spec's ``start`` and ``calibration``.
+        base: what the method's hook ``initialise`` gets; it is not asked where a run goes on from another.
+
+    Raises:
+        ValueError: the hook gives other modules or shapes.
     """
     chosen = get_method(spec.method)
     goes_on = spec.start is not None and not chosen.grows
     factors = dict(adapter_of(spec.start).factors) if goes_on else fresh_factors(spec, shapes)
+    if chosen.initialise is not None and not goes_on:
+        factors = _checked_start(chosen.name, factors, dict(chosen.initialise(spec, dict(factors), base)))
     masks = masks_of(spec, shapes, adapter_of) if chosen.masked else {}
     return {name: LowRank(f, train_A=chosen.trains_A, mask=masks.get(name)) for name, f in factors.items()}
+
+
+def _checked_start(method: str, wanted: Mapping[str, Factors], found: Mapping[str, Factors]) -> dict[str, Factors]:
+    wanted_shapes, found_shapes = (
+        {name: (tuple(f.A.shape), tuple(f.B.shape)) for name, f in each.items()} for each in (wanted, found)
+    )
+    for name in dict.fromkeys((*wanted_shapes, *found_shapes)):
+        if wanted_shapes.get(name) != found_shapes.get(name):
+            raise ValueError(
+                f"initialise of method {method!r} must give A and B of {name} the shapes {wanted_shapes.get(name)}; "
+                f"found {found_shapes.get(name)}"
+            )
+    return {name: found[name] for name in wanted}
 
 
 def fresh_factors(spec: RunSpec, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Factors]:

@@ -33,6 +33,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from lori_nb.lab import distributed
+from lori_nb.lab.hub import refusal
 from lori_nb.lab.paths import cache_folder, write_atomically
 
 hf_logging.disable_progress_bar()  # a study shows its own progress
@@ -323,14 +324,6 @@ def _cannot_load(name: str, where: str, error: Exception) -> BaseModelError:
 
 
 def _no_such_model(name: str, error: BaseException) -> BaseModelError:
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    if isinstance(error, GatedRepoError):
-        return BaseModelError(f"base {name!r} is gated: accept its terms on its hub page, then log in: hf auth login")
-    if isinstance(error, RepositoryNotFoundError):
-        return BaseModelError(f"base must be a model of the hub, public or open to you; the hub has no {name!r}")
-    return BaseModelError(
-        f"base {name!r} is a hub id and the hub cannot be reached ({type(error).__name__}). "
-        f"Without a network these work: "
-        f"{', '.join(PACKAGED)}, or a folder with config.json and weights"
-    )
+    said = refusal("base", name, error)
+    without = f". Without a network these work: {', '.join(PACKAGED)}, or a folder with config.json and weights"
+    return BaseModelError(said + (without if "cannot be reached" in said else ""))

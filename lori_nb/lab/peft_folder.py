@@ -19,6 +19,10 @@ from torch import Tensor
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 TOP, HEAD = "base_model.model.", "classifier"  # what every key begins with; the module that a task head is
+KEY = ".lora_{}.weight"  # how a file names a linear module's factors, "{}" for A or B
+EMBEDDING_KEY = ".lora_embedding_{}"
+_NAME = re.compile(rf"{re.escape(TOP)}((?:\w+\.)*\w+)")
+_FACTOR = re.compile(rf"{_NAME.pattern}\.(?:lora_([AB])\.weight|lora_embedding_([AB]))")
 _READABLE = (torch.float32, torch.float16, torch.bfloat16)  # float32 holds each of them exactly
 # Initialisations that leave the base as it is; pissa, olora, corda, loftq and their like change its weights.
 _BASE_KEPT = (True, False, "gaussian", "eva", "orthogonal")
@@ -104,40 +108,46 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return {key: tensor.float() for key, tensor in tensors.items()}, about if isinstance(about, dict) else {}
 
 
-def sorted_out(
-    tensors: Mapping[str, Tensor], prefix: str, task: Any
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """({module: {"A": …, "B": …}}, {"head.<task>.<part>": …}) of a folder's tensors.
+def factor_key(key: str) -> tuple[str, str] | None:
+    """(key, "A" or "B") of a factor's name in a file: the key without what stands before every one, "{}" for A or B;
+    None for what is no factor of plain LoRA on a linear module or an embedding.
+    """
+    found = _FACTOR.fullmatch(key)
+    if found is None:
+        return None
+    module, linear, embedding = found.groups()
+    return (f"{module}{KEY}", linear) if linear else (f"{module}{EMBEDDING_KEY}", embedding)
 
-    Args:
-        prefix: the body's own, which keys of a body that was wrapped without a head lack.
-        task: whose head the folder carries; None where it carries none.
+
+def module_of(key: str) -> str:
+    """The module that a key of :func:`factor_key` belongs to, under the file's own name."""
+    return key.rpartition(".lora_")[0]
+
+
+def sorted_out(tensors: Mapping[str, Tensor], where: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """({key: {"A": A (r × d_in), "B": B (d_out × r)}}, whole saved tensors by their keys) of a folder's tensors, keys
+    without what stands before every one.
 
     Raises:
-        ValueError: a name that is neither, a module without both matrices, twice there, or none at all.
+        ValueError: a name that is neither, a module without both matrices at one rank, or none at all.
     """
     pairs: dict[str, dict[str, Tensor]] = {}
-    heads: dict[str, Tensor] = {}
+    saved: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        own_head = re.fullmatch(rf"{re.escape(TOP + HEAD)}\.(weight|bias)", key)
-        found = re.fullmatch(rf"{re.escape(TOP)}((?:\w+\.)*\w+)\.lora_([AB])\.weight", key)
-        if own_head and isinstance(task, str):
-            heads[f"head.{task}.{own_head.group(1)}"] = tensor
-        elif found:
-            pair = pairs.setdefault(found.group(1).removeprefix(f"{prefix}."), {})
-            if found.group(2) in pair:
-                raise ValueError(f"a module must stand once in the file; found {key!r} and another spelling of it")
-            pair[found.group(2)] = tensor
+        found = factor_key(key)
+        if found is not None:
+            pairs.setdefault(found[0], {})[found[1]] = tensor
+        elif "lora_" not in key and _NAME.fullmatch(key):
+            saved[key.removeprefix(TOP)] = tensor
         else:
-            raise ValueError(f"tensors must be named {TOP}<module>.lora_A.weight or .lora_B.weight; found {key!r}")
-    for name, pair in pairs.items():
-        if len(pair) != 2 or any(each.ndim != 2 for each in pair.values()):
-            raise ValueError(f"every module needs two matrices, lora_A and lora_B; found {sorted(pair)} for {name!r}")
-    if heads and len(heads) != 2:
-        raise ValueError(f"a head needs its weight and its bias; found {', '.join(heads)}")
+            raise ValueError(f"tensors of {where} must be factors of plain LoRA or whole saved modules; found {key!r}")
+    for key, pair in pairs.items():
+        if len(pair) != 2 or any(each.ndim != 2 for each in pair.values()) or len(pair["A"]) != pair["B"].shape[1]:
+            shapes = {part: tuple(each.shape) for part, each in sorted(pair.items())}
+            raise ValueError(f"{key} in {where} must have two matrices, A (r × d_in) and B (d_out × r); found {shapes}")
     if not pairs:
-        raise ValueError(f"{WEIGHTS} must hold the factors of at least one module; found none")
-    return pairs, heads
+        raise ValueError(f"{where} must hold the factors of at least one module; found none")
+    return pairs, saved
 
 
 def scale_of(config: Mapping[str, Any], module: str, rank: int) -> float:

@@ -21,11 +21,20 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lori_nb.lab.paths import write_atomically
-from lori_nb.lab.peft_folder import CONFIG, HEAD, TOP, WEIGHTS, read_config, read_tensors
+from lori_nb.lab.peft_folder import (
+    CONFIG,
+    HEAD,
+    KEY,
+    TOP,
+    WEIGHTS,
+    factor_key,
+    module_of,
+    read_config,
+    read_tensors,
+)
 from lori_nb.method.adapters import Factors
 
 ALLOWED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's; above 16 it has to be told so
-KEY = ".lora_{}.weight"  # how the file names a linear module's factors, "{}" for A or B
 
 
 def check_new(folder: Path) -> Path:
@@ -66,7 +75,7 @@ def write_peft(
     Raises:
         ValueError: a value that is not finite in float32; nothing is written then.
     """
-    ranks_scales = {key.rpartition(".lora_")[0]: (len(f.A), f.scale) for key, f in factors.items()}
+    ranks_scales = {module_of(key): (len(f.A), f.scale) for key, f in factors.items()}
     usual = usual or Counter(ranks_scales.values()).most_common(1)[0][0]
     config = _config(ranks_scales, usual, weight)
     config |= {"base_model_name_or_path": base, "task_type": task_type, "modules_to_save": [HEAD] if heads else None}
@@ -143,13 +152,14 @@ def portability(folder: Path) -> dict[str, bool]:
     Raises ValueError for a folder that cannot be read at all.
     """
     config, (tensors, _) = read_config(folder), read_tensors(folder)
-    pairs = [key for key in tensors if key.startswith(TOP) and key.endswith((KEY.format("A"), KEY.format("B")))]
-    ranks = {len(t) if key.endswith(KEY.format("A")) else t.shape[1] for key, t in tensors.items() if key in pairs}
-    targets, named = config.get("target_modules") or [], {_module(key) for key in pairs}
+    known = {name: found for name in tensors if (found := factor_key(name)) and found[0].endswith(KEY)}
+    ranks = {len(tensors[name]) if part == "A" else tensors[name].shape[1] for name, (_, part) in known.items()}
+    of = {side: {module_of(key) for key, part in known.values() if part == side} for side in "AB"}
+    targets, named = config.get("target_modules") or [], of["A"] | of["B"]
     return {
         "it is plain LoRA": config.get("peft_type") == "LORA" and not config.get("use_dora"),
-        "every tensor is a factor of a linear module": len(pairs) == len(tensors) > 0,
-        "every module has A and B": _names(pairs, "A") == _names(pairs, "B"),
+        "every tensor is a factor of a linear module": len(known) == len(tensors) > 0,
+        "every module has A and B": of["A"] == of["B"],
         "all modules have one rank, the configuration's": ranks == {config.get("r")},
         f"that rank is one of {', '.join(map(str, ALLOWED_RANKS))}": config.get("r") in ALLOWED_RANKS,
         "α is that rank, so that an engine that ignores α is right": config.get("lora_alpha") == config.get("r"),
@@ -159,14 +169,6 @@ def portability(folder: Path) -> dict[str, bool]:
         "no whole module is saved beside": not config.get("modules_to_save"),
         "target_modules names the file's modules": isinstance(targets, list) and _covered(named, targets),
     }
-
-
-def _module(key: str) -> str:
-    return key.removeprefix(TOP).rpartition(".lora_")[0]
-
-
-def _names(keys: Iterable[str], part: str) -> set[str]:
-    return {_module(key) for key in keys if key.endswith(KEY.format(part))}
 
 
 def _covered(modules: set[str], targets: Iterable[str]) -> bool:

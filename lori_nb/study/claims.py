@@ -17,11 +17,12 @@ import pandas as pd
 
 from lori_nb.analysis.equivalence import detectable_effect
 from lori_nb.analysis.statistics import Estimate, Interval, estimate_of, interval_text, t_interval
-from lori_nb.lab.specs import MergeSpec
+from lori_nb.lab.specs import Spec
 from lori_nb.study import comparison, conflict, forgetting, geometry, questions, sharing
 from lori_nb.study.cells import single
 from lori_nb.study.joint_arms import JOINT, ORTHO, SINGLE
 from lori_nb.study.notebook import Results
+from lori_nb.study.plans import merged_spec
 from lori_nb.study.summary import DEMONSTRATION, as_columns, difference, estimate, estimate_unit, group_word, text_of
 
 TOLERANCE = comparison.MARGIN  # what "matches" may cost
@@ -85,15 +86,13 @@ def _merges(a: str, b: str) -> Callable[[Results], Measured | None]:
         settings = results.settings
         best = {
             row.method: (row.merge, row.weight)
-            for row in questions.best_weights(results).sort_values("value").itertuples()
+            for row in questions.chosen_weights(results).sort_values("tuned").itertuples()
         }
         if not {a, b} <= set(best):
             return None
 
-        def merged(method: str, seed: int) -> list[MergeSpec]:
-            merge, weight = best[method]
-            parts = tuple(single(settings, method, task, seed) for task in settings.tasks)
-            return [MergeSpec(parts, (weight,) * len(parts), merge, settings.test_rows)] * len(parts)
+        def merged(method: str, seed: int) -> list[Spec]:
+            return [merged_spec(settings, method, seed, *best[method])] * len(settings.tasks)
 
         pairs = questions.run_pairs(results, lambda seed: merged(a, seed), lambda seed: merged(b, seed))
         return _difference(pairs, list(settings.tasks))
@@ -188,7 +187,7 @@ CLAIMS = (
     Claim(
         LORI,
         "Merged sparse adapters keep more than merged LoRA adapters.",
-        "LoRI-S − LoRA, merged, best merge and weight of each",
+        "LoRI-S − LoRA, merged, merge and weight of each chosen on held-out rows",
         0.0,
         _merges("lori-s", "lora"),
     ),

@@ -143,11 +143,11 @@ def score_against_sparsity(ax: Axes, scores: pd.DataFrame) -> Axes:
 
 def score_against_weight(ax: Axes, merged: pd.DataFrame, alone: pd.DataFrame) -> Axes:
     """Mean score of one way to merge against the weight, a line a method; thin level lines are the adapters alone."""
-    methods = list(dict.fromkeys(merged["method"]))
-    step = 0.012 * (np.ptp(merged["weight"]) or 1.0)  # side by side, so that intervals do not hide each other
-    for number, method in enumerate(methods):
+    if merged.empty:
+        return nothing(ax)
+    for method, aside in places_aside(merged).items():
         part = merged[merged["method"] == method].sort_values("weight")
-        points(ax, part["weight"] + step * (number - (len(methods) - 1) / 2), part, method)
+        points(ax, part["weight"] + aside, part, method)
         look = {key: look_of(method)[key] for key in ("color", "linestyle")}
         for level in alone.loc[alone["method"] == method, "value"]:
             ax.axhline(level, linewidth=0.8, alpha=0.8, **look)
@@ -155,6 +155,20 @@ def score_against_weight(ax: Axes, merged: pd.DataFrame, alone: pd.DataFrame) ->
     ax.set(xlabel="weight of each adapter", ylabel=metric_label(merged["metric"]))
     ax.set_title(f"merge: {merged['merge'].iloc[0]} ({n_text(merged)})")
     return score_limits(ax, merged["metric"])
+
+
+def places_aside(merged: pd.DataFrame) -> dict[str, float]:
+    """Method → how far aside of the weight it is drawn, so that intervals do not hide each other."""
+    methods = list(dict.fromkeys(merged["method"]))
+    step = 0.012 * (np.ptp(merged["weight"]) or 1.0)
+    return {method: step * (number - (len(methods) - 1) / 2) for number, method in enumerate(methods)}
+
+
+def nothing(ax: Axes, why: str = "not measured") -> Axes:
+    """Empty axes that say so."""
+    ax.text(0.5, 0.5, why, transform=ax.transAxes, ha="center", va="center", color=GREY, wrap=True)
+    ax.set_axis_off()
+    return ax
 
 
 def grouped_points(ax: Axes, table: pd.DataFrame, category: str, series: str, ylabel: str) -> Axes:

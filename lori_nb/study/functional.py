@@ -10,7 +10,6 @@ import pandas as pd
 import torch
 
 from lori_nb.analysis.functional import COLUMNS, interference_of
-from lori_nb.analysis.nulls import null_set
 from lori_nb.analysis.statistics import Interval, t_interval
 from lori_nb.lab.activations import responses
 from lori_nb.lab.models import load_base
@@ -18,15 +17,16 @@ from lori_nb.lab.runs import Run
 from lori_nb.lab.tasks import get_task
 from lori_nb.lab.text import encode_rows
 from lori_nb.method.adapters import Factors
-from lori_nb.study.geometry import NULL, adapter_sets
+from lori_nb.study.geometry import adapter_sets
 from lori_nb.study.notebook import Results
 from lori_nb.study.profiles import Settings
 from lori_nb.study.sequences import JOINT, MERGED, first_run, orders_of, stages
-from lori_nb.study.style import title_of
+from lori_nb.study.style import null_of, title_of
 from lori_nb.study.summary import as_columns
 
 ROWS = 16  # of a task's test rows, prompt and answer: their tokens are several hundred inputs
 _NULL_OF = "null of "
+Adapters = Mapping[str, Mapping[str, Factors]]
 
 
 def functional_interference(results: Results, rows: int = ROWS) -> pd.DataFrame:
@@ -39,17 +39,26 @@ def functional_interference(results: Results, rows: int = ROWS) -> pd.DataFrame:
     settings = results.settings
     frames = []
     for seed in settings.seed if not settings.adapters else ():  # those of elsewhere come without rows
-        sets = adapter_sets(results, seed)
-        drawn = {task: {m: f.A for m, f in modules.items()} for task, modules in sets.pop(NULL, {}).items()}
         known: dict[tuple[str, str, bool], Mapping[str, Factors]] = {}  # (method, task, whether it is a null) → factors
-        for method, adapters in sets.items():
-            null = null_set(adapters, torch.Generator().manual_seed(seed), drawn)
-            known |= {(method, task, False): modules for task, modules in adapters.items()}
-            known |= {(method, task, True): modules for task, modules in null.items()}
+        sets = adapter_sets(results, seed)
+        for method in (name for name in sets if null_of(name) in sets):
+            known |= {(method, task, False): modules for task, modules in sets[method].items()}
+            known |= {(method, task, True): modules for task, modules in sets[null_of(method)].items()}
         if known:
             frames.append(_compared(_responses(settings, known, rows), known).assign(seed=seed))
     columns = ["method", "seed", *COLUMNS, "null"]
     return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
+
+
+def functional_of(settings: Settings, adapters: Adapters, null: Adapters, rows: int = ROWS) -> pd.DataFrame:
+    """I(i, j) of one set of adapters, task → module → factors, beside the same of a null set.
+
+    Returns:
+        Columns task (i), adapter (j), module, ``value`` and ``null``.
+    """
+    known = {("", task, False): modules for task, modules in adapters.items()}
+    known |= {("", task, True): modules for task, modules in null.items()}
+    return _compared(_responses(settings, known, rows), known).drop(columns="method")
 
 
 def _responses(settings: Settings, known: Mapping[tuple, Mapping[str, Factors]], rows: int) -> dict[str, pd.DataFrame]:

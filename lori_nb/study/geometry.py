@@ -1,7 +1,8 @@
 """Where adapters are: which entries a mask keeps, and how far the subspaces of two tasks' adapters overlap.
 
-Overlap is read against a null drawn under the same policy: A as the seed made it, before any training, beside a
-random dense B. A shared draw of A alone moves the overlap of rows from near r / d_in to 1.
+Overlap is read against a null of :mod:`lori_nb.analysis.nulls` drawn under the same policy: the singular values of the
+adapters themselves, rows in the A's as the seeds made them, before any training. A shared draw of A alone moves the
+overlap of rows from near r / d_in to 1.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from lori_nb.analysis.nulls import null_set
 from lori_nb.analysis.overlap import overlap_table, principal_angles
@@ -22,15 +24,14 @@ from lori_nb.lab.runs import Run
 from lori_nb.lab.specs import RunSpec
 from lori_nb.method.adapters import Adapter, Factors, layer_number
 from lori_nb.method.masks import kept, kept_in_all
-from lori_nb.method.subspaces import down_projection, random_down_projection
+from lori_nb.method.subspaces import down_projection
 from lori_nb.study.arms import arm_spec, arms_of, get_arm
 from lori_nb.study.cells import single
 from lori_nb.study.notebook import Results
 from lori_nb.study.plans import sparsity_specs
-from lori_nb.study.style import title_of
+from lori_nb.study.style import null_of, seeds_of, title_of
 from lori_nb.study.summary import as_columns
 
-NULL = "null"
 SIDES = {"A": "rows of A (what is read)", "B": "columns of B (what is written)"}
 
 
@@ -100,33 +101,60 @@ def _is_exact(adapter: Adapter, spec: RunSpec) -> bool:
     return off and kept(adapter.masks) == kept_in_all(shapes, spec.sparsity, spec.mask_scope, spec.mask_structure)
 
 
-def null_adapter(adapter: Adapter, task: str) -> dict[str, Factors]:
-    """The adapter as chance makes it: its A as drawn under its policy, and a random dense B (d_out × r)."""
-    null = {}
-    for name, f in adapter.factors.items():
-        rank, d_in = f.A.shape
-        A = down_projection(adapter.seed, adapter.subspace, name, rank, d_in)
-        B = random_down_projection(adapter.seed, f"null/{task}", name, len(f.B), rank)
-        null[name] = Factors(A, B, f.scale)
-    return null
+def drawn_A(adapter: Adapter) -> dict[str, Tensor]:
+    """Module → A (r × d_in) as the adapter's policy drew it, before any training."""
+    return {
+        name: down_projection(adapter.seed, adapter.subspace, name, *f.A.shape) for name, f in adapter.factors.items()
+    }
 
 
 def adapter_sets(results: Results, seed: int) -> dict[str, dict[str, dict[str, Factors]]]:
-    """Method → task → factors of one seed's single-task adapters, and the null.
+    """Method → task → factors of one seed's single-task adapters, and :func:`null_of` each method.
 
-    Where the setting ``adapters`` names folders: "adapters" → folder → factors, and a null of independent rows.
+    A null has the singular values of the adapters that it stands for, and rows in the A's that the policy drew. Where
+    the setting ``adapters`` names folders: "adapters" → folder → factors, and their null of independent rows.
     """
     settings = results.settings
     if settings.adapters:
         given = {name: folder.factors for name, folder in read_folders(settings.adapters).items()}
-        return {"adapters": given, NULL: null_set(given, torch.Generator().manual_seed(seed))}
+        return {"adapters": given, null_of("adapters"): null_set(given, torch.Generator().manual_seed(seed))}
     sets: dict[str, dict[str, dict[str, Factors]]] = {}
-    for method, task in itertools.product(settings.method, settings.tasks):
-        run = results.run(single(settings, method, task, seed))
-        if run is not None:
-            sets.setdefault(method, {})[task] = run.adapter.factors
-            sets.setdefault(NULL, {}).setdefault(task, null_adapter(run.adapter, task))
-    return {name: sets[name] for name in (*settings.method, NULL) if len(sets.get(name, ())) > 1}
+    nulls: dict[str, dict[str, dict[str, Factors]]] = {}
+    for method in settings.method:
+        found = single_adapters(results, method, seed)
+        if len(found) > 1:
+            sets[method] = {task: adapter.factors for task, adapter in found.items()}
+            A = {task: drawn_A(adapter) for task, adapter in found.items()}
+            nulls[null_of(method)] = null_set(sets[method], torch.Generator().manual_seed(seed), A)
+    return sets | nulls
+
+
+def single_adapters(results: Results, method: str, seed: int) -> dict[str, Adapter]:
+    """Task → the adapter of one method and seed, where its run is there."""
+    settings = results.settings
+    runs = {task: results.run(single(settings, method, task, seed)) for task in settings.tasks}
+    return {task: run.adapter for task, run in runs.items() if run is not None}
+
+
+def seed_summary(results: Results) -> pd.DataFrame:
+    """The other reference: how far two seeds' adapters of one and the same task overlap, as :func:`overlap_summary`.
+
+    The method is called :func:`~lori_nb.study.style.seeds_of` it; a t interval over tasks. Empty with one seed.
+    """
+    settings = results.settings
+    rows = []
+    for method in settings.method if len(settings.seed) > 1 and not settings.adapters else ():
+        by_seed = {str(seed): single_adapters(results, method, seed) for seed in settings.seed}
+        tables = []
+        for task in settings.tasks:
+            same = {seed: found[task].factors for seed, found in by_seed.items() if task in found}
+            tables += [overlap_table(same).assign(task=task)] if len(same) > 1 else []
+        table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["measure"])
+        for measure, part in table.groupby("measure", sort=False):
+            values = part["value"].abs().groupby(part["task"]).mean().dropna()
+            about = {"method": seeds_of(method), "measure": measure, "seeds": len(settings.seed)}
+            rows += [about | as_columns(t_interval(values), "tasks")] if len(values) else []
+    return pd.DataFrame(rows, columns=["method", "measure", "value", "low", "high", "n", "of", "seeds"])
 
 
 def policy_sets(results: Results, seed: int) -> dict[str, dict[str, dict[str, Factors]]]:
@@ -150,7 +178,8 @@ def overlaps(results: Results, sets_of: Callable[[Results, int], dict] = adapter
     Args:
         sets_of: :func:`adapter_sets` or :func:`policy_sets`.
 
-    Columns method (or "null"), seed, adapter_a and adapter_b (tasks), module, measure (a name of ``MEASURES``), value.
+    Columns method (or the null of one), seed, adapter_a and adapter_b (tasks), module, measure (a name of
+    ``MEASURES``), value.
     """
     frames = [
         overlap_table(adapters).assign(method=method, seed=seed)
@@ -189,13 +218,13 @@ def overlap_summary(overlaps: pd.DataFrame) -> pd.DataFrame:
 
 
 def overlap_lines(overlaps: pd.DataFrame) -> list[str]:
-    """One sentence a measure: every method's mean overlap beside the null's."""
+    """One sentence a measure: every method's mean overlap beside its null's."""
     table = overlap_summary(overlaps).pivot(index="measure", columns="method", values="value")
-    null = table.pop(NULL)
+    methods = [name for name in table.columns if null_of(name) in table.columns]
     return [
         f"{measure.replace('_', ' ')}: "
-        + ", ".join(f"{title_of(method)} {100 * value:.2f} %" for method, value in row.items())
-        + f"; by chance {100 * null[measure]:.2f} %."
+        + ", ".join(f"{title_of(m)} {100 * row[m]:.2f} % (by chance {100 * row[null_of(m)]:.2f} %)" for m in methods)
+        + "."
         for measure, row in table.iterrows()
     ]
 

@@ -34,7 +34,7 @@ from lori_nb.study.lifeline import start_lifeline
 from lori_nb.study.plans import PLANS
 from lori_nb.study.profiles import Settings, load_settings
 from lori_nb.study.stored import BATCH, record
-from lori_nb.study.summary import seeds_text
+from lori_nb.study.summary import seeds_text, with_intervals
 
 COLUMNS = ("study", "run", "kind", "method", "trained_on", "after", "task", "seed", "split", "metric", "value", "n")
 SETTING_COLUMNS = ("majority", "sparsity", "shots", "merge", "weight", "trainable_parameters")
@@ -57,7 +57,11 @@ class Results:
 
     def run(self, spec: Spec) -> Run | None:
         """The finished run of a spec; None when it is not there (yet)."""
-        return self.runs.get(resolve(spec).hash)
+        return self.runs.get(self.hash_of(spec))
+
+    def hash_of(self, spec: Spec) -> str:
+        """The hash of a spec, whether its run is there or not."""
+        return resolve(spec).hash
 
     def rows_of(self, specs: list[Spec]) -> pd.DataFrame:
         """The table's rows of these specs' runs."""
@@ -83,6 +87,17 @@ class Results:
         """Save a figure as ``figures/<profile>/<notebook>_<name>`` .pdf, .svg and .png, with its provenance in each."""
         about = {"title": f"{self.name}: {name}", "provenance": self.provenance}
         style.save(figure, figures_folder() / slug(self.settings), f"{self.name}_{name}", about)
+
+    def keep_table(self, table: pd.DataFrame, name: str) -> None:
+        """Save a table beside the figures as ``<notebook>_<name>`` .csv and .tex, its provenance in the LaTeX.
+
+        In the LaTeX an interval stands behind its value, in one column: "0.66 [0.59, 0.72]".
+        """
+        folder = figures_folder() / slug(self.settings)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / f"{self.name}_{name}.csv", table.to_csv(index=False, float_format="%.10g"))
+        latex = with_intervals(table).to_latex(index=False, float_format="%.3f", escape=True)
+        write_atomically(folder / f"{self.name}_{name}.tex", f"% {self.provenance}\n{latex}")
 
     def __str__(self) -> str:
         return self.line

@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from lori_nb.lab.specs import MergeSpec, RunSpec, Spec
 from lori_nb.study.arms import arm_spec, arms_of
 from lori_nb.study.cells import base_runs, single
 from lori_nb.study.joint_arms import arrangement_specs
+from lori_nb.study.pairs import pair_plan
 from lori_nb.study.profiles import NOTEBOOKS, Settings
 from lori_nb.study.sequences import sequence_specs
 
@@ -64,15 +66,44 @@ def method_specs(settings: Settings) -> list[RunSpec]:
 
 
 def plan_merging(settings: Settings) -> list[Spec]:
-    """All tasks' adapters of one method merged, for every way to merge and every weight, beside the adapters alone."""
-    merges: list[Spec] = []
-    for method, seed in itertools.product(settings.method, settings.seed):
-        parts = tuple(single(settings, method, task, seed) for task in settings.tasks)
-        merges += [
-            MergeSpec(parts, (weight,) * len(parts), merge, settings.test_rows)
-            for merge, weight in itertools.product(settings.merges, settings.weights)
-        ]
-    return [*method_specs(settings), *merges]
+    """All tasks' adapters of one method merged, for every way to merge and every weight, beside the adapters alone; the
+    same on rows held out of training, by which weights are chosen; and the study of pairs, where there is one. None
+    where adapters from elsewhere are given.
+    """
+    if settings.adapters:
+        return []
+    return [*method_specs(settings), *merge_specs(settings), *held_out_merges(settings), *pair_plan(settings)]
+
+
+def merge_specs(settings: Settings) -> list[MergeSpec]:
+    """Every method, seed, way to merge and weight, the paper's weight too, scored on the test rows."""
+    return [
+        merged_spec(settings, method, seed, merge, weight)
+        for method, seed, merge in itertools.product(settings.method, settings.seed, settings.merges)
+        for weight in dict.fromkeys((*settings.weights, *paper_weights(settings, method)))
+    ]
+
+
+def held_out_merges(settings: Settings) -> list[MergeSpec]:
+    """Every method, seed, way to merge and weight of the settings, scored on the tuning split."""
+    grid = itertools.product(settings.method, settings.seed, settings.merges, settings.weights)
+    return [replace(merged_spec(settings, *each), score_on="tune", test_rows=settings.tune_rows) for each in grid]
+
+
+def merged_spec(settings: Settings, method: str, seed: int, merge: str, weight: float) -> MergeSpec:
+    """One method's adapters of all tasks, merged with one weight for all."""
+    parts = tuple(single(settings, method, task, seed) for task in settings.tasks)
+    return MergeSpec(parts, (weight,) * len(parts), merge, settings.test_rows)
+
+
+# Of the LoRI authors' scripts, for merges of 3 and of 4 adapters; they merge so by concatenation and linearly.
+PAPER_WEIGHTS = {"lori-d": {3: 0.5, 4: 0.4}, "lori-s": {3: 0.4, 4: 0.3}}
+
+
+def paper_weights(settings: Settings, method: str) -> tuple[float, ...]:
+    """The LoRI authors' weight for so many adapters of a method; none where they give none."""
+    weight = PAPER_WEIGHTS.get(method, {}).get(len(settings.tasks))
+    return () if weight is None else (weight,)
 
 
 def plan_forgetting(settings: Settings) -> list[Spec]:

@@ -69,7 +69,7 @@ class Settings:
     schedule: str = "linear"  # of the learning rate after the warm-up; or constant
     micro_batch_rows: int | None = None  # rows computed at a time; none takes all of a step
     checkpointing: bool = False  # activations are computed again in the backward pass, not kept
-    adapters: tuple[str, ...] = ()  # folders of adapters from elsewhere that 04_interference compares instead
+    adapters: tuple[str, ...] = ()  # folders from elsewhere that 04_interference compares, 05_merging merges, instead
     task_steps: Mapping[str, int] = field(default_factory=dict)  # of single runs, where a task's are not ``steps``
     sequence: tuple[str, ...] = ()  # tasks learned one after another; empty: ``first``, then the other tasks
     orders: str = "given"  # in which the tasks after the first come: given, balanced, all
@@ -82,6 +82,16 @@ class Settings:
     watch_rows: int = 48  # rows a task that are scored there
     capacity_tasks: tuple[str, ...] = ()  # learned under disjoint masks until no entry is free
     task_weights: Mapping[str, float] = field(default_factory=dict)  # of runs on several tasks; 1 where none is named
+    tune_rows: int = 64  # of a task, held out of training, by which merge weights are chosen
+    pair_tasks: tuple[str, ...] = ()  # of the study of pairs (lori_nb.study.pairs); empty: no such study
+    pair_steps: int = 120
+    pair_train_rows: int = 512
+    pair_rows: int = 64  # test rows of a task there
+    pair_joint_steps: int = 0  # of one LoRA on all of them; 0: none is trained
+    pair_weight: float = 1.0  # of both adapters of a pair
+    pair_sizes: tuple[int, ...] = (2, 3, 4, 6, 8, 12)  # how many adapters are merged; above all there are: all
+    pair_draws: int = 2  # random subsets of each size
+    pair_total: float = 1.5  # the weights of a subset's adapters add up to it, where none is above 1
 
     def steps_on(self, task: str) -> int:
         """Optimiser steps of a run on one task."""
@@ -150,6 +160,7 @@ def load_settings(profile: str = "quick", **changes: Any) -> Settings:
     load_extensions()
     values = {"profile": profile, **read_profile(profile)}
     encoder = values.pop("encoder", {})
+    plain_tasks = expand_tasks(values["tasks"])
     known = [f.name for f in fields(Settings)]
     _check_names(list(values), known, f"profile {profile}")
     _check_names(list(encoder), known, f"profile {profile}, encoder")
@@ -157,6 +168,8 @@ def load_settings(profile: str = "quick", **changes: Any) -> Settings:
     tasks = expand_tasks(_as_list(changes.get("tasks", values["tasks"])))
     if all(get_task(task).reads == "encoder" for task in tasks):
         values |= encoder
+    if tasks != plain_tasks:  # a study of other tasks has none of pairs, hours long, unless it asks for one
+        values["pair_tasks"] = ()
     for name in ("mask_tasks", "arm_tasks") if "tasks" in changes else ():
         if values.get(name):
             values[name] = [task for task in values[name] if task in tasks] or [tasks[0]]
@@ -202,6 +215,7 @@ def _checked(values: dict[str, Any]) -> Settings:
     values["joint_arms"] = tuple(_as_list(values.get("joint_arms", Settings.joint_arms)))
     check_joint_arms(values["joint_arms"])
     values["arm_tasks"] = expand_tasks(_as_list(values.get("arm_tasks") or values["mask_tasks"]))
+    _check_pairs(values)
     for name in values["method"]:
         get_method(name)
     for name in values["merges"]:
@@ -264,6 +278,25 @@ def _weights(given: Any, tasks: tuple[str, ...]) -> dict[str, float]:
         if not 0 < weight < math.inf:
             raise ValueError(f"task_weights of {task} must be a finite number above 0; found {weight:g}")
     return {task: weight for task, weight in weights.items() if task in tasks}
+
+
+def _check_pairs(values: dict[str, Any]) -> None:
+    """The settings of the study of pairs, and of the choice of merge weights, as numbers in their ranges."""
+    least = {"tune_rows": 1, "pair_steps": 1, "pair_train_rows": 1, "pair_rows": 1, "pair_joint_steps": 0}
+    for name, lowest in (least | {"pair_draws": 1}).items():
+        values[name] = _number(name, values.get(name, getattr(Settings, name)), int)
+        if values[name] < lowest:
+            raise ValueError(f"{name} must be at least {lowest}; found {values[name]}")
+    for name in ("pair_weight", "pair_total"):
+        values[name] = _number(name, values.get(name, getattr(Settings, name)), float)
+    asked = _as_list(values.get("pair_tasks", ()))
+    tasks = values["pair_tasks"] = expand_tasks(asked) if asked else ()
+    if 0 < len(tasks) < 3:
+        raise ValueError(f"pair_tasks must be at least 3 tasks, or none; found {', '.join(tasks)}")
+    sizes = [_number("pair_sizes", size, int) for size in _as_list(values.get("pair_sizes", Settings.pair_sizes))]
+    if min(sizes, default=2) < 2:
+        raise ValueError(f"pair_sizes must be at least 2; found {min(sizes)}")
+    values["pair_sizes"] = tuple(dict.fromkeys(min(size, len(tasks) or size) for size in sizes))
 
 
 def as_parameters(settings: Settings, names: list[str]) -> dict[str, Any]:

@@ -13,9 +13,10 @@ import numpy as np
 import pandas as pd
 
 from lori_nb.lab.specs import RunSpec
+from lori_nb.study import foreign_merging
 from lori_nb.study.cells import base_runs
 from lori_nb.study.notebook import Results
-from lori_nb.study.plans import method_specs, plan_merging, sparsity_specs
+from lori_nb.study.plans import held_out_merges, merge_specs, method_specs, paper_weights, sparsity_specs
 from lori_nb.study.style import title_of
 from lori_nb.study.summary import Pair, group_word, summarise
 
@@ -129,37 +130,79 @@ def unit_of(pairs: dict, tasks: Sequence[str]) -> str:
 
 
 def merged_scores(results: Results) -> pd.DataFrame:
-    """Mean score over all tasks of the merged adapters, for every method, merge and weight."""
-    specs = [spec for spec in plan_merging(results.settings) if spec.kind == "merge"]
-    return summarise(results.rows_of(specs), ["method", "merge", "weight"])
+    """Mean score over all tasks of the merged adapters on the test rows, for every method, merge and weight."""
+    return summarise(merge_rows(results), ["method", "merge", "weight"])
+
+
+def merge_rows(results: Results, split: str = "test") -> pd.DataFrame:
+    """Table rows of all merges on a split: of this study's adapters, or of those from elsewhere."""
+    settings = results.settings
+    if settings.adapters:
+        table = foreign_merging.scores(settings)
+        return table[(table["kind"] == "merge") & (table["split"] == split)]
+    return results.rows_of(merge_specs(settings) if split == "test" else held_out_merges(settings))
 
 
 def alone_scores(results: Results) -> pd.DataFrame:
-    """Mean score over all tasks of every method's adapters, each on its own task: what a merge could at best keep."""
-    return summarise(single_scores(results), ["method"])
+    """Mean score over all tasks of every method's adapters, each on its own task: what a merge could at best keep.
+    Of adapters from elsewhere the best one on each task counts.
+    """
+    settings = results.settings
+    rows = foreign_merging.best_alone(settings) if settings.adapters else single_scores(results)
+    return summarise(rows, ["method"])
+
+
+def chosen_weights(results: Results) -> pd.DataFrame:
+    """For every method and merge the weight with the best mean score over tasks and seeds on rows held out of training
+    and of the test, of all ``weights``; the smallest among equals. Columns method, merge, weight and ``tuned``, that
+    score.
+    """
+    scores = summarise(merge_rows(results, "tune"), ["method", "merge", "weight"]).rename(columns={"value": "tuned"})
+    scores = scores.sort_values("weight", kind="stable")
+    best = scores.loc[scores.groupby(["method", "merge"], sort=False)["tuned"].idxmax()]
+    order = {key: place for place, key in enumerate((*results.settings.method, *results.settings.merges))}
+    best = best.sort_values(["method", "merge"], key=lambda names: names.map(order), ignore_index=True)
+    return best[["method", "merge", "weight", "tuned"]]
 
 
 def best_weights(results: Results) -> pd.DataFrame:
-    """For every method and merge the weight with the best mean score, chosen on the very rows that are reported."""
+    """Scores on the test rows at :func:`chosen_weights`, which saw none of them."""
+    return chosen_weights(results).merge(merged_scores(results), on=["method", "merge", "weight"])
+
+
+def paper_scores(results: Results) -> pd.DataFrame:
+    """Scores on the test rows at the LoRI authors' weights for so many adapters, where they give one for the method."""
+    settings = results.settings
+    weights = {(method, weight) for method in settings.method for weight in paper_weights(settings, method)}
     scores = merged_scores(results)
-    return scores.loc[scores.groupby(["method", "merge"], sort=False)["value"].idxmax()].reset_index(drop=True)
+    return scores[[(row.method, row.weight) in weights for row in scores.itertuples()]].reset_index(drop=True)
+
+
+def best_and_paper(results: Results) -> pd.DataFrame:
+    """Every method and merge at its chosen weight and at the paper's, named in ``how``, beside the adapters alone."""
+    parts = {"chosen": best_weights(results), "paper's": paper_scores(results)}
+    frames = [alone_scores(results).assign(how="not merged")]
+    for title, part in parts.items():
+        how = [f"{row.merge}, {title} weight {row.weight:g}" for row in part.itertuples()]
+        frames += [part.assign(how=how)] if len(part) else []
+    return pd.concat(frames, ignore_index=True)
 
 
 def scores_at_best(results: Results) -> pd.DataFrame:
-    """Score on every task at the best weight; ``how`` is "method, merge, weight"."""
-    rows = results.table[results.table["kind"] == "merge"]
-    best = best_weights(results)[["method", "merge", "weight"]]
+    """Score on every task at the chosen weight; ``how`` is "method, merge, weight"."""
+    rows = merge_rows(results)
+    best = chosen_weights(results)[["method", "merge", "weight"]]
     chosen = rows.merge(best, on=["method", "merge", "weight"])
-    how = chosen["method"].map(title_of) + ", " + chosen["merge"] + ", " + chosen["weight"].map("{:g}".format)
+    how = [f"{title_of(row.method)}, {row.merge}, {row.weight:g}" for row in chosen.itertuples()]
     return summarise(chosen.assign(how=how), ["how", "task"])
 
 
 def merge_lines(results: Results) -> list[str]:
-    """One sentence a method: what its best merge keeps of the score of its adapters alone."""
+    """One sentence a method: what its best merge, chosen on held-out rows, keeps of the score of its adapters alone."""
     alone = alone_scores(results).set_index("method")["value"]
-    best = best_weights(results).sort_values("value").drop_duplicates("method", keep="last").set_index("method")
+    best = best_weights(results).sort_values("tuned").drop_duplicates("method", keep="last").set_index("method")
     return [
-        f"{title_of(method)}: mean score {alone[method]:.2f} alone, {row['value']:.2f} in the best merge "
-        f"({row['merge']}, weight {row['weight']:g})."
+        f"{title_of(method)}: mean score {alone[method]:.2f} alone, {row['value']:.2f} in the merge that was best on "
+        f"held-out rows ({row['merge']}, weight {row['weight']:g}; n = {int(row['n'])} {row['of']})."
         for method, row in best.loc[[m for m in alone.index if m in best.index]].iterrows()
     ]

@@ -87,8 +87,24 @@ _SPARE = [(PURPLE, "X", "-"), (SKY, "v", "--"), (BLACK, "*", "-."), (VERMILLION,
 _SPARE += [(GREEN, "p", (0, (3, 1, 1, 1))), (BLUE, "d", (0, (1, 1))), (GREY, "h", "-")]
 
 
+_NULL, _SEEDS = "null of ", "two seeds of "
+
+
+def null_of(method: str) -> str:
+    """The name under which the null of a method's adapters stands in tables and figures."""
+    return _NULL + method
+
+
+def seeds_of(method: str) -> str:
+    """The name of the other reference: a method's adapters of one task under two seeds."""
+    return _SEEDS + method
+
+
 def look_of(name: str) -> dict:
     """Colour, marker and line style of a method or of a row of numbers; the same name always looks the same."""
+    for beside, colour in ((_NULL, GREY), (_SEEDS, BLACK)):
+        if name.startswith(beside):  # the method's own marker and line
+            return look_of(name.removeprefix(beside)) | {"color": colour}
     if name in _LOOKS:
         look = _LOOKS[name]
     else:
@@ -107,6 +123,9 @@ def looks_of(names: Iterable[str]) -> dict[str, dict]:
 
 def title_of(name: str) -> str:
     """What legends and tables call a method or a row of numbers ("LoRI-S"); unknown names stay as they are."""
+    for beside in (_NULL, _SEEDS):
+        if name.startswith(beside):
+            return beside + title_of(name.removeprefix(beside))
     known = _TITLES | {each.name: each.title for each in (*WAYS.values(), *JOINT_ARMS.values())}
     return METHODS[name].title if name in METHODS else known.get(name, name)
 

@@ -177,6 +177,14 @@ def text_of(row: pd.Series, digits: int = 2, signed: bool = False) -> str:
     return interval_text(row["value"], row["low"], row["high"], digits, signed)
 
 
+def with_intervals(table: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
+    """The table with "value [low, high]" as text in place of the columns value, low and high."""
+    if not {"value", "low", "high"} <= set(table):
+        return table
+    text = [interval_text(*each, digits) for each in table[["value", "low", "high"]].itertuples(index=False)]
+    return table.assign(value=text).drop(columns=["low", "high"])
+
+
 def readable(summary: pd.DataFrame, rows: str | Sequence[str], columns: str, digits: int = 2) -> pd.DataFrame:
     """A summary as a table of text, value [interval]: ``rows`` down, ``columns`` with their n across."""
     if summary.empty:

@@ -53,8 +53,26 @@ def _generated(name: str, domain: str, **options) -> Task:
     )
 
 
+_PLAIN = {"allow_parentheses": False, "allow_negation": False}
+_WHOLE = {"min_decimals": 0, "max_decimals": 0}
+
 _generated("family_relationships", "language understanding")
 _generated("chain_sum", "mathematics", min_terms=2, max_terms=2, min_digits=1, max_digits=2)
 _generated(
     "word_sequence_reversal", "symbolic", min_words=3, max_words=3
 )  # stands in for code: structured rewriting of the input
+
+# Nine more, so that with the three above there are twelve for the study of pairs (lori_nb.study.pairs). Chosen for
+# short prompts and answers (by the embedded decoder's tokenizer at most about 90 and 16 tokens, mostly 15 to 50 and 1
+# to 7), for answers that the prompt decides, and for kinds: arithmetic, counting, rewriting, reading, filtering.
+# Ranges are wide enough for thousands of different prompts, since a generator that runs out of them is drawn from for
+# ever, and narrow enough that a small model learns something of the form within a hundred steps.
+_generated("basic_arithmetic", "mathematics", min_terms=2, max_terms=2, min_digits=1, max_digits=2, **_PLAIN)
+_generated("gcd", "mathematics", min_numbers=2, max_numbers=2, min_value=2, max_value=250)
+_generated("leg_counting", "mathematics", min_animals=2, max_animals=3, max_instances=5)
+_generated("letter_counting", "symbolic", min_words=5, max_words=10)
+_generated("spell_backward", "symbolic", min_word_len=3, max_word_len=6)
+_generated("word_sorting", "symbolic", min_words=3, max_words=3)
+_generated("number_filtering", "symbolic", min_numbers=3, max_numbers=4, min_value=0, max_value=99, **_WHOLE)
+_generated("needle_haystack", "language understanding", min_num_statements=3, max_num_statements=4)
+_generated("syllogism", "language understanding")

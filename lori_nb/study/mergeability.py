@@ -1,0 +1,262 @@
+"""Does orthogonality predict what a merge costs? Tables of the study of pairs (:mod:`lori_nb.study.pairs`).
+
+For every ordered pair of tasks: what task i loses when adapter j is merged with its own, beside how the two adapters
+meet, by several measures, each as excess over its null. And for merges of more and more adapters, what is left.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from lori_nb.analysis.association import adapter_interval, mantel, without_main_effects
+from lori_nb.analysis.nulls import TOTAL, by_pair, expected, null_draws, null_set
+from lori_nb.analysis.overlap import REGISTERED, overlap_table
+from lori_nb.analysis.statistics import t_interval
+from lori_nb.lab.paths import data_folder, write_atomically
+from lori_nb.lab.runs import Run
+from lori_nb.method.adapters import Factors
+from lori_nb.study.functional import functional_of
+from lori_nb.study.geometry import drawn_A
+from lori_nb.study.notebook import Results
+from lori_nb.study.pairs import alone_specs, bare_specs, joint_specs, pair_merges, pair_settings, subset_merges
+from lori_nb.study.style import title_of
+from lori_nb.study.summary import as_columns, text_of
+
+FUNCTIONAL = "functional"  # of :mod:`lori_nb.analysis.functional`, on task i's activations
+MEASURES = ("cosine_size", "row_overlap", "column_overlap", "alignment", "singular_interference")
+SHOWN = {  # in the order of the panels
+    "cosine_size": "|cosine| of ΔW",
+    TOTAL: "cosine of whole updates",
+    "row_overlap": "overlap of A's row spaces",
+    "column_overlap": "overlap of B's column spaces",
+    "alignment": "alignment of j with i",
+    "singular_interference": "singular task interference",
+    FUNCTIONAL: "‖ΔWⱼ x‖ / ‖ΔWᵢ x‖ on task i's activations",
+}
+DRAWS = 2  # sets of null adapters: each of their numbers is a mean over all modules
+ROWS = 8  # of a task's test rows, whose tokens are the inputs of the functional measure
+RECIPE = 1  # raise when overlaps of the same adapters come out otherwise
+NO_STUDY = "Not measured: `pair_tasks` names no tasks for it; those of profile standard take hours."
+PAIR = ["method", "seed", "task", "adapter"]
+
+
+def pair_losses(results: Results) -> pd.DataFrame:
+    """One row an ordered pair: columns method, seed, task (i), adapter (j), ``value``: the loss of task i with adapter
+    j merged in, minus its loss with its own adapter alone (nats an answer token, the same rows), and ``n`` rows.
+    """
+    if not results.settings.pair_tasks:
+        return pd.DataFrame(columns=[*PAIR, "value", "n"])
+    alone = alone_specs(results.settings)
+    losses = _losses(results)
+    rows = []
+    for each in pair_merges(results.settings):
+        for task, other in (each.tasks, each.tasks[::-1]):
+            own = losses.get((results.hash_of(alone[each.method, each.seed, task]), task))
+            merged = losses.get((results.hash_of(each.spec), task))
+            if own is not None and merged is not None:
+                rows.append((each.method, each.seed, task, other, merged[0] - own[0], merged[1]))
+    return pd.DataFrame(rows, columns=[*PAIR, "value", "n"])
+
+
+def _losses(results: Results) -> dict[tuple[str, str], tuple[float, int]]:
+    """(run, task) → its mean loss and number of rows."""
+    table = results.table
+    return {(r.run, r.task): (r.loss, r.n) for r in table[table["split"] == "test"].itertuples()}
+
+
+def pair_overlaps(results: Results) -> pd.DataFrame:
+    """One row an ordered pair and measure: columns method, seed, task (i), adapter (j), measure, ``value``, ``null``
+    and ``excess``, the mean over modules minus the null's. Only where the adapters themselves are in the store.
+
+    The null has each adapter's singular values and rows in the A that its policy drew. What was
+    computed is kept in the cache, by the hashes of the runs.
+    """
+    columns = [*PAIR, "measure", "value", "null", "excess"]
+    if not results.settings.pair_tasks:
+        return pd.DataFrame(columns=columns)
+    runs: dict[tuple[str, int], dict[str, Run]] = {}
+    for (method, seed, task), spec in alone_specs(results.settings).items():
+        run = results.run(spec)
+        if isinstance(run, Run):
+            runs.setdefault((method, seed), {})[task] = run
+    frames = [
+        _kept(_overlaps_of, results, seed, of_tasks).assign(method=method, seed=seed)
+        for (method, seed), of_tasks in runs.items()
+        if len(of_tasks) > 1
+    ]
+    return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
+
+
+def _kept(compute, results: Results, seed: int, runs: Mapping[str, Run]) -> pd.DataFrame:
+    key = [RECIPE, MEASURES, DRAWS, seed, {task: run.hash for task, run in runs.items()}]
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+    path = data_folder() / "cache" / "overlaps" / f"{name}.parquet"
+    if path.exists():
+        return pd.read_parquet(path)
+    table = compute(results, seed, runs)
+    write_atomically(path, table.to_parquet(index=False))
+    return table
+
+
+def _overlaps_of(results: Results, seed: int, runs: Mapping[str, Run]) -> pd.DataFrame:
+    adapters = {task: run.adapter.factors for task, run in runs.items()}
+    A = {task: drawn_A(run.adapter) for task, run in runs.items()}
+    of_weights = both_ways(excess_of(adapters, A, seed))
+    null = null_set(adapters, torch.Generator().manual_seed(seed), A)
+    of_outputs = functional_of(pair_settings(results.settings), adapters, null, ROWS)
+    of_outputs = of_outputs.groupby(["task", "adapter"], sort=False)[["value", "null"]].mean().reset_index()
+    table = pd.concat([of_weights, of_outputs.assign(measure=FUNCTIONAL)], ignore_index=True)
+    return table.assign(excess=table["value"] - table["null"])
+
+
+def excess_of(
+    adapters: Mapping[str, Mapping[str, Factors]], A: Mapping[str, Mapping[str, Tensor]] | None, seed: int
+) -> pd.DataFrame:
+    """Columns adapter_a, adapter_b, measure, ``value`` (mean over modules) and ``null`` of every pair of adapters.
+
+    Args:
+        A: what the null's rows lie in, as :func:`~lori_nb.analysis.nulls.null_draws` takes it.
+    """
+    keys = ["adapter_a", "adapter_b", "measure"]
+    found = by_pair(overlap_table(adapters, MEASURES), adapters)
+    _, draws = null_draws(adapters, DRAWS, seed, MEASURES, A)
+    return found.merge(expected(draws, keys)[[*keys, "null"]], on=keys)
+
+
+def both_ways(pairs: pd.DataFrame) -> pd.DataFrame:
+    """Ordered pairs (task i, adapter j) of pairs of adapters: what is symmetric holds both ways; of the others
+    adapter_a is the one that is seen, j, from adapter_b, i.
+    """
+    seen = pairs.rename(columns={"adapter_a": "adapter", "adapter_b": "task"})
+    symmetric = pairs["measure"].map(lambda name: name == TOTAL or REGISTERED[name].symmetric)
+    turned = pairs[symmetric].rename(columns={"adapter_a": "task", "adapter_b": "adapter"})
+    return pd.concat([seen, turned], ignore_index=True)[["task", "adapter", "measure", "value", "null"]]
+
+
+def joined(losses: pd.DataFrame, overlaps: pd.DataFrame) -> pd.DataFrame:
+    """One row an ordered pair and measure: ``excess`` and ``loss`` (what task i loses), with ``n`` rows behind it."""
+    return overlaps.merge(losses.rename(columns={"value": "loss"}), on=PAIR)
+
+
+def correlations(pairs: pd.DataFrame) -> pd.DataFrame:
+    """Rank correlation of excess overlap and loss over ordered pairs, a row a method and measure.
+
+    Columns method, measure, ``value`` (Spearman, mean over seeds) with ``low`` and ``high`` (95 %, adapters and seeds
+    drawn again), ``p`` (adapters permuted), ``n`` adapters, pairs and seeds; ``within`` and ``within_p`` the same
+    without main effects: how sensitive each task and how strong each adapter is in all its pairs.
+    """
+    rows = []
+    for (method, measure), part in pairs.groupby(["method", "measure"], sort=False):
+        tasks = list(dict.fromkeys([*part["task"], *part["adapter"]]))
+        if len(tasks) < 3:
+            continue
+        x, y = (stacked(part, tasks, column) for column in ("excess", "loss"))
+        tested, within = mantel(x, y), mantel(without_main_effects(x), without_main_effects(y))
+        interval = adapter_interval(x, y)
+        rows.append(
+            {"method": method, "measure": measure}
+            | as_columns(interval, "adapters")
+            | {"p": tested.p, "within": within.correlation, "within_p": within.p}
+            | {"pairs": len(tasks) * (len(tasks) - 1), "seeds": len(x)}
+        )
+    columns = ["method", "measure", "value", "low", "high", "n", "of", "p", "within", "within_p", "pairs", "seeds"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def stacked(part: pd.DataFrame, tasks: Sequence[str], column: str) -> np.ndarray:
+    """Matrices (seeds × T × T) of a column, [s, i, j] of adapter j seen from task i; NaN where there is none."""
+    wide = [each.pivot(index="task", columns="adapter", values=column) for _, each in part.groupby("seed")]
+    return np.stack([each.reindex(index=tasks, columns=tasks).to_numpy(float) for each in wide])
+
+
+def correlation_lines(found: pd.DataFrame) -> list[str]:
+    """One sentence a method: the measure that goes along most with what merging costs."""
+    if found.empty:
+        return [NO_STUDY]
+    lines = []
+    for method, part in found.dropna(subset="value").groupby("method", sort=False):
+        best = part.loc[part["value"].abs().idxmax()]
+        lines.append(
+            f"{title_of(method)}: of {len(part)} measures, {SHOWN[best['measure']]} goes along most with the loss, "
+            f"ρ = {text_of(best)} over {int(best['n'])} adapters, p = {best['p']:.3f} (not corrected for "
+            f"{len(part)} measures)."
+        )
+    return lines
+
+
+def readable(found: pd.DataFrame) -> pd.DataFrame:
+    """The table of :func:`correlations` as people read it: a row a method and measure."""
+    text = [text_of(row) for _, row in found.iterrows()]
+    table = pd.DataFrame({"method": found["method"].map(title_of), "measure": found["measure"].map(SHOWN)})
+    table = table.assign(**{"ρ [95 %]": text})
+    for name in ("p", "within", "within_p"):
+        table[name.replace("_", " ")] = found[name].map("{:.3f}".format)
+    counts = [f"{r.n} adapters, {r.pairs} pairs, {r.seeds} seed{'s' * (r.seeds > 1)}" for r in found.itertuples()]
+    return table.assign(n=counts).set_index(["method", "measure"])
+
+
+# Merges of more and more adapters
+
+
+def scaling(results: Results) -> pd.DataFrame:
+    """What is left of 2, 3, … adapters when merged, beside each alone, one adapter for all tasks, and the base.
+
+    Columns series (a method, "<method> alone", "joint", "base"), size, measure ("mean" or "worst" task of the subset),
+    value, low, high, n, of, seeds: mean over random subsets; intervals over seeds, or over subsets with one seed.
+    """
+    table = scaling_scores(results)
+    rows = []
+    for key, part in table.groupby(["series", "size", "measure"], sort=False):
+        by_seed = part.groupby("seed")["value"].mean()
+        values, of = (by_seed, "seeds") if len(by_seed) > 1 else (part["value"], "subsets")
+        about = as_columns(t_interval(values.to_numpy()), of) | {"seeds": len(by_seed), "metric": "mean of metrics"}
+        rows.append(dict(zip(("series", "size", "measure"), key, strict=True)) | about)
+    columns = ["series", "size", "measure", "value", "low", "high", "n", "of", "seeds", "metric"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def scaling_scores(results: Results) -> pd.DataFrame:
+    """One row a series, seed and subset: columns series, seed, size, subset, measure and value."""
+    settings = results.settings
+    columns = ["series", "seed", "size", "subset", "measure", "value"]
+    if not settings.pair_tasks:
+        return pd.DataFrame(columns=columns)
+    scores = {(r.run, r.task): r.value for r in results.table.itertuples()}
+    alone, joint = alone_specs(settings), joint_specs(settings)
+    bare = {spec.tasks[0]: results.hash_of(spec) for spec in bare_specs(settings)}
+    rows = []
+    for each in subset_merges(settings):
+        own = [results.hash_of(alone[each.method, each.seed, task]) for task in each.tasks]
+        shared = results.hash_of(joint[each.seed]) if joint else None
+        runs = {each.method: results.hash_of(each.spec), f"{each.method} alone": own, "joint": shared}
+        runs |= {"base": [bare.get(task) for task in each.tasks]}
+        for series, hashes in runs.items():
+            hashes = [hashes] * len(each.tasks) if isinstance(hashes, str | None) else hashes
+            values = [scores.get(key) for key in zip(hashes, each.tasks, strict=True)]
+            if None not in values:
+                about = (series, each.seed, len(each.tasks), "+".join(each.tasks))
+                rows += [(*about, "mean", float(np.mean(values))), (*about, "worst", min(values))]
+    return pd.DataFrame(rows, columns=columns).drop_duplicates(columns[:-1], ignore_index=True)
+
+
+def scaling_lines(found: pd.DataFrame) -> list[str]:
+    """One sentence a method: what a merge of few and of all adapters keeps of their own scores."""
+    if found.empty:
+        return [NO_STUDY]
+    mean = found[found["measure"] == "mean"].set_index(["series", "size"])["value"]
+    lines = []
+    for method in dict.fromkeys(series.removesuffix(" alone") for series, _ in mean.index if " alone" in series):
+        sizes = [size for series, size in mean.index if series == method]
+        if sizes:
+            kept = [
+                f"{mean[method, n]:.2f} of {mean[f'{method} alone', n]:.2f} with {n}" for n in (min(sizes), max(sizes))
+            ]
+            lines.append(f"{title_of(method)}: mean score merged, of that alone, {' and '.join(kept)} adapters.")
+    return lines
