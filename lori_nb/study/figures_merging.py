@@ -71,8 +71,8 @@ def correlation_title(found: pd.DataFrame) -> str:
     counts = found.iloc[0]
     seeds = "one seed" if counts["seeds"] == 1 else f"{counts['seeds']} seeds"
     return (
-        f"loss of task i when adapter j is merged in: n = {int(counts['n'])} adapters, {int(counts['pairs'])} ordered "
-        f"pairs, {seeds}; ρ [95 % over adapters]"
+        f"what task i loses when adapter j is merged in\n"
+        f"n = {int(counts['n'])} adapters, {int(counts['pairs'])} ordered pairs, {seeds}; ρ [95 % over adapters]"
     )
 
 
