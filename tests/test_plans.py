@@ -18,6 +18,7 @@ from lori_nb.study.cost import cost_of, trainable_parameters
 from lori_nb.study.joint_arms import joint_arm_spec
 from lori_nb.study.plans import PLANS
 from lori_nb.study.profiles import NOTEBOOKS, as_parameters, load_settings, profile_names, read_profile
+from lori_nb.study.sharing import rows_per_task
 from lori_nb.study.tuning import CENTRES, RATES, first_grids, tuning_specs
 
 LLAMA = "meta-llama/Meta-Llama-3-8B"
@@ -297,3 +298,12 @@ def test_adapters_from_elsewhere_ask_for_no_run(tmp_path):
     settings = load_settings("quick", adapters=["somebody/lora", str(tmp_path)])
     assert settings.adapters == ("somebody/lora", str(tmp_path.resolve()))
     assert PLANS["04_interference"](settings) == [] != PLANS["04_interference"](load_settings("quick"))
+
+
+def test_an_encoder_s_tasks_see_as_many_rows_and_steps_together_as_alone():
+    settings = load_settings("standard", tasks="rte,mrpc,cola,sst2,stsb")
+    assert settings.base == "all-minilm-l6-v2" and len(settings.seed) == 5
+    assert rows_per_task(settings) == (4000, 4000) and settings.steps == settings.joint_steps
+    assert settings.test_rows >= 5463, "the largest official validation part is scored whole"
+    assert len(PLANS["03_ortho_lora"](settings)) == 5 * (5 + 5 * len(settings.joint_arms))
+    assert len(set(PLANS["03_ortho_lora"](settings))) == 5 * (5 + len(settings.joint_arms))
