@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from lori_nb.lab.methods import METHODS, get_method
 from lori_nb.lab.specs import MergeSpec, RunSpec, Spec
 from lori_nb.study.cells import base_runs, joint, rate_of, single
+from lori_nb.study.pairs import pair_settings
 from lori_nb.study.profiles import Settings
 
 ORDERS = ("given", "balanced", "all")
@@ -146,7 +147,8 @@ def sequence_specs(settings: Settings) -> list[Spec]:
     every = [spec for way, order, seed in grid for spec in stages(settings, way, order, seed)]
     every += [first_run(settings, way, seed) for way in settings.ways if way != JOINT for seed in settings.seed]
     alone = [single(settings, "lora", task, seed) for task in settings.sequence for seed in settings.seed]
-    return [*every, *alone, *base_of(settings), *(s for seed in settings.seed for s in capacity_runs(settings, seed))]
+    many = [s for seed in settings.seed for of in (capacity_runs, capacity_alone) for s in of(settings, seed)]
+    return [*every, *alone, *base_of(settings), *many]
 
 
 def base_of(settings: Settings) -> list[RunSpec]:
@@ -156,16 +158,21 @@ def base_of(settings: Settings) -> list[RunSpec]:
 
 def capacity_runs(settings: Settings, seed: int) -> list[RunSpec]:
     """Disjoint masks on one task after another, each scored on its own task; none where no tasks are given."""
-    runs: list[RunSpec] = []
+    own, runs = _of_capacity(settings), []
     for task in settings.capacity_tasks:
         changes = {"start": runs[-1], **WAYS[DISJOINT].changes, "evaluate": (task,)} if runs else {}
-        runs.append(single(settings, "lori-s", task, seed, **changes))
+        runs.append(single(own, "lori-s", task, seed, **changes))
     return runs
 
 
 def capacity_alone(settings: Settings, seed: int) -> list[RunSpec]:
     """The same tasks, each in an adapter of its own."""
-    return [single(settings, "lori-s", task, seed) for task in settings.capacity_tasks]
+    return [single(_of_capacity(settings), "lori-s", task, seed) for task in settings.capacity_tasks]
+
+
+def _of_capacity(settings: Settings) -> Settings:
+    """Many tasks need short runs: those of the study of pairs, where there is one, which has the tasks alone too."""
+    return pair_settings(settings) if settings.pair_tasks else settings
 
 
 def check_sequence(settings: Settings) -> None:
