@@ -23,6 +23,7 @@ from lori_nb.study import (
     reference,
     sequences,
 )
+from lori_nb.study.cells import joint
 from lori_nb.study.profiles import load_settings
 
 TASKS = ["refusal", "chain_sum", "family_relationships"]
@@ -65,7 +66,7 @@ def test_safety_comes_first_unless_the_sequence_says_otherwise():
     assert (given.sequence, given.first) == (("chain_sum", "refusal"), "chain_sum")
     assert load_settings("quick", first="chain_sum").sequence[:2] == ("chain_sum", "refusal")
     # other tasks than the profile's: those of its sequence that are left, or all
-    assert load_settings("quick", tasks=["chain_sum", "refusal"]).sequence == ("refusal",)
+    assert load_settings("quick", tasks=["chain_sum", "refusal"]).sequence == ("refusal", "chain_sum")
     assert load_settings("quick", tasks=["chain_sum"]).sequence == ("chain_sum",)
 
 
@@ -78,6 +79,10 @@ def test_safety_comes_first_unless_the_sequence_says_otherwise():
         ({"strengths": {"ewc": {"force": 1}}}, "strengths of ewc must be among strength, memory; found 'force'"),
         ({"strengths": {"ewc": {"strength": "much"}}}, "strengths of ewc: strength must be a number"),
         ({"watch": ["early"]}, "watch must be a number; found 'early'"),
+        ({"watch": [0]}, "watch must hold steps of at least 1; found 0"),
+        ({"sequence_rows": 0}, "sequence_rows must be at least 1; found 0"),
+        ({"sequence_steps": 0}, "sequence_steps must be at least 1, or none; found 0"),
+        ({"ways": ["base"]}, "ways must be among lora, .*; found 'base'"),
     ],
 )
 def test_bad_settings(changes, words):
@@ -127,9 +132,9 @@ def test_calibrations_of_masked_ways_are_the_dense_sequence(settings):
 
 
 def test_strengths_reach_the_runs(settings):
-    changed = replace(settings, strengths={"ewc": {"strength": 7.0}}, ways=("ewc",))
+    changed = replace(settings, strengths={"ewc": {"strength": 0.1, "memory": 64}}, ways=("ewc",))
     first, second, _ = sequences.stage_runs(changed, "ewc", settings.sequence, 0)
-    assert dict(second.options) == {"strength": "7"} and first.options == ()
+    assert dict(second.options) == {"strength": "0.1"} and first.options == ()  # a default is no change
 
 
 def test_an_own_method_is_a_way(settings, registries):
@@ -191,12 +196,43 @@ def test_metrics_are_means_over_orders_then_seeds(results, settings):
         back = [np.mean([R[-1, j] - R[j, j] for j in range(2)]) for R in found]
         assert table[way, "backward"] == pytest.approx(np.mean(back))
     base = {spec.tasks[0]: results.run(spec).value(spec.tasks[0]) for spec in sequences.base_of(settings)}
-    ahead = []
+    ahead, missed = [], []
     for seed in settings.seed:
         for order in sequences.orders_of(settings, "lora"):
             R = stage_values(results, "lora", order, seed)
+            alone = [results.run(sequences.alone_spec(settings, task, seed)).value(task) for task in order]
             ahead.append(np.mean([R[j - 1, j] - base[order[j]] for j in (1, 2)]))
+            missed.append(np.mean([alone[j] - R[j, j] for j in range(3)]))
+            assert R[0, 0] == alone[0]  # LoRA's first task is that task alone, on the same rows
     assert table["lora", "forward"] == pytest.approx(np.mean(ahead))
+    assert table["lora", "intransigence"] == pytest.approx(np.mean(missed))
+    assert np.isnan(table["joint", "forgetting"]) and 0 <= table["joint", "average"] <= 1
+
+
+def test_an_encoder_has_no_forward_transfer(tiny_encoder, registries):
+    """Two seeds, two metrics a task: no NaN reaches an interval, and only a task's own metric is drawn."""
+    from lori_nb.lab.tasks import Example, task
+
+    for number in (0, 1):
+
+        @task(
+            f"odd-{number}", domain="own", metric="accuracy", also=("matthews",), licence="own", reads="encoder",
+            labels=("even", "odd"),
+        )  # fmt: skip
+        def odd(split, number=number):
+            for value in range(40):
+                answer = (value + number) % 2
+                yield Example(prompt=f"{number} {value}", answer=("even", "odd")[answer], target=answer)
+
+    small = {"last_layers": 2, "rank": 2, "steps": 4, "test_rows": 12, "sequence_rows": 10, "watch": [2], "arms": []}
+    settings = load_settings(
+        "smoke", base=str(tiny_encoder), tasks=["odd-0", "odd-1"], seed=[0, 1], ways=["lora", "ewc"], **small
+    )
+    results = notebook.collect("06_forgetting", settings)
+    table = forgetting.metrics(results).set_index(["way", "metric"])
+    assert np.isnan(table.loc[("lora", "forward"), "value"]) and table.loc[("lora", "average"), "low"] <= 1
+    course = forgetting.by_step(results)
+    assert set(course["metric"]) == {"accuracy"} and sorted(set(course["step"])) == [0, 2, 4]
 
 
 def test_what_was_lost_is_best_minus_last_paired(results):
@@ -214,6 +250,7 @@ def test_final_scores_and_the_plane(results):
     final = forgetting.final_scores(results).set_index("way")["value"]
     assert final["lora"] == pytest.approx(np.mean([R[-1].mean() for R in every_matrix(results, "lora")]))
     (spec,) = sequences.stages(results.settings, "joint", results.settings.sequence, 0)
+    assert spec.parts[0] == joint(results.settings, "lora", 0)  # the very run of notebook 3
     assert set(results.run(spec).metrics["task"]) == set(TASKS) and "joint" in final.index
     plane = forgetting.plane(results).set_index("way")
     found = every_matrix(results, "lori-s")
@@ -257,8 +294,11 @@ def test_later_updates_move_the_first_task_s_activations(results):
 
 
 def test_capacity(settings, session_home):
-    many = ["chain_sum", "refusal", "family_relationships"]
+    many = ["chain_sum", "refusal", "family_relationships"]  # at sparsity 0.75 four fit
     small = replace(settings, seed=(0,), ways=("lora",), orders="given", capacity_tasks=tuple(many), sparsity=0.75)
+    assert sequences.fitting(small) == 4
+    with pytest.raises(ValueError, match="capacity_tasks must be at most 2, which fit; found 3"):
+        sequences.capacity_runs(replace(small, sparsity=0.5), 0)
     nth = forgetting.capacity_scores(notebook.collect("06_forgetting", small))
     assert list(nth.query("kind == 'in sequence'")["task"]) == many
     first = nth.query("place == 1")["value"]
@@ -279,7 +319,7 @@ def test_the_ledger_gives_the_same_tables(results, settings, session_home, tmp_p
     assert functional.later_interference(from_ledger).empty
     root = tmp_path / "project"
     root.mkdir()
-    (root / "README.md").write_text(" old ".join(reference.marks(settings.profile)))
+    (root / "README.md").write_text(" old ".join(reference.marks(notebook.slug(settings))))
     names = {path.name for path in reference.write_reference(settings, ["06_forgetting"], root)}
     assert {"sequence_metrics.csv", "sequence_plane.pdf", "sequence_by_step.svg", "sequence_matrices.png"} <= names
     text = (root / "README.md").read_text()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import replace
 
 import pytest
 import torch
 from tiny import gaussian, tiny_spec
 
-from lori_nb.lab import continual, training
+from lori_nb.lab import continual, stages, training
 from lori_nb.lab.evaluation import logits_at, task_loss
 from lori_nb.lab.methods import method
 from lori_nb.lab.models import load_base
@@ -18,7 +19,7 @@ from lori_nb.lab.specs import MergeSpec
 from lori_nb.lab.tasks import Example, task
 from lori_nb.lab.text import collate
 from lori_nb.method.conflicts import project_off
-from lori_nb.method.projection import fixed_orders, project_conflicts_reference
+from lori_nb.method.projection import project_conflicts_reference, random_orders
 
 TASKS = ("chain_sum", "family_relationships", "word_sequence_reversal")
 
@@ -242,28 +243,36 @@ def test_replay_is_the_gradient_of_the_rows_together(base, store, registries):
     assert checked
 
 
-def test_projecting_off_others_is_the_first_row_of_the_literal_loop():
+@pytest.mark.parametrize("others", [1, 3])
+def test_projecting_off_others_is_the_first_row_of_the_literal_loop(others):
+    """Tensor by tensor, off the original others in the order drawn for it."""
     names = {"m.A": (4, 6), "m.B": (5, 4), "n.A": (4, 3)}
     gradient = {name: gaussian(*shape, seed=place) for place, (name, shape) in enumerate(names.items())}
-    for others in (1, 3):
-        stacks = {name: gaussian(others, *shape, seed=50 + len(name) + shape[0]) for name, shape in names.items()}
-        found = project_off(gradient, stacks, torch.Generator().manual_seed(1))
-        if others == 1:  # no order to choose
-            for name, g in gradient.items():
-                rows = torch.stack([g.flatten(), stacks[name][0].flatten()]).double()
-                expected = project_conflicts_reference(rows, fixed_orders(2))[0]
-                torch.testing.assert_close(found[name].flatten().double(), expected, rtol=1e-5, atol=1e-6)
-                assert (found[name].flatten() @ stacks[name][0].flatten()) >= -1e-4
-        along = {name: torch.stack([g] * others) for name, g in gradient.items()}
-        kept = project_off(gradient, along, torch.Generator().manual_seed(1))
-        assert all(torch.equal(kept[name], g) for name, g in gradient.items())  # no conflict, no change
-        against = project_off(gradient, {name: -each for name, each in along.items()}, torch.Generator().manual_seed(1))
-        assert all(each.abs().max() < 1e-5 for each in against.values())
+    stacks = {name: gaussian(others, *shape, seed=50 + place) for place, (name, shape) in enumerate(names.items())}
+    found = project_off(gradient, stacks, torch.Generator().manual_seed(1))
+    orders = random_orders(len(names), others + 1, torch.Generator().manual_seed(1))
+    changed = 0
+    for order, (name, g) in zip(orders, gradient.items(), strict=True):
+        rows = torch.cat([g.flatten()[None], stacks[name].flatten(1)]).double()
+        expected = project_conflicts_reference(rows, order)[0]
+        torch.testing.assert_close(found[name].flatten().double(), expected, rtol=1e-5, atol=1e-6)
+        changed += not torch.equal(found[name], g)
+    assert changed  # some conflict was there to remove
+
+
+def test_projecting_off_what_does_not_conflict_changes_nothing():
+    gradient = {"m.A": gaussian(4, 6, seed=0)}
+    for sign, kept in ((1, True), (-1, False)):
+        others = {"m.A": sign * torch.stack([gradient["m.A"]] * 2)}
+        found = project_off(gradient, others, torch.Generator().manual_seed(1))["m.A"]
+        assert torch.equal(found, gradient["m.A"]) if kept else found.abs().max() < 1e-5
 
 
 def test_projecting_needs_the_same_tensors():
     with pytest.raises(ValueError, match="others must have the tensors of gradient"):
         project_off({"m.A": torch.ones(2)}, {"m.B": torch.ones(1, 2)}, torch.Generator())
+    with pytest.raises(ValueError, match=r"others must have shape \(T, 2\) in m.A; found \(1, 3\)"):
+        project_off({"m.A": torch.ones(2)}, {"m.A": torch.ones(1, 3)}, torch.Generator())
 
 
 def test_o_lora_freezes_earlier_factors_and_grows(base, store):
@@ -305,10 +314,42 @@ def test_a_third_task_grows_further_and_others_cannot_go_on(base, store):
 
 
 def test_options_are_numbers_of_the_method(base):
+    for bad in (0, 2.5):
+        with pytest.raises(
+            ValueError, match=f"option rows of replay must be a whole number of at least 1; found '{bad}'"
+        ):
+            check(second(base, "replay", rows=bad))
     with pytest.raises(ValueError, match="option strength of ewc must be a number of at least 0; found 'much'"):
         check(second(base, "ewc", strength="much"))
     with pytest.raises(ValueError, match="options must be among .*strength, memory; found 'rows'"):
         check(second(base, "ewc", rows=3))
+
+
+def test_the_example_of_the_stages_works(base, store, registries):
+    """The method in the module's own words, which asks for no rows of earlier tasks."""
+    example = textwrap.dedent(stages.__doc__.split("::\n\n", 1)[1])
+    anchored = {}
+    exec(compile(example, __file__, "exec"), {"method": lambda *a, **k: lambda f: anchored.update(about=(a, k), f=f)})
+    arguments, settings = anchored["about"]
+
+    @method(*arguments, **settings)
+    def begun(stage):
+        return anchored["f"](stage)
+
+    adapter = store.get(second(base, "anchored")).adapter
+    assert not same(adapter, store.get(second(base, "lora")).adapter)
+
+
+def test_kept_rows_are_rows_that_the_earlier_run_was_trained_on(base, store, registries):
+    sizes = []
+    seen_by(store, base, lambda stage: sizes.append(len(stage.earlier[0].task.rows)), memory=1000)
+    assert sizes == [32]
+
+
+def test_a_stage_of_several_tasks_is_refused(base):
+    start = tiny_spec(base, "lora", [TASKS[0]])
+    with pytest.raises(ValueError, match="tasks of a sequence's runs must be one each for method replay"):
+        check(tiny_spec(base, "replay", TASKS[1:], start=start))
 
 
 def test_begin_may_only_return_hooks_of_a_run(base, store, registries):

@@ -76,17 +76,20 @@ def orthogonal_subspaces(stage: Stage) -> Hooks:
 
 
 def replay(stage: Stage) -> Hooks:
-    """Experience replay: every batch of b new rows is joined by ``rows`` kept rows of one earlier task, the tasks
-    taking turns, and the gradient is that of the mean over all b + rows rows; the share of old rows is
-    rows / (b + rows). A batch's tokens are weighed row by row.
+    """Experience replay: every batch of b new rows is joined by m = ``rows`` kept rows of one earlier task, the tasks
+    taking turns. The gradient is (b g_new + m g_old) / (b + m), each g that of its own batch's mean loss, so that the
+    share of old rows is m / (b + m); they come on top of the new ones.
     """
     rows, new = int(stage.strength("rows")), stage.spec.batch_size
 
     def transform(gradients: Sequence[Mapping[str, Tensor]], step: int) -> dict[str, Tensor]:
         turn, lap = step % len(stage.earlier), step // len(stage.earlier)
         task = stage.earlier[turn].task
-        old = stage.gradients([(task, stage.drawn(task, rows, lap))])
-        return {name: (new * own + rows * old[name][0]) / (new + rows) for name, own in gradients[0].items()}
+        drawn = stage.drawn(task, rows, lap)  # fewer than asked for where fewer are kept
+        old = stage.gradients([(task, drawn)])
+        return {
+            name: (new * own + len(drawn) * old[name][0]) / (new + len(drawn)) for name, own in gradients[0].items()
+        }
 
     return {"transform": transform}
 

@@ -21,7 +21,7 @@ from lori_nb.lab.regression import Unit, unit_of
 from lori_nb.lab.resolving import check
 from lori_nb.lab.scoring import Asked, Subject, check_can_score, metric_rows, prediction_rows, score_task, states_of
 from lori_nb.lab.specs import MergeSpec, RunSpec, Spec
-from lori_nb.lab.stages import Earlier, earlier_runs, strength_of
+from lori_nb.lab.stages import Earlier, earlier_runs, kept_rows
 from lori_nb.lab.tasks import get_task
 from lori_nb.lab.text import Encoded, encode_rows
 from lori_nb.lab.training import Report, TaskData, Trained, quiet, train
@@ -30,7 +30,7 @@ from lori_nb.method.adapters import (
     Attached,
     Factors,
     LowRank,
-    attach,
+    attach_factors,
     check_rank,
     grown,
     layer_number,
@@ -105,18 +105,17 @@ def _run(spec: RunSpec, folder: Path, adapter_of, report: Report) -> Outcome:
 
 def _frozen(base: Base, adapter: Adapter | None) -> Attached:
     """An earlier adapter on the base, where there is one; nothing of it is trained."""
-    factors = adapter.factors if adapter else {}
-    live = {name: LowRank(f, train_A=False).requires_grad_(False).to(base.device) for name, f in factors.items()}
-    return attach(base.body, live)
+    return attach_factors(base.body, adapter.factors if adapter else {}, device=base.device)
 
 
 def _earlier(spec: RunSpec, base: Base, first: int, adapter_of, report: Report) -> list[Earlier]:
     """The stages before a run whose method looks at them, each with its heads as they were left."""
     if get_method(spec.method).begin is None:
         return []
-    kept, found = int(strength_of(spec, "memory")), []
+    found = []
     for run in earlier_runs(spec):
         (name,), adapter = run.tasks, adapter_of(run)
+        kept = min(kept_rows(spec), run.train_rows)  # of what that run was trained on
         rows = _encoded(base, name, kept) if kept else []
         states = states_of(base, rows, first, name, report) if kept else None
         head = _stored_head(base, name, adapter.extras)

@@ -88,9 +88,10 @@ def _rows_digests(spec: Spec, trained: tuple[str, ...]) -> tuple[tuple[str, str]
     trains = getattr(spec, "steps", 0) > 0 or getattr(spec, "shots", 0) > 0
     needed = max(getattr(spec, "train_rows", 0), getattr(spec, "shots", 0))  # few-shot examples are training rows
     train = [(f"train:{name}", _digest_of_rows(name, "train", needed)) for name in trained if trains]
+    scored = max(spec.test_rows, spec.watch_rows if getattr(spec, "watch", ()) else 0)
     return (
         *train,
-        *((f"{spec.score_on}:{name}", _digest_of_rows(name, spec.score_on, spec.test_rows)) for name in spec.scored),
+        *((f"{spec.score_on}:{name}", _digest_of_rows(name, spec.score_on, scored)) for name in spec.scored),
     )
 
 
@@ -148,8 +149,11 @@ def _extension_digests(spec: Spec) -> tuple[tuple[str, str], ...]:
         functions[f"merge:{spec.merge}"] = MERGE_METHODS[spec.merge]
     elif not get_method(spec.method).built_in:
         found.append(("method", get_method(spec.method).source_digest))
-    elif get_method(spec.method).begin is not None:
-        found.append(("recipe:continual", str(continual.RECIPE)))
+    if getattr(spec, "start", None) is not None and get_method(spec.method).begin is not None:
+        # what its hooks may use of the kit: gradients row by row, projection, the kit's own ways
+        deciding = {"continual": continual, "gradients": gradients, "task_gradients": task_gradients}
+        deciding |= {"conflicts": conflicts}
+        found += [(f"recipe:{name}", str(module.RECIPE)) for name, module in deciding.items()]
     return (*found, *((label, source_digest((f,))) for label, f in functions.items() if not is_own(f)))
 
 
@@ -209,14 +213,18 @@ def _check_option(spec: RunSpec, name: str, value: str) -> None:
     if name in OPTIONS:
         _require(f"option {name}", value, value in OPTIONS[name], f"one of {', '.join(OPTIONS[name])}")
     else:
-        _require(f"option {name} of {spec.method}", value, _is_amount(value), "a number of at least 0")
+        counted = name in ("rows", "memory")
+        least = 1 if counted and strengths[name] >= 1 else 0
+        wanted = f"a {'whole number' if counted else 'number'} of at least {least}"
+        _require(f"option {name} of {spec.method}", value, _is_amount(value, least, counted), wanted)
 
 
-def _is_amount(value: str) -> bool:
+def _is_amount(value: str, least: int, whole: bool) -> bool:
     try:
-        return 0 <= float(value) < math.inf
+        number = float(value)
     except ValueError:
         return False
+    return least <= number < math.inf and (number == int(number) or not whole)
 
 
 def _check_parents(spec: RunSpec) -> None:
@@ -232,8 +240,8 @@ def _check_parents(spec: RunSpec) -> None:
         wanted = "one that leaves the rank as it was, or the run's own to be one that adds factors too"
         _require("method of the start run", spec.start.method, grows or not grown, wanted)
         if get_method(spec.method).begin is not None:
-            several = [run.tasks for run in earlier_runs(spec) if len(run.tasks) > 1]
-            _require("tasks of earlier runs", several, not several, f"one each for method {spec.method}")
+            several = [run.tasks for run in (*earlier_runs(spec), spec) if len(run.tasks) > 1]
+            _require("tasks of a sequence's runs", several, not several, f"one each for method {spec.method}")
     same = ("base", "rank", "modules", "last_layers")
     for place, parent, names in (("start", spec.start, (*same, "alpha")), ("calibration", spec.calibration, same)):
         for name in names if parent is not None else ():

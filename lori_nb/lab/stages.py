@@ -75,8 +75,11 @@ class Stage:
     def at(self, adapter: Adapter) -> Iterator[None]:
         """Within the block the trained factors are those of an earlier adapter; then they are what they were.
 
-        Raises ValueError for an adapter of another rank, such as one that has grown.
+        Raises ValueError under a mask, off which entries would stay what they are, and for an adapter of another rank,
+        such as one that has grown.
         """
+        if any(low.positions is not None for low in self.live.values()):
+            raise ValueError("at an earlier adapter the trained B must be dense; found one under a mask")
         for module, low in self.live.items():
             if adapter.factors[module].B.shape != low.shape:
                 found = tuple(adapter.factors[module].B.shape)
@@ -97,9 +100,19 @@ class Stage:
 
 
 def strength_of(spec: RunSpec, name: str) -> float:
-    """A number of the run's method: the run's option of that name, or the method's default."""
+    """A number of the run's method: the run's option of that name, or the method's default.
+
+    Raises ValueError for a number that the method does not have.
+    """
     defaults = get_method(spec.method).strengths
+    if name not in defaults:
+        raise ValueError(f"strengths of {spec.method} must be among {', '.join(defaults) or 'none'}; found {name!r}")
     return float(dict(spec.options).get(name, defaults[name]))
+
+
+def kept_rows(spec: RunSpec) -> int:
+    """How many rows of every earlier task a run's method is given; 0 for one that asks for none."""
+    return int(strength_of(spec, "memory")) if "memory" in get_method(spec.method).strengths else 0
 
 
 def earlier_runs(spec: RunSpec) -> list[RunSpec]:

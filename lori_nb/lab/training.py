@@ -144,6 +144,7 @@ class Loop:
         self.telemetry = Telemetry([task.name for task in tasks]) if len(tasks) > 1 else None
         self.solver_state: dict[str, Tensor] = {}
         self.weights = torch.tensor(spec.task_weights, device=base.device) if spec.task_weights else None
+        self.by_rows = True  # until the model shows that its modules do not see rows
         self.hooks: dict[str, Callable | None] = {name: getattr(self.method, name) for name in RUN_HOOKS}
 
     def begin(self, earlier: Sequence[Earlier]) -> None:
@@ -153,8 +154,14 @@ class Loop:
             self.hooks = hooks_of(self.spec, stage)
 
     def _gradients_at(self, batches, named: Mapping[str, nn.Parameter]) -> TaskGradients:
-        rows = self.spec.micro_batch_rows
-        return task_gradients(self.base, self.body, batches, named, rows, self.live if len(batches) > 1 else None)
+        """Gradients of other batches than the step's, from one backward pass where the model allows that."""
+        arguments = (self.base, self.body, batches, named, self.spec.micro_batch_rows)
+        if len(batches) > 1 and self.by_rows:
+            try:
+                return task_gradients(*arguments, self.live)
+            except NotByRowsError:
+                self.by_rows = False
+        return task_gradients(*arguments)
 
     def step(self, step: int) -> tuple[Tensor, Tensor]:
         """One optimiser step; returns task losses (T) and the gradient norm before clipping, still on the device."""

@@ -234,9 +234,11 @@ def attach(body: nn.Module, live: Mapping[str, LowRank], weight: float = 1.0) ->
     return Attached([modules[name].register_forward_hook(hook_for(low)) for name, low in live.items()])
 
 
-def attach_factors(body: nn.Module, factors: Mapping[str, Factors], weight: float = 1.0) -> Attached:
-    """:func:`attach` for factors that are not trained."""
-    live = {name: LowRank(f, train_A=False).requires_grad_(False) for name, f in factors.items()}
+def attach_factors(
+    body: nn.Module, factors: Mapping[str, Factors], weight: float = 1.0, device: torch.device | None = None
+) -> Attached:
+    """:func:`attach` for factors that are not trained, moved to ``device`` where one is given."""
+    live = {name: LowRank(f, train_A=False).requires_grad_(False).to(device) for name, f in factors.items()}
     return attach(body, live, weight)
 
 

@@ -114,19 +114,31 @@ def project_off(
     generator: torch.Generator,
     grouping: str | Callable[[str], str] = "tensor",
 ) -> dict[str, Tensor]:
-    """One gradient projected off T others where it conflicts with them, block by block, in random order; the others
-    take no part in the result.
+    """One gradient projected off T others where it conflicts with them, block by block, in random order:
+
+        g ← g − min(⟨g, g_j⟩, 0) / ‖g_j‖² · g_j    for one original g_j after another
+
+    which is PCGrad's step (arXiv 2001.06782) for the first of T + 1 tasks; the others take no part in the result.
 
     Args:
         gradient: tensor name → gradient.
         others: the same names → gradients (T × its shape), original ones: they are not projected themselves.
         generator: draws the order in every block; a CPU generator gives the same orders on every device.
 
+    Returns:
+        tensor name → projected gradient, of the gradient's shape and dtype.
+
     Raises:
         ValueError: names or shapes that differ.
     """
-    if set(gradient) != set(others):
-        raise ValueError(f"others must have the tensors of gradient; they differ in {set(gradient) ^ set(others)}")
+    if odd := sorted(set(gradient) ^ set(others)):
+        raise ValueError(f"others must have the tensors of gradient; they differ in {', '.join(odd)}")
+    for name, each in gradient.items():
+        if others[name].shape[1:] != each.shape:
+            raise ValueError(
+                f"others must have shape (T, {', '.join(map(str, each.shape))}) in {name}; "
+                f"found {tuple(others[name].shape)}"
+            )
     stacked = {name: torch.cat([each.unsqueeze(0), others[name].to(each.dtype)]) for name, each in gradient.items()}
     tasks = _check_stacked(stacked)
     with _exact_products(stacked):

@@ -13,22 +13,24 @@ import numpy as np
 import pandas as pd
 
 from lori_nb.analysis import continual
-from lori_nb.analysis.statistics import Interval, proportion_interval, t_interval
+from lori_nb.analysis.statistics import Interval, interval_text, proportion_interval, t_interval
 from lori_nb.lab.runs import Run
 from lori_nb.lab.specs import Spec
 from lori_nb.lab.tasks import get_task
-from lori_nb.study.cells import single
 from lori_nb.study.notebook import Results
 from lori_nb.study.profiles import Settings
 from lori_nb.study.questions import unit_of
 from lori_nb.study.sequences import (
     JOINT,
     MERGED,
+    alone_spec,
     base_of,
+    budget_line,
     capacity_alone,
     capacity_runs,
     get_way,
     orders_of,
+    stage_runs,
     stages,
     steps_after,
 )
@@ -40,7 +42,7 @@ METRICS = {
     "forgetting": "best earlier score − last, mean over earlier tasks",
     "backward": "last score − score when learned, mean over earlier tasks",
     "forward": "score before a task is learned − base model, mean over later tasks",
-    "intransigence": "LoRA on the task alone − score when learned, mean over tasks",
+    "intransigence": "LoRA on the task alone, as many steps − score when learned, mean over tasks",
 }
 
 
@@ -116,9 +118,11 @@ def order_scores(results: Results) -> pd.DataFrame:
 
 
 def metrics(results: Results) -> pd.DataFrame:
-    """Way × metric of :data:`METRICS`: value, low, high, n, of; a t interval over seeds, none for one seed."""
+    """Way × metric of :data:`METRICS`: value, low, high, n, of; a t interval over seeds, none for one seed. Joint
+    training has an average alone, an encoder no forward transfer (NaN).
+    """
     settings, rows = results.settings, []
-    for way in sequential(settings):
+    for way in settings.ways:
         per_seed: dict[str, list[float]] = {name: [] for name in METRICS}
         for seed in settings.seed:
             found = [_metrics_of(results, way, order, seed) for order in orders_of(settings, way)]
@@ -127,8 +131,8 @@ def metrics(results: Results) -> pd.DataFrame:
                     per_seed[name].append(float(np.mean([each[name] for each in found])))
         for name, values in per_seed.items():
             if values:
-                alone = Interval(values[0], math.nan, math.nan, 1)
-                interval = t_interval(values) if len(values) > 1 else alone
+                alone = Interval(float(np.mean(values)), math.nan, math.nan, len(values))
+                interval = t_interval(values) if len(values) > 1 and not np.isnan(values).any() else alone
                 rows.append({"way": way, "metric": name} | as_columns(interval, "seeds") | {"seeds": len(values)})
     return pd.DataFrame(rows)
 
@@ -137,9 +141,11 @@ def _metrics_of(results: Results, way: str, order: Sequence[str], seed: int) -> 
     R = matrix_of(results, way, order, seed)
     if R is None:
         return None
+    if way == JOINT:
+        return dict.fromkeys(METRICS, math.nan) | {"average": continual.average_score(R)}
     settings = results.settings
     base = {spec.tasks[0]: run.value(spec.tasks[0]) for spec in base_of(settings) if (run := results.run(spec))}
-    alone = {task: results.run(single(settings, "lora", task, seed)) for task in order}
+    alone = {task: results.run(alone_spec(settings, task, seed)) for task in order}
     lost = continual.forgetting(R)[: len(order) - 1]
     return {
         "average": continual.average_score(R),
@@ -296,18 +302,19 @@ def by_step(results: Results) -> pd.DataFrame:
         order = orders_of(settings, way)[0]
         for seed in settings.seed:
             runs = finished(results, way, order, seed) if len(order) > 1 else None
-            if runs is None or runs[1].watched.empty:
+            chain = results.run(stage_runs(settings, way, order, seed)[1]) if runs and way != MERGED else None
+            if chain is None or chain.watched.empty:
                 continue
             ends = [(0, runs[0]), (steps_after(settings, order[1]), runs[1])]
             rows = [results.table[results.table["run"] == run.hash].assign(step=step) for step, run in ends]
-            both = pd.concat([*rows, runs[1].watched])[["task", "split", "metric", "step", "value", "n"]]
+            both = pd.concat([*rows, chain.watched])[["task", "split", "metric", "step", "value", "n"]]
+            both = both.drop_duplicates(["task", "split", "step"])  # each by its task's own metric
             roles = {order[0]: "old", order[1]: "new"}
             both = both[both["task"].isin(list(roles))]
             frames.append(both.assign(way=way, seed=seed, role=both["task"].map(roles)))
     if not frames:
         return pd.DataFrame(columns=["way", "role", "task", "step", "value"])
-    # The ends are scored on more rows than the steps between.
-    return summarise(pd.concat(frames).assign(n=settings.watch_rows), ["way", "role", "task", "step"])
+    return summarise(pd.concat(frames), ["way", "role", "task", "step"])
 
 
 def capacity_scores(results: Results) -> pd.DataFrame:
@@ -327,7 +334,7 @@ def forgetting_lines(results: Results) -> Iterator[str]:
     for row in forgetting_scores(results).itertuples():
         yield (
             f"{title_of(row.way)}: earlier tasks scored {row.before:.2f} at their best and {row.after:.2f} at the end: "
-            f"{row.value:.2f} [{row.low:.2f}, {row.high:.2f}] was lost (n = {row.n} {row.of})."
+            f"{interval_text(row.value, row.low, row.high)} was lost (n = {row.n} {row.of})."
         )
 
 
@@ -336,4 +343,4 @@ def orders_line(settings: Settings) -> str:
     counts = {way: len(orders_of(settings, way)) for way in sequential(settings)}
     first = arrow(orders_of(settings, settings.ways[0])[0])
     several = ", ".join(f"{get_way(way).title} {count}" for way, count in counts.items())
-    return f"First order: {first}. Orders a way: {several}."
+    return f"First order: {first}. Orders a way: {several}. {budget_line(settings)}"

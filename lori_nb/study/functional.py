@@ -20,7 +20,7 @@ from lori_nb.method.adapters import Factors
 from lori_nb.study.geometry import adapter_sets
 from lori_nb.study.notebook import Results
 from lori_nb.study.profiles import Settings
-from lori_nb.study.sequences import JOINT, MERGED, first_run, orders_of, stages
+from lori_nb.study.sequences import JOINT, MERGED, orders_of, stage_runs
 from lori_nb.study.style import null_of, title_of
 from lori_nb.study.summary import as_columns
 
@@ -113,18 +113,18 @@ def _moved(results: Results, way: str, seed: int, rows: int) -> float | None:
     settings = results.settings
     if way in (JOINT, MERGED) or len(settings.sequence) < 2:
         return None
-    specs = first_run(settings, way, seed), stages(settings, way, orders_of(settings, way)[0], seed)[-1]
-    runs = [results.run(spec) for spec in specs]
+    first, *_, last = stage_runs(settings, way, orders_of(settings, way)[0], seed)
+    runs = [results.run(first), results.run(last)]
     if not all(isinstance(run, Run) for run in runs):
         return None  # known from the ledger alone, without adapters
-    first, last = (run.adapter.factors for run in runs)
+    before, after = (run.adapter.factors for run in runs)
     later = {
-        name: Factors(torch.cat([f.A, first[name].A]), torch.cat([f.B, -first[name].B], 1), f.scale)
-        for name, f in last.items()
+        name: Factors(torch.cat([f.A, before[name].A]), torch.cat([f.B, -before[name].B], 1), f.scale)
+        for name, f in after.items()
     }
     task, base = get_task(settings.sequence[0]), load_base(settings.base, settings.dtype)
     encoded = encode_rows(base.tokenizer, base.kind, tuple(task.rows("test", rows)), (), task.system)
-    moved = interference_of({task.name: responses(base, {task.name: first, "later": later}, encoded)})
+    moved = interference_of({task.name: responses(base, {task.name: before, "later": later}, encoded)})
     return float(moved["value"].mean())
 
 

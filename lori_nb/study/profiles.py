@@ -75,7 +75,7 @@ class Settings:
     orders: str = "given"  # in which the tasks after the first come: given, balanced, all
     ways: tuple[str, ...] = ()  # ways to go from task to task (lori_nb.study.sequences.WAYS); empty: the methods
     strengths: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # of continual methods, by name
-    merged_weight: float = 0.4  # of every adapter where one a task is merged, instead of learned one after another
+    merged_weight: float = 0.4  # of every adapter where one a task is merged: the LoRI authors' for LoRI-S, 3 tasks
     sequence_rows: int = 0  # rows a task that are scored after every stage; a profile that names none takes test_rows
     sequence_steps: int | None = None  # of every task after the first; none: as many as alone
     watch: tuple[int, ...] = ()  # steps of the second task's training after which all tasks are scored
@@ -174,7 +174,8 @@ def load_settings(profile: str = "quick", **changes: Any) -> Settings:
         if values.get(name):
             values[name] = [task for task in values[name] if task in tasks] or [tasks[0]]
     for name in ("sequence", "capacity_tasks") if "tasks" in changes else ():
-        values[name] = [task for task in _as_list(values.get(name, ())) if task in tasks]
+        left = [task for task in _as_list(values.get(name, ())) if task in tasks]
+        values[name] = left if len(left) > 1 else []
     values |= changes
     values["base"] = _absolute(values["base"])
     return _checked({**values, "tasks": tasks})

@@ -1,5 +1,7 @@
-"""Tasks learned one after another, as chains of runs: each starts from the run before it, whatever the rest of its
-sequence, so that sequences which begin alike share what they share.
+"""Tasks learned one after another, as chains of runs: each starts from the run before it and is scored on its own
+task. What it is worth on all tasks is a run of its own, which scores a finished adapter and trains nothing, so that
+sequences which begin alike share their runs, whatever comes later (scores taken while the second task trains are part
+of that run).
 
 A *way* is how an adapter goes from task to task; settings and figures know it by name. The first task's run is that of
 the task alone, so that it is trained once for all studies.
@@ -12,7 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from lori_nb.lab.methods import METHODS, get_method
+from lori_nb.lab.models import empty_body
 from lori_nb.lab.specs import MergeSpec, RunSpec, Spec
+from lori_nb.method.adapters import target_linears
+from lori_nb.method.masks import capacity, group_of
 from lori_nb.study.cells import base_runs, joint, rate_of, single
 from lori_nb.study.pairs import pair_settings
 from lori_nb.study.profiles import Settings
@@ -63,7 +68,8 @@ def get_way(name: str) -> Way:
         return WAYS[name]
     if name in METHODS and METHODS[name].trains:
         return Way(name, METHODS[name].title, name, name)
-    raise ValueError(f"ways must be among {', '.join(dict.fromkeys((*WAYS, *METHODS)))}; found {name!r}")
+    trained = [method for method in METHODS if METHODS[method].trains]
+    raise ValueError(f"ways must be among {', '.join(dict.fromkeys((*WAYS, *trained)))}; found {name!r}")
 
 
 def orders_of(settings: Settings, way: str) -> list[tuple[str, ...]]:
@@ -81,28 +87,31 @@ def orders_of(settings: Settings, way: str) -> list[tuple[str, ...]]:
 
 
 def stages(settings: Settings, way: str, order: Sequence[str], seed: int) -> list[Spec]:
-    """What is scored after each task of a sequence, on every task of it: the runs themselves, but for the first.
-
-    The first task's run is scored on its own task alone, as everywhere; here its adapter is scored again on all.
-    """
+    """What is scored after each task of a sequence, on every task of it; joint training has one stage."""
     if way == JOINT:
-        return [replace(joint(replace(settings, tasks=settings.sequence), "lora", seed), evaluate=settings.sequence)]
+        return [_scored_again(settings, (joint_run(settings, seed),), (1.0,))]
     if way == MERGED:
         return [_merged(settings, order[: count + 1], seed) for count in range(len(order))]
-    first, *later = stage_runs(settings, way, order, seed)
-    return [_scored_again(settings, (first,), (1.0,)), *later]
+    return [_scored_again(settings, (run,), (1.0,)) for run in stage_runs(settings, way, order, seed)]
+
+
+def joint_run(settings: Settings, seed: int) -> RunSpec:
+    """One LoRA adapter on all tasks of the sequence at once: notebook 3's, where those are the study's tasks."""
+    same = set(settings.sequence) == set(settings.tasks)
+    return joint(settings if same else replace(settings, tasks=settings.sequence), "lora", seed)
 
 
 def stage_runs(settings: Settings, way: str, order: Sequence[str], seed: int) -> list[RunSpec]:
-    """The chain of runs of a sequence; while the second task trains, all tasks are scored at the steps to watch."""
+    """The chain of runs of a sequence; while the second task trains, it and the first are scored at the steps to
+    watch.
+    """
     chosen, shorter = get_way(way), _as_stages(settings)
     runs = [first_run(settings, way, seed)]
     for place, task in enumerate(order[1:], start=1):
         watch = tuple(step for step in settings.watch if step < shorter.steps_on(task)) if place == 1 else ()
-        changes = {"watch": watch, "watch_rows": settings.watch_rows} if watch else {}
-        changes |= {"options": options_of(settings, chosen.later)} | dict(chosen.changes)
-        start = {"start": runs[-1], "evaluate": settings.sequence}
-        runs.append(single(shorter, chosen.later, task, seed, **start, **changes))
+        watched = {"watch": watch, "watch_rows": settings.watch_rows, "evaluate": (order[0], task)} if watch else {}
+        changes = {"options": options_of(settings, chosen.later)} | dict(chosen.changes) | watched
+        runs.append(single(shorter, chosen.later, task, seed, start=runs[-1], **changes))
     return runs
 
 
@@ -126,11 +135,13 @@ def options_of(settings: Settings, method: str) -> tuple[tuple[str, str], ...]:
     """The numbers of a continual method that the settings change, as a run's options."""
     known = get_method(method).strengths
     asked = settings.strengths.get(method, {})
-    return tuple((name, f"{asked[name]:g}") for name in known if name in asked)
+    changed = {name: asked[name] for name in known if name in asked and asked[name] != known[name]}
+    return tuple((name, str(int(value)) if value == int(value) else repr(value)) for name, value in changed.items())
 
 
 def _scored_again(settings: Settings, parts: tuple[RunSpec, ...], weights: tuple[float, ...]) -> MergeSpec:
-    return MergeSpec(parts, weights, "cat", settings.sequence_rows, evaluate=settings.sequence)
+    # in one order, so that equal scores have one hash
+    return MergeSpec(parts, weights, "cat", settings.sequence_rows, evaluate=tuple(sorted(settings.sequence)))
 
 
 def _merged(settings: Settings, tasks: Sequence[str], seed: int) -> MergeSpec:
@@ -145,20 +156,51 @@ def sequence_specs(settings: Settings) -> list[Spec]:
     """Everything that the study of forgetting asks for: all sequences, every task alone, the bare base."""
     grid = [(way, order, seed) for way in settings.ways for seed in settings.seed for order in orders_of(settings, way)]
     every = [spec for way, order, seed in grid for spec in stages(settings, way, order, seed)]
-    every += [first_run(settings, way, seed) for way in settings.ways if way != JOINT for seed in settings.seed]
-    alone = [single(settings, "lora", task, seed) for task in settings.sequence for seed in settings.seed]
+    chains = [run for way, order, seed in grid if way != JOINT for run in chain_of(settings, way, order, seed)]
+    alone = [alone_spec(settings, task, seed) for task in settings.sequence for seed in settings.seed]
     many = [s for seed in settings.seed for of in (capacity_runs, capacity_alone) for s in of(settings, seed)]
-    return [*every, *alone, *base_of(settings), *many]
+    return [*chains, *every, *alone, *base_of(settings), *many]
+
+
+def chain_of(settings: Settings, way: str, order: Sequence[str], seed: int) -> list[RunSpec]:
+    """The runs whose adapters a way's scores are of."""
+    if way == MERGED:
+        return [single(settings, WAYS[MERGED].first, task, seed) for task in settings.sequence]
+    return stage_runs(settings, way, order, seed)
+
+
+def alone_spec(settings: Settings, task: str, seed: int) -> MergeSpec:
+    """LoRA on a task alone, for as many steps as the task has in a sequence, scored on the same rows."""
+    later = settings.sequence_steps is not None and task != settings.sequence[0]
+    run = single(_as_stages(settings) if later else settings, "lora", task, seed)
+    return MergeSpec((run,), (1.0,), "cat", settings.sequence_rows)
 
 
 def base_of(settings: Settings) -> list[RunSpec]:
-    """The bare base on the sequence's tasks, without examples; none for an encoder."""
-    return [spec for spec in base_runs(replace(settings, tasks=settings.sequence)) if spec.shots == 0]
+    """The bare base on the sequence's tasks and the rows scored there, without examples; none for an encoder."""
+    shorter = replace(settings, tasks=settings.sequence, test_rows=settings.sequence_rows)
+    return [spec for spec in base_runs(shorter) if spec.shots == 0]
+
+
+def fitting(settings: Settings) -> int:
+    """How many tasks with disjoint masks fit into the adapter: by the scope's smallest number over groups."""
+    own = _of_capacity(settings)
+    linears = target_linears(empty_body(own.base), own.modules, own.last_layers)
+    sizes: dict[str, int] = {}
+    for name, linear in linears.items():
+        group = group_of(name, own.mask_scope)
+        sizes[group] = sizes.get(group, 0) + linear.out_features * own.rank
+    return min(capacity(size, own.sparsity) for size in sizes.values())
 
 
 def capacity_runs(settings: Settings, seed: int) -> list[RunSpec]:
-    """Disjoint masks on one task after another, each scored on its own task; none where no tasks are given."""
+    """Disjoint masks on one task after another, each scored on its own task; none where no tasks are given.
+
+    Raises ValueError for more tasks than fit.
+    """
     own, runs = _of_capacity(settings), []
+    if settings.capacity_tasks and len(settings.capacity_tasks) > (fits := fitting(settings)):
+        raise ValueError(f"capacity_tasks must be at most {fits}, which fit; found {len(settings.capacity_tasks)}")
     for task in settings.capacity_tasks:
         changes = {"start": runs[-1], **WAYS[DISJOINT].changes, "evaluate": (task,)} if runs else {}
         runs.append(single(own, "lori-s", task, seed, **changes))
@@ -175,8 +217,28 @@ def _of_capacity(settings: Settings) -> Settings:
     return pair_settings(settings) if settings.pair_tasks else settings
 
 
+def budget_line(settings: Settings) -> str:
+    """Rows trained on by a whole sequence, jointly, and by adapters that are merged, in one sentence."""
+    first, *later = settings.sequence
+    stages = _as_stages(settings)
+    sequence = settings.steps_on(first) + sum(stages.steps_on(task) for task in later)
+    alone = sum(settings.steps_on(task) for task in settings.sequence)
+    joint_rows = settings.joint_steps * settings.joint_batch_size
+    return (
+        f"Rows trained on: {sequence * settings.batch_size:,} by a sequence (earlier tasks' rows not counted), "
+        f"{alone * settings.batch_size:,} by the adapters that are merged, {joint_rows:,} jointly."
+    )
+
+
 def check_sequence(settings: Settings) -> None:
     """ValueError, naming the parameter, for ways, orders or tasks that cannot be studied."""
+    for name, least in {"sequence_rows": 1, "watch_rows": 1}.items():
+        if getattr(settings, name) < least:
+            raise ValueError(f"{name} must be at least {least}; found {getattr(settings, name)}")
+    if settings.sequence_steps is not None and settings.sequence_steps < 1:
+        raise ValueError(f"sequence_steps must be at least 1, or none; found {settings.sequence_steps}")
+    if any(step < 1 for step in settings.watch):
+        raise ValueError(f"watch must hold steps of at least 1; found {min(settings.watch)}")
     for name in settings.ways:
         rate_of(settings, get_way(name).later, "lora")
     if settings.orders not in ORDERS:
