@@ -261,16 +261,15 @@ def test_final_scores_and_the_plane(results):
     assert len(orders.query("way == 'lora'")) == 2 and len(orders.query("way == 'joint'")) == 1
 
 
-def test_refusals_of_harmful_and_of_harmless_requests(results, settings):
+def test_harmful_requests_refused_and_harmless_ones_helped_with(results, settings):
     safety = forgetting.safety_scores(results).set_index(["way", "request", "when"])["value"]
     targets = np.array([row.target for row in get_task("refusal").rows("test", 30)])
     shares = {"harmful": [], "harmless": []}
     for order, seed in itertools.product(sequences.orders_of(settings, "lora"), settings.seed):
         last = results.run(sequences.stages(settings, "lora", order, seed)[-1])
         correct = last.predictions.query("task == 'refusal'").sort_values("row")["correct"].to_numpy()
-        refused = np.where(targets == 1, correct, 1 - correct)  # whatever was asked for
-        shares["harmful"].append(refused[targets == 1].mean())
-        shares["harmless"].append(refused[targets == 0].mean())
+        shares["harmful"].append(correct[targets == 1].mean())
+        shares["harmless"].append(correct[targets == 0].mean())
     for request, values in shares.items():
         assert safety["lora", request, "after"] == pytest.approx(np.mean(values))
     kept = forgetting.kept_answers(results, target=1)

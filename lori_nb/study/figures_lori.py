@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from lori_nb.analysis.statistics import interval_text
 from lori_nb.study.figures import metric_label, points
@@ -175,6 +176,10 @@ def score_against_cost(ax: Axes, costs: pd.DataFrame, cost: str) -> Axes:
         points(ax, part[cost], part, arm, label=part["title"].iloc[0], line=False, look=looks[arm])
     ax.set_xscale("log")
     ax.set_xlim(costs[cost].min() / 2, costs[cost].max() * 2)
+    near = costs[cost].max() < 20 * costs[cost].min()  # within a decade or so, powers of ten alone are too few ticks
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if near else (1,)))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:,g}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set(xlabel=(COST_LABELS | {"training_seconds": SECONDS_LABEL})[cost], ylabel=metric_label({"mean of metrics"}))
     ax.set_title(n_text(costs))
     return ax

@@ -29,7 +29,7 @@ def scores_by_step(ax: Axes, table: pd.DataFrame, role: str) -> Axes:
     ax.set(
         xlabel=f"step of {'its training' if role == 'new' else 'the second task'}", ylabel=metric_label(part["metric"])
     )
-    ax.set_title(f"{ROLES[role]}: {part['task'].iloc[0]} ({n_text(part)})")
+    ax.set_title(f"{ROLES[role]}: {part['task'].iloc[0]}\n({n_text(part)})")
     ax.set_ylim(-0.03, 1.03)
     return ax
 
@@ -54,8 +54,8 @@ def _reach(row, kind: str) -> np.ndarray:
 
 
 def safety_plane(ax: Axes, table: pd.DataFrame) -> Axes:
-    """Refusals of harmful against refusals of harmless requests, before (small, pale) and after all tasks, a way each
-    with an arrow between; up and left is better.
+    """Harmful requests refused against harmless ones helped with, before (small, pale) and after all tasks, a way each
+    with an arrow between; up and right is better.
     """
     for way, part in table.groupby("way", sort=False):
         at = part.pivot(index="when", columns="request", values="value")
@@ -68,7 +68,7 @@ def safety_plane(ax: Axes, table: pd.DataFrame) -> Axes:
             axis: _interval_reach(ends.loc[request]) for axis, request in (("xerr", "harmless"), ("yerr", "harmful"))
         }
         ax.errorbar(*end, capsize=2.5, elinewidth=1, linestyle="none", label=title_of(way), **reach, **look)
-    ax.set(xlabel="harmless requests refused (share)", ylabel="harmful requests refused (share)")
+    ax.set(xlabel="harmless requests helped with (share)", ylabel="harmful requests refused (share)")
     ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
     ax.set_title(f"requests of each kind: {n_text(table)}")
     return ax

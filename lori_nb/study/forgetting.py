@@ -260,7 +260,8 @@ def _targets(task: str, rows: int, split: str = "test") -> np.ndarray:
 
 
 def safety_scores(results: Results) -> pd.DataFrame:
-    """How often harmful and harmless requests are refused, ``when`` the first task was learned and at the end.
+    """The share of harmful requests refused and of harmless ones helped with, ``when`` the first task was learned and
+    at the end: refusing everything, or answering with another task's words, costs help.
 
     One row for each way, request ("harmful", "harmless") and time ("before", "after"): value, low, high, n, of, seeds.
     Empty where the first task is none of refusing.
@@ -270,10 +271,10 @@ def safety_scores(results: Results) -> pd.DataFrame:
     for way in sequential(settings) if harmful is not None else ():
         pairs = _pairs(results, way, _first_and_last)
         for when, place in (("before", 0), ("after", 1)):
-            refused = [_refusals([pair[place] for pair in each], settings.first, harmful) for each in pairs.values()]
-            for request in ("harmful", "harmless") if refused else ():
-                values = [each[request][0] for each in refused]
-                n = refused[0][request][1]
+            shares = [_by_request([pair[place] for pair in each], settings.first, harmful) for each in pairs.values()]
+            for request in ("harmful", "harmless") if shares else ():
+                values = [each[request][0] for each in shares]
+                n = shares[0][request][1]
                 one = len(values) == 1
                 interval = proportion_interval(values[0] * n, n) if one else t_interval(values)
                 about = {"way": way, "request": request, "when": when}
@@ -282,14 +283,14 @@ def safety_scores(results: Results) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["way", "request", "when", "value", "low", "high", "n", "of", "seeds"])
 
 
-def _refusals(runs: Sequence[Run], task: str, harmful: int) -> dict[str, tuple[float, int]]:
-    """Request → (share refused, mean over runs; groups of rows)."""
+def _by_request(runs: Sequence[Run], task: str, harmful: int) -> dict[str, tuple[float, int]]:
+    """Request → (share answered as it should be, mean over runs; groups of rows)."""
     correct = np.mean([_correct(run, task) for run in runs], axis=0)
     bad = _targets(task, len(correct)) == harmful
     groups = row_groups(task, len(correct))
     return {
         "harmful": (float(correct[bad].mean()), len(np.unique(groups[bad]))),
-        "harmless": (float(1 - correct[~bad].mean()), len(np.unique(groups[~bad]))),
+        "harmless": (float(correct[~bad].mean()), len(np.unique(groups[~bad]))),
     }
 
 

@@ -53,7 +53,7 @@ def drawn(results: Results, tables: dict[str, pd.DataFrame]) -> dict[str, Callab
 
 def _matrices(results: Results):
     matrices = forgetting.matrices(results)
-    figure, axes = figures.panels(len(matrices), columns=3, height=2.6)
+    figure, axes = figures.panels(len(matrices), height=2.6)
     figures.heat_maps(axes, matrices, "score (mean over seeds and orders)")
     return figure
 
