@@ -47,7 +47,7 @@ def counted_in_training(spec, folder) -> tuple[float, float]:
     """(operations of really training a spec, operations of filling its cache), by PyTorch's counter."""
     base = load_base(spec.base, "float32")
     first = split_at(base, spec.last_layers)
-    live = _live(spec, target_linears(base.body, spec.modules, spec.last_layers), Store().adapter_of)
+    live = _live(spec, base, target_linears(base.body, spec.modules, spec.last_layers), Store().adapter_of)
     with FlopCounterMode(display=False) as filling:
         tasks = [_task_data(spec, base, name, first, quiet) for name in spec.tasks]
     with FlopCounterMode(display=False) as training:

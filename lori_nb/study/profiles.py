@@ -168,14 +168,13 @@ def load_settings(profile: str = "quick", **changes: Any) -> Settings:
     tasks = expand_tasks(_as_list(changes.get("tasks", values["tasks"])))
     if all(get_task(task).reads == "encoder" for task in tasks):
         values |= encoder
-    if tasks != plain_tasks:  # a study of other tasks has none of pairs, hours long, unless it asks for one
-        values["pair_tasks"] = ()
+    if tasks != plain_tasks:  # a study of other tasks has none of many tasks, hours long, unless it asks for one
+        values |= {"pair_tasks": (), "capacity_tasks": ()}
+        left = [task for task in _as_list(values.get("sequence", ())) if task in tasks]
+        values["sequence"] = left if len(left) > 1 else []
     for name in ("mask_tasks", "arm_tasks") if "tasks" in changes else ():
         if values.get(name):
             values[name] = [task for task in values[name] if task in tasks] or [tasks[0]]
-    for name in ("sequence", "capacity_tasks") if "tasks" in changes else ():
-        left = [task for task in _as_list(values.get(name, ())) if task in tasks]
-        values[name] = left if len(left) > 1 else []
     values |= changes
     values["base"] = _absolute(values["base"])
     return _checked({**values, "tasks": tasks})

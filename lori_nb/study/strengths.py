@@ -58,7 +58,7 @@ def specs_at(settings: Settings, way: str, value: float) -> list[RunSpec]:
     number = {GRIDS[way].number: value}
     fixed = replace(settings, strengths={get_way(way).later: number}, sequence=settings.sequence[:2], watch=())
     runs = [stage_runs(fixed, way, fixed.sequence, seed)[-1] for seed in settings.seed]
-    return [replace(run, score_on="tune", test_rows=TUNE_ROWS) for run in runs]
+    return [replace(run, score_on="tune", test_rows=TUNE_ROWS, evaluate=fixed.sequence) for run in runs]
 
 
 def tune_strengths(settings: Settings, ways: list[str], jobs: int = 2, store: Store | None = None) -> pd.DataFrame:
