@@ -212,7 +212,7 @@ def _share(row: pd.Series) -> str:
 
 def _cell(row: pd.Series) -> str:
     value = interval_text(*(100 * row[name] for name in ("value", "low", "high")), 1, signed=True)
-    word = f", {row['verdict']}" if row["seeds"] > 1 else ""
+    word = f", {row['verdict']}" if row["seeds"] > 1 else ", one seed"
     return f"{value} (n = {int(row['n'])} {row['of']}{word})"
 
 
