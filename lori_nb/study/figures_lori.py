@@ -25,7 +25,6 @@ COST_LABELS = {
     "trainable_parameters": "trainable parameters (log)",
     "training_pflops": "PFLOPs of training, with calibration (log)",
 }
-SECONDS_LABEL = "seconds of training (log)"
 
 
 def forest_height(compared: pd.DataFrame) -> float:
@@ -165,7 +164,7 @@ def score_against_cost(ax: Axes, costs: pd.DataFrame, cost: str) -> Axes:
 
     Args:
         costs: of :func:`comparison.costs`, or of :func:`sharing.arrangement_costs`.
-        cost: its column "trainable_parameters" or "training_pflops", or "training_seconds" where it has that.
+        cost: its column "trainable_parameters" or "training_pflops".
     """
     if costs[cost].isna().all():
         ax.text(0.5, 0.5, "not measured", ha="center", va="center", transform=ax.transAxes)
@@ -180,6 +179,6 @@ def score_against_cost(ax: Axes, costs: pd.DataFrame, cost: str) -> Axes:
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if near else (1,)))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:,g}"))
     ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.set(xlabel=(COST_LABELS | {"training_seconds": SECONDS_LABEL})[cost], ylabel=metric_label({"mean of metrics"}))
+    ax.set(xlabel=COST_LABELS[cost], ylabel=metric_label({"mean of metrics"}))
     ax.set_title(n_text(costs))
     return ax

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from lori_nb.analysis import continual
-from lori_nb.analysis.statistics import Interval, interval_text, proportion_interval, t_interval
+from lori_nb.analysis.statistics import interval_text, proportion_interval, t_interval
 from lori_nb.lab.runs import Run
 from lori_nb.lab.specs import Spec
 from lori_nb.lab.tasks import get_task
@@ -35,7 +35,7 @@ from lori_nb.study.sequences import (
     steps_after,
 )
 from lori_nb.study.style import title_of
-from lori_nb.study.summary import Pair, as_columns, difference, group_word, row_groups, summarise
+from lori_nb.study.summary import Pair, as_columns, difference, group_word, row_groups, seeds_interval, summarise
 
 METRICS = {
     "average": "average score after the last task",
@@ -131,8 +131,7 @@ def metrics(results: Results) -> pd.DataFrame:
                     per_seed[name].append(float(np.mean([each[name] for each in found])))
         for name, values in per_seed.items():
             if values:
-                alone = Interval(float(np.mean(values)), math.nan, math.nan, len(values))
-                interval = t_interval(values) if len(values) > 1 and not np.isnan(values).any() else alone
+                interval = seeds_interval(values)
                 rows.append({"way": way, "metric": name} | as_columns(interval, "seeds") | {"seeds": len(values)})
     return pd.DataFrame(rows)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -10,7 +9,6 @@ import pandas as pd
 import torch
 
 from lori_nb.analysis.functional import COLUMNS, interference_of
-from lori_nb.analysis.statistics import Interval, t_interval
 from lori_nb.lab.activations import responses
 from lori_nb.lab.models import load_base
 from lori_nb.lab.runs import Run
@@ -22,7 +20,7 @@ from lori_nb.study.notebook import Results
 from lori_nb.study.profiles import Settings
 from lori_nb.study.sequences import JOINT, MERGED, orders_of, stage_runs
 from lori_nb.study.style import null_of, title_of
-from lori_nb.study.summary import as_columns
+from lori_nb.study.summary import as_columns, seeds_interval
 
 ROWS = 16  # of a task's test rows, prompt and answer: their tokens are several hundred inputs
 _NULL_OF = "null of "
@@ -103,9 +101,7 @@ def later_interference(results: Results, rows: int = ROWS) -> pd.DataFrame:
     for way in settings.ways:
         values = [value for seed in settings.seed if (value := _moved(results, way, seed, rows)) is not None]
         if values:
-            alone = Interval(values[0], math.nan, math.nan, 1)
-            interval = t_interval(values) if len(values) > 1 else alone
-            found.append({"way": way} | as_columns(interval, "seeds") | {"seeds": len(values)})
+            found.append({"way": way} | as_columns(seeds_interval(values), "seeds") | {"seeds": len(values)})
     return pd.DataFrame(found, columns=["way", "value", "low", "high", "n", "of", "seeds"])
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import pandas as pd
 
 from lori_nb.analysis.equivalence import detectable_effect, difference_p
@@ -85,9 +84,7 @@ def arrangement_costs(results: Results) -> pd.DataFrame:
 
     Columns arm (the arrangement), title, value, low, high, n, of, seeds, metric; adapters; trainable_parameters;
     training_pflops (10¹⁵ operations counted from shapes, without what is done to finished gradients, so that solving
-    conflicts is not in them); training_seconds, as measured, solving and recording conflicts included, on whatever
-    machine and beside whatever else ran there, NaN where the runs themselves are not here; step_against_joint, seconds
-    a step over joint training's. Operations and seconds are means over seeds.
+    conflicts is not in them). Operations are means over seeds.
     """
     settings, rows = results.settings, []
     for name in (SINGLE, *settings.joint_arms):
@@ -96,20 +93,11 @@ def arrangement_costs(results: Results) -> pd.DataFrame:
         if found.empty:
             continue
         score = summarise(found.assign(arm=name), ["arm"]).iloc[0].to_dict()
-        seconds, first = [_training_seconds(results, specs) for specs in by_seed], by_seed[0]
+        first = by_seed[0]
         size = {"adapters": len(first), "trainable_parameters": sum(map(trainable_parameters, first))}
         size["training_pflops"] = sum(training_flops(s) for specs in by_seed for s in specs) / len(by_seed) / PETA
-        size["training_seconds"] = float(np.mean(seconds))
-        steps = sum(spec.trained_steps for spec in first)
-        rows.append(score | {"title": title_of(name)} | size | {"step": size["training_seconds"] / steps})
-    table = pd.DataFrame(rows)
-    joint = table.loc[table["arm"] == JOINT, "step"] if len(table) else table
-    return table.assign(step_against_joint=table["step"] / joint.iloc[0]).drop(columns="step") if len(joint) else table
-
-
-def _training_seconds(results: Results, specs: Sequence[RunSpec]) -> float:
-    runs = [results.run(spec) for spec in specs]
-    return sum(math.nan if run is None else run.provenance.get("training_seconds", math.nan) for run in runs)
+        rows.append(score | {"title": title_of(name)} | size)
+    return pd.DataFrame(rows)
 
 
 def arrangement_pairs(results: Results, a: str, b: str, tasks: Sequence[str] | None = None) -> dict[int, list[Pair]]:

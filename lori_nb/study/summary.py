@@ -83,6 +83,13 @@ def score_interval(values: Sequence[float], metrics: set[str], groups: Sequence[
     return proportion_interval(min(mean * n, n), n)
 
 
+def seeds_interval(values: Sequence[float]) -> Interval:
+    """A t interval over seeds; the mean alone, with NaN bounds, for one seed or where a seed has no value."""
+    if len(values) > 1 and not np.isnan(values).any():
+        return t_interval(values)
+    return Interval(float(np.mean(values)), math.nan, math.nan, len(values))
+
+
 def summarise(table: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """One row for each combination of ``by``: value, low, high, n, what n counts (``of``), seeds, metric.
 
