@@ -9,14 +9,14 @@ import torch
 from transformers import LlamaConfig
 
 from lori_nb.lab.models import KNOWN_CONFIGS, empty_body
-from lori_nb.lab.resolving import check
+from lori_nb.lab.resolving import check, resolve
 from lori_nb.lab.specs import RunSpec
 from lori_nb.study import profiles
 from lori_nb.study.arms import arm_spec, get_arm
-from lori_nb.study.cells import joint, single
+from lori_nb.study.cells import base_runs, joint, single
 from lori_nb.study.cost import cost_of, trainable_parameters
 from lori_nb.study.joint_arms import joint_arm_spec
-from lori_nb.study.plans import PLANS
+from lori_nb.study.plans import PLANS, method_specs
 from lori_nb.study.profiles import NOTEBOOKS, as_parameters, load_settings, profile_names, read_profile
 from lori_nb.study.sharing import rows_per_task
 from lori_nb.study.tuning import CENTRES, RATES, first_grids, tuning_specs
@@ -285,6 +285,23 @@ def test_arms_are_planned_where_their_question_is_asked():
         assert added <= {arm_spec(settings, each, "refusal", 0) for each in (name, "lora", "lori-s")}
 
 
+def test_what_is_compared_with_the_methods_may_have_fewer_seeds():
+    arms = {"arms": ["lora-longer", "lori-s-random", "lora-shared"], "joint_arms": ["joint", "ortho-lora", "gradvac"]}
+    settings = load_settings("quick", seed=[4, 2, 7], arm_seeds=2, **arms)
+    methods = set(map(resolve, method_specs(settings)))
+    assert {spec.seed for spec in methods} == {4, 2, 7}
+    for notebook in ("01_lori", "02_masks", "04_interference"):
+        others = set(map(resolve, PLANS[notebook](settings))) - methods - set(map(resolve, base_runs(settings)))
+        assert {spec.seed for spec in others} == {4, 2}, notebook
+    shared = PLANS["03_ortho_lora"](settings)
+    for name, seeds in {"joint": {4, 2, 7}, "ortho-lora": {4, 2, 7}, "gradvac": {4, 2}}.items():
+        assert {seed for seed in settings.seed if joint_arm_spec(settings, name, seed) in shared} == seeds
+    assert load_settings("quick", seed=[4, 2, 7]).arm_seed == (4, 2, 7)
+    assert load_settings("quick", seed=[4], arm_seeds=2).arm_seed == (4,)
+    with pytest.raises(ValueError, match="arm_seeds must be at least 1; found 0"):
+        load_settings("quick", arm_seeds=0)
+
+
 def test_an_unknown_arm():
     with pytest.raises(ValueError, match="arms must be among .*lora-longer.*; found 'lora-long'"):
         PLANS["01_lori"](load_settings("quick", arms=["lora-long"]))
@@ -307,5 +324,6 @@ def test_an_encoder_s_tasks_see_as_many_rows_and_steps_together_as_alone():
     assert settings.base == "all-minilm-l6-v2" and len(settings.seed) == 5
     assert rows_per_task(settings) == (4000, 4000) and settings.steps == settings.joint_steps
     assert settings.test_rows >= 5463, "the largest official validation part is scored whole"
-    assert len(PLANS["03_ortho_lora"](settings)) == 5 * (5 + 5 * len(settings.joint_arms))
-    assert len(set(PLANS["03_ortho_lora"](settings))) == 5 * (5 + len(settings.joint_arms))
+    others = len(settings.joint_arms) - 2  # beside joint training and Ortho-LoRA
+    assert len(PLANS["03_ortho_lora"](settings)) == 5 * (5 + 5 * 2) + 3 * 5 * others
+    assert len(set(PLANS["03_ortho_lora"](settings))) == 5 * (5 + 2) + 3 * others

@@ -88,3 +88,14 @@ def arrangement_specs(settings: Settings, seed: int) -> dict[str, list[RunSpec]]
     alone = {SINGLE: [single(settings, "lora", task, seed) for task in settings.tasks]}
     many = len(settings.tasks)
     return alone | {name: [joint_arm_spec(settings, name, seed)] * many for name in settings.joint_arms}
+
+
+def planned_arrangements(settings: Settings) -> list[RunSpec]:
+    """Joint training and Ortho-LoRA beside one adapter a task on every seed, the other ways on ``arm_seed``."""
+    return [
+        spec
+        for seed in settings.seed
+        for name, specs in arrangement_specs(settings, seed).items()
+        if name in (SINGLE, JOINT, ORTHO) or seed in settings.arm_seed
+        for spec in specs
+    ]

@@ -11,7 +11,7 @@ from dataclasses import replace
 from lori_nb.lab.specs import MergeSpec, RunSpec, Spec
 from lori_nb.study.arms import arm_spec, arms_of
 from lori_nb.study.cells import base_runs, single
-from lori_nb.study.joint_arms import arrangement_specs
+from lori_nb.study.joint_arms import planned_arrangements
 from lori_nb.study.pairs import pair_plan
 from lori_nb.study.profiles import NOTEBOOKS, Settings
 from lori_nb.study.sequences import sequence_specs
@@ -30,14 +30,14 @@ def plan_masks(settings: Settings) -> list[Spec]:
 def beside(settings: Settings, question: str, references: Sequence[str]) -> list[RunSpec]:
     """The arms of a question and, where there are any, the references that they are compared with on their tasks."""
     arms = arms_of(settings, question)
-    grid = itertools.product((*references, *arms) if arms else (), settings.arm_tasks, settings.seed)
+    grid = itertools.product((*references, *arms) if arms else (), settings.arm_tasks, settings.arm_seed)
     return [arm_spec(settings, name, task, seed) for name, task, seed in grid]
 
 
 def sparsity_specs(settings: Settings) -> list[RunSpec]:
     """LoRI-S at every sparsity; 0 is LoRI-D with its own learning rate."""
     specs: list[RunSpec] = []
-    for task, seed in itertools.product(settings.mask_tasks, settings.seed):
+    for task, seed in itertools.product(settings.mask_tasks, settings.arm_seed):
         specs.append(single(settings, "lori-d", task, seed))
         specs += [single(settings, "lori-s", task, seed, sparsity=s) for s in settings.sparsities if s > 0]
     return specs
@@ -45,9 +45,7 @@ def sparsity_specs(settings: Settings) -> list[RunSpec]:
 
 def plan_ortho_lora(settings: Settings) -> list[Spec]:
     """One LoRA adapter a task, and every way of the settings to learn all tasks in one."""
-    return [
-        spec for seed in settings.seed for several in arrangement_specs(settings, seed).values() for spec in several
-    ]
+    return planned_arrangements(settings)
 
 
 def plan_interference(settings: Settings) -> list[Spec]:
@@ -93,7 +91,7 @@ def held_out_merges(settings: Settings) -> list[MergeSpec]:
 def merged_spec(settings: Settings, method: str, seed: int, merge: str, weight: float) -> MergeSpec:
     """One method's adapters of all tasks, merged with one weight for all."""
     parts = tuple(single(settings, method, task, seed) for task in settings.tasks)
-    return MergeSpec(parts, (weight,) * len(parts), merge, settings.test_rows)
+    return MergeSpec(parts, (weight,) * len(parts), merge, settings.merge_test_rows or settings.test_rows)
 
 
 # Of the LoRI authors' scripts, for merges of 3 and of 4 adapters; they merge so by concatenation and linearly.

@@ -31,10 +31,8 @@ class Settings:
     """Everything a study needs to expand into runs. Counts are in rows and steps.
 
     ``seed``, ``method`` and ``tasks`` take one value or a list. ``learning_rate`` maps a method, or "joint" and
-    "ortho-lora" for the
-    runs with several tasks, to AdamW's peak rate. ``first`` is the task that the forgetting study trains first; "auto"
-    is the safety task, or else
-    the first task.
+    "ortho-lora" for the runs with several tasks, to AdamW's peak rate. ``first`` is the task that the forgetting study
+    trains first; "auto" is the safety task, or else the first task.
     """
 
     profile: str
@@ -65,6 +63,7 @@ class Settings:
     dtype: str
     arms: tuple[str, ...] = ()  # beside the methods: keys of lori_nb.study.arms.ARMS, or other methods
     arm_tasks: tuple[str, ...] = ()  # what they are trained on; empty takes mask_tasks
+    arm_seeds: int | None = None  # how many seeds they, the sparsities and the other joint_arms have; none: all
     joint_arms: tuple[str, ...] = ("joint", "ortho-lora")  # ways to learn all tasks in one adapter
     schedule: str = "linear"  # of the learning rate after the warm-up; or constant
     micro_batch_rows: int | None = None  # rows computed at a time; none takes all of a step
@@ -82,6 +81,7 @@ class Settings:
     watch_rows: int = 48  # rows a task that are scored there
     capacity_tasks: tuple[str, ...] = ()  # learned under disjoint masks until no entry is free
     task_weights: Mapping[str, float] = field(default_factory=dict)  # of runs on several tasks; 1 where none is named
+    merge_test_rows: int | None = None  # test rows a task that merged adapters are scored on; none: test_rows
     tune_rows: int = 64  # of a task, held out of training, by which merge weights are chosen
     pair_tasks: tuple[str, ...] = ()  # of the study of pairs (lori_nb.study.pairs); empty: no such study
     pair_steps: int = 120
@@ -96,6 +96,11 @@ class Settings:
     def steps_on(self, task: str) -> int:
         """Optimiser steps of a run on one task."""
         return self.task_steps.get(task, self.steps)
+
+    @property
+    def arm_seed(self) -> tuple[int, ...]:
+        """The seeds of what is compared with the methods: the first ``arm_seeds``."""
+        return self.seed[: self.arm_seeds]
 
     @property
     def joint_weights(self) -> tuple[float, ...]:
@@ -226,9 +231,11 @@ def _checked(values: dict[str, Any]) -> Settings:
     for sparsity in (values["sparsity"], *values["sparsities"]):
         if not 0 <= sparsity < 1:
             raise ValueError(f"sparsity must be in [0, 1); found {sparsity}")
-    for name in ("last_layers", "micro_batch_rows", "sequence_steps"):
+    for name in ("last_layers", "micro_batch_rows", "sequence_steps", "arm_seeds", "merge_test_rows"):
         if values.get(name) is not None:
             values[name] = _number(name, values[name], int)
+            if values[name] < 1:
+                raise ValueError(f"{name} must be at least 1; found {values[name]}")
     if not isinstance(values.get("checkpointing", False), bool):
         raise ValueError(f"checkpointing must be true or false; found {values['checkpointing']!r}")
     _settle_sequence(values)
