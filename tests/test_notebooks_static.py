@@ -15,7 +15,8 @@ from lori_nb.lab.paths import PROJECT
 from lori_nb.study.claims import TOLERANCE
 from lori_nb.study.parameters import read_parameters
 from lori_nb.study.plans import PLANS
-from lori_nb.study.profiles import NOTEBOOKS, Settings, as_parameters, load_settings, profile_folder, profile_names
+from lori_nb.study.profiles import NOTEBOOKS, as_parameters, load_settings, profile_folder, profile_names
+from lori_nb.study.settings import Settings
 
 FOLDER = PROJECT / "notebooks"
 CHECKED = "# NBVAL_CHECK_OUTPUT"

@@ -315,10 +315,10 @@ def test_two_seeds_of_one_task_are_the_other_reference(results, settings):
 def test_draws_of_A_are_compared_on_all_tasks_where_the_arms_have_but_one(results):
     alone = replace(results, settings=replace(results.settings, arms=(), arm_tasks=("chain_sum",)))
     for several in (results, alone):
-        found = geometry.overlap_summary(geometry.overlaps(several, geometry.policy_sets))
-        assert {"LoRA", "LoRI-D", "LoRI-S"} <= set(found["method"]) and found["value"].notna().all()
+        found = geometry.overlap_summary(geometry.overlaps(several, geometry.choice_sets))
+        assert {"lora", "lori-d", "lori-s"} <= set(found["method"]) and found["value"].notna().all()
     one = replace(results, settings=replace(results.settings, arms=(), tasks=("chain_sum",), arm_tasks=("chain_sum",)))
-    assert geometry.overlap_summary(geometry.overlaps(one, geometry.policy_sets)).empty
+    assert geometry.overlap_summary(geometry.overlaps(one, geometry.choice_sets)).empty
 
 
 def test_a_shared_draw_makes_the_null_overlap_completely(results):

@@ -17,7 +17,7 @@ from lori_nb.lab.methods import METHODS
 from lori_nb.lab.specs import RunSpec
 from lori_nb.method.masks import SCOPES
 from lori_nb.study.cells import rate_of, single
-from lori_nb.study.profiles import Settings
+from lori_nb.study.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,9 @@ class Arm:
 
     Attributes:
         question: "baseline", "mask" or "subspace".
-        settings: changed settings of the study; the calibration run follows them too.
-        spec: changed fields of the run itself; its calibration stays as it is.
+        settings: changed settings of the study.
         rate_like: the method whose learning rate is taken, where it is not the method's own.
         step_factor: times the steps of the schedule.
-        calibration_share: how much of the calibration run's schedule is trained before the mask is taken.
     """
 
     name: str
@@ -38,14 +36,12 @@ class Arm:
     method: str
     question: str
     settings: Mapping = field(default_factory=dict)
-    spec: Mapping = field(default_factory=dict)
     rate_like: str | None = None
     step_factor: int = 1
-    calibration_share: float = 1.0
 
 
 def _mask_arm(name: str, title: str, **changes) -> Arm:
-    return Arm(f"lori-s-{name}", f"LoRI-S, {title}", "lori-s", "mask", **changes)
+    return Arm(f"lori-s-{name}", f"LoRI-S, {title}", "lori-s", "mask", changes)
 
 
 def _subspace_arms() -> list[Arm]:
@@ -63,11 +59,11 @@ ARMS: dict[str, Arm] = {
         Arm("lora-longer", "LoRA, twice the steps", "lora", "baseline", step_factor=2),
         Arm("lori-d-at-s-rate", "LoRI-D at LoRI-S's rate", "lori-d", "baseline", rate_like="lori-s"),
         Arm("lori-s-at-d-rate", "LoRI-S at LoRI-D's rate", "lori-s", "baseline", rate_like="lori-d"),
-        _mask_arm("fresh-a", "fresh A", spec={"mask_origin": "fresh-a"}),
-        _mask_arm("random", "random mask", spec={"mask_origin": "random"}),
-        _mask_arm("rows", "whole rows of B", spec={"mask_structure": "rows"}),
+        _mask_arm("fresh-a", "fresh A", mask_origin="fresh-a"),
+        _mask_arm("random", "random mask", mask_origin="random"),
+        _mask_arm("rows", "whole rows of B", mask_structure="rows"),
         _mask_arm("early", "calibrated by a tenth", calibration_share=0.1),
-        *(_mask_arm(scope, f"per {scope}", settings={"mask_scope": scope}) for scope in SCOPES if scope != "model"),
+        *(_mask_arm(scope, f"per {scope}", mask_scope=scope) for scope in SCOPES if scope != "model"),
         *_subspace_arms(),
     )
 }
@@ -85,13 +81,12 @@ def get_arm(name: str) -> Arm:
 def arm_spec(settings: Settings, name: str, task: str, seed: int) -> RunSpec:
     """The run of one arm on one task."""
     arm = get_arm(name)
-    fixed = replace(settings, **arm.settings)
-    changes = dict(arm.spec)
+    changes: dict = {}
     if arm.rate_like is not None:
         changes["learning_rate"] = rate_of(settings, arm.rate_like)
     if arm.step_factor != 1:
         changes["steps"] = settings.steps_on(task) * arm.step_factor
-    return single(fixed, arm.method, task, seed, calibration_share=arm.calibration_share, **changes)
+    return single(replace(settings, **arm.settings), arm.method, task, seed, **changes)
 
 
 def arms_of(settings: Settings, question: str) -> list[str]:

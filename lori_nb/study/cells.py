@@ -7,7 +7,9 @@ from dataclasses import replace
 from lori_nb.lab.methods import get_mask_origin, get_method
 from lori_nb.lab.models import base_kind
 from lori_nb.lab.specs import RunSpec
-from lori_nb.study.profiles import Settings
+from lori_nb.study.settings import Settings
+
+_OF_MASKS = ("sparsity", "mask_scope", "mask_origin", "mask_structure")
 
 
 def rate_of(settings: Settings, *names: str) -> float:
@@ -20,13 +22,10 @@ def rate_of(settings: Settings, *names: str) -> float:
     )
 
 
-def single(
-    settings: Settings, method: str, task: str, seed: int, *, calibration_share: float = 1.0, **changes
-) -> RunSpec:
+def single(settings: Settings, method: str, task: str, seed: int, **changes) -> RunSpec:
     """One method trained on one task; LoRI-S brings its calibration run with it.
 
     Args:
-        calibration_share: the share of the calibration run's schedule that is trained before the mask is taken.
         changes: fields of the run itself, not of its calibration.
     """
     plain = RunSpec(
@@ -46,6 +45,7 @@ def single(
         train_rows=settings.train_rows,
         test_rows=settings.test_rows,
         dtype=settings.dtype,
+        warmup=settings.warmup,
         schedule=settings.schedule,
         micro_batch_rows=settings.micro_batch_rows,
         checkpointing=settings.checkpointing,
@@ -53,15 +53,15 @@ def single(
     spec = replace(plain, **changes)
     if not get_method(method).masked:
         return spec
-    sparse = {"sparsity": settings.sparsity, "mask_scope": settings.mask_scope} | changes
+    spec = replace(spec, **{name: getattr(settings, name) for name in _OF_MASKS if name not in changes})
     if not get_mask_origin(spec.mask_origin).calibrated:
-        return replace(spec, **sparse)
+        return spec
     dense = get_method(method).calibration
     scored = {"evaluate": spec.evaluate, "watch": spec.watch, "watch_rows": spec.watch_rows}
     calibration = single(settings, dense, task, seed, start=_calibration_start(spec), **scored)
-    if calibration_share < 1:
-        calibration = replace(calibration, stop_after=max(1, round(calibration_share * calibration.steps)))
-    return replace(spec, calibration=calibration, **sparse)
+    if settings.calibration_share < 1:
+        calibration = replace(calibration, stop_after=max(1, round(settings.calibration_share * calibration.steps)))
+    return replace(spec, calibration=calibration)
 
 
 def like_of(method: str) -> tuple[str, ...]:

@@ -14,9 +14,10 @@ from lori_nb.analysis.equivalence import Verdict, equivalence_verdict, holm
 from lori_nb.lab.flops import prefix_flops, training_flops
 from lori_nb.lab.specs import RunSpec
 from lori_nb.study.arms import arm_spec, arms_of, get_arm
+from lori_nb.study.choices import choice_arms, choice_specs, continued_arms, merged_arm, second_task
 from lori_nb.study.notebook import Results
-from lori_nb.study.profiles import Settings
-from lori_nb.study.questions import run_pairs
+from lori_nb.study.questions import run_pairs, unit_of
+from lori_nb.study.settings import Settings
 from lori_nb.study.summary import (
     Pair,
     as_columns,
@@ -33,6 +34,7 @@ BASELINE = "lora"
 MARGIN = 0.05  # five points: what "equivalent" may cost at most here, a choice of this kit and not of the papers
 OVER_TASKS = "mean over tasks"
 PETA = 1e15
+ALONE, MERGED, SECOND, CHANGE = "alone", "merged", "second task after the first", "change of the first task by it"
 
 
 def other_methods(results: Results) -> list[str]:
@@ -46,14 +48,22 @@ def arms_beside(settings: Settings, question: str, *methods: str) -> list[str]:
 
 
 def arm_lines(results: Results, question: str) -> list[str]:
-    """One sentence for each arm of a question: its difference to LoRA on every task of ``arm_tasks``."""
+    """One sentence for each arm of a question: its difference to LoRA on every task of ``arm_tasks``, with its verdict
+    and what the design could have found.
+    """
     names = arms_of(results.settings, question)
     if not names:
         return [f"No arm of the question {question!r} is in this study; lori_nb.study.arms names them."]
     table = compared(results, names, results.settings.arm_tasks)
     return [
-        f"{row.title} − LoRA, {row.task}: {text_of(pd.Series(row._asdict()), 3, True)}" for row in table.itertuples()
+        f"{row['title']} − LoRA, {row['task']}: {text_of(row, 3, True)}; {_told(row)}" for _, row in table.iterrows()
     ]
+
+
+def _told(row: pd.Series) -> str:
+    if row["seeds"] == 1:
+        return str(row["verdict"])
+    return f"{row['verdict']} (margin ± {row['margin']:g}), detectable {row['detectable']:.3f}"
 
 
 def compared(
@@ -168,3 +178,37 @@ def _operations(specs: Sequence[RunSpec]) -> dict[str, float]:
     prefix = sum(prefix_flops(spec) for spec in specs)
     named = {"training_pflops": whole, "calibration_pflops": calibration, "prefix_pflops": prefix}
     return {name: total / len(specs) / PETA for name, total in named.items()}
+
+
+def bought(results: Results) -> pd.DataFrame:
+    """What each choice of :mod:`lori_nb.study.choices` buys, on the seeds of the arms.
+
+    Columns arm, measure, value, low, high, n, of, seeds; the measure is :data:`ALONE` (mean score over ``arm_tasks``),
+    :data:`MERGED` (the same of the merge), :data:`SECOND` (score of the second task) or :data:`CHANGE` (score of the
+    first task after the second − before it, paired by rows). Empty where the study has no choice.
+    """
+    settings, frames = results.settings, []
+    for name in choice_arms(settings) if choice_specs(settings) else ():
+        alone = [arm_spec(settings, name, task, seed) for seed in settings.arm_seed for task in settings.arm_tasks]
+        merged = [merged_arm(settings, name, seed) for seed in settings.arm_seed]
+        rows = {ALONE: results.rows_of(alone), MERGED: results.rows_of(merged)}
+        if name in continued_arms(settings):
+            after = results.rows_of([second_task(settings, name, seed) for seed in settings.arm_seed])
+            rows[SECOND] = after[after["task"] == settings.arm_tasks[1]]
+            frames.append(_change(results, name))
+        frames += [
+            summarise(each.assign(arm=name, measure=measure), ["arm", "measure"]) for measure, each in rows.items()
+        ]
+    columns = ["arm", "measure", "value", "low", "high", "n", "of", "seeds"]
+    return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
+
+
+def _change(results: Results, name: str) -> pd.DataFrame:
+    settings, tasks = results.settings, results.settings.arm_tasks[:1]
+
+    def before(seed: int) -> list[RunSpec]:
+        return [arm_spec(settings, name, tasks[0], seed)]
+
+    pairs = run_pairs(results, lambda seed: [second_task(settings, name, seed)], before)
+    about = {"arm": name, "measure": CHANGE, "seeds": len(pairs)}
+    return pd.DataFrame([about | as_columns(difference(pairs, tasks), unit_of(pairs, tasks))] if pairs else [])

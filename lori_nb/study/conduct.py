@@ -25,7 +25,8 @@ from lori_nb.study.notebook import figures_folder, slug
 from lori_nb.study.parameters import read_parameters
 from lori_nb.study.plans import PLANS
 from lori_nb.study.pool import train_all
-from lori_nb.study.profiles import NOTEBOOKS, Settings, as_parameters
+from lori_nb.study.profiles import NOTEBOOKS, as_parameters
+from lori_nb.study.settings import Settings
 from lori_nb.study.summary import readable, summarise
 
 AT_ONCE = 2  # notebooks executed at the same time; they only read and draw

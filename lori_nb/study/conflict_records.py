@@ -22,7 +22,7 @@ from lori_nb.lab.specs import Spec
 from lori_nb.lab.telemetry import HALVES
 from lori_nb.study.conflict import with_places
 from lori_nb.study.joint_arms import joint_arm_spec
-from lori_nb.study.profiles import Settings
+from lori_nb.study.settings import Settings
 
 CELL = ["step", "layer", "factor", "pairs"]
 COLUMNS = ["run", *CELL, "value", "rate", "n"]

@@ -6,7 +6,7 @@ Like those of :mod:`lori_nb.study.figures`: each function takes ``Axes`` and a t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -14,13 +14,15 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from lori_nb.analysis.statistics import interval_text
-from lori_nb.study.figures import metric_label, points
-from lori_nb.study.style import BLACK, GREY, look_of, looks_of, title_of
+from lori_nb.study.arms import get_arm
+from lori_nb.study.figures import MEASURE_LABELS, metric_label, points
+from lori_nb.study.style import BLACK, GREY, look_of, looks_of, null_of, title_of
 from lori_nb.study.summary import n_text
 
 POINTS = 100  # a score of 1 is a hundred points
 ROW_INCHES = 0.235
 COLUMN_POINTS = (6, 86)  # of the numbers and the verdicts, right of the axes
+NULL_LOOK = {"color": GREY, "marker": "x"}
 COST_LABELS = {
     "trainable_parameters": "trainable parameters (log)",
     "training_pflops": "PFLOPs of training, with calibration (log)",
@@ -98,6 +100,37 @@ def _forest_legend(ax: Axes, compared: pd.DataFrame) -> None:
         over = "seeds and rows" if compared["seeds"].max() > 1 else "rows"
         label = f"mean, 95 % interval over {over}"
         ax.plot([], [], "-s", color=BLACK, markerfacecolor=GREY, linewidth=1.3, label=label)
+
+
+def overlap_by_choice(axes: Sequence[Axes], table: pd.DataFrame) -> None:
+    """How far two tasks' adapters overlap by draw of A and structure of masks: a panel a measure, a row an arm.
+
+    Args:
+        axes: one for each of :data:`~lori_nb.study.figures.MEASURE_LABELS`.
+        table: of ``geometry.overlap_summary`` over ``geometry.choice_sets``, with the nulls of the arms.
+    """
+    arms = [name for name in dict.fromkeys(table["method"]) if null_of(name) in set(table["method"])]
+    for ax, (measure, label) in zip(axes, MEASURE_LABELS.items(), strict=True):
+        rows = table[table["measure"] == measure].set_index("method")
+        for place, arm in enumerate(arms):
+            for name, look, aside in ((arm, look_of(get_arm(arm).method), -0.14), (null_of(arm), NULL_LOOK, 0.14)):
+                if name in rows.index:
+                    _bar(ax, place + aside, rows.loc[name], look)
+        ax.set_yticks(range(len(arms)), [get_arm(arm).title for arm in arms])
+        ax.set_ylim(len(arms) - 0.5, -0.5)
+        ax.set_xlim(left=0)
+        ax.set_xlabel(label)
+        ax.grid(axis="y", visible=False)
+        if ax is not axes[0]:
+            ax.tick_params(axis="y", labelleft=False)
+    axes[0].plot([], [], "s", color=GREY, markeredgecolor=BLACK, label="adapters of two tasks")
+    axes[0].plot([], [], NULL_LOOK["marker"], color=NULL_LOOK["color"], label="null: random adapters, same draw of A")
+
+
+def _bar(ax: Axes, place: float, row: pd.Series, look: Mapping[str, object]) -> None:
+    if not np.isnan(row["low"]):
+        ax.plot([row["low"], row["high"]], [place, place], color=look["color"], linewidth=1.3)
+    ax.plot(row["value"], place, look["marker"], color=look["color"], markersize=5)
 
 
 def rate_curves(ax: Axes, grid: pd.DataFrame, paper: Mapping[str, float] | None = None) -> Axes:

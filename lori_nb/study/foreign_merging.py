@@ -23,7 +23,7 @@ from lori_nb.lab.laboratory import check_fit, score_factors
 from lori_nb.lab.models import BaseModelError, base_kind
 from lori_nb.lab.paths import data_folder
 from lori_nb.method.adapters import Factors
-from lori_nb.study.profiles import Settings
+from lori_nb.study.settings import Settings
 
 METHOD = "adapters"  # what tables call them
 COLUMNS = ["merge", "weight", "modules", "rank", "apart", "reloads", "folder", "note"]

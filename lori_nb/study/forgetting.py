@@ -18,7 +18,6 @@ from lori_nb.lab.runs import Run
 from lori_nb.lab.specs import Spec
 from lori_nb.lab.tasks import get_task
 from lori_nb.study.notebook import Results
-from lori_nb.study.profiles import Settings
 from lori_nb.study.questions import unit_of
 from lori_nb.study.sequences import (
     JOINT,
@@ -34,6 +33,7 @@ from lori_nb.study.sequences import (
     stages,
     steps_after,
 )
+from lori_nb.study.settings import Settings
 from lori_nb.study.style import title_of
 from lori_nb.study.summary import Pair, as_columns, difference, group_word, row_groups, seeds_interval, summarise
 

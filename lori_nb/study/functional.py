@@ -17,8 +17,8 @@ from lori_nb.lab.text import encode_rows
 from lori_nb.method.adapters import Factors
 from lori_nb.study.geometry import adapter_sets
 from lori_nb.study.notebook import Results
-from lori_nb.study.profiles import Settings
 from lori_nb.study.sequences import JOINT, MERGED, orders_of, stage_runs
+from lori_nb.study.settings import Settings
 from lori_nb.study.style import null_of, title_of
 from lori_nb.study.summary import as_columns, seeds_interval
 

@@ -25,8 +25,9 @@ from lori_nb.lab.specs import RunSpec
 from lori_nb.method.adapters import Adapter, Factors, layer_number
 from lori_nb.method.masks import kept, kept_in_all
 from lori_nb.method.subspaces import down_projection
-from lori_nb.study.arms import arm_spec, arms_of, get_arm
+from lori_nb.study.arms import arm_spec
 from lori_nb.study.cells import single
+from lori_nb.study.choices import choice_arms
 from lori_nb.study.notebook import Results
 from lori_nb.study.plans import sparsity_specs
 from lori_nb.study.style import null_of, seeds_of, title_of
@@ -118,14 +119,17 @@ def adapter_sets(results: Results, seed: int) -> dict[str, dict[str, dict[str, F
     if settings.adapters:
         given = {name: folder.factors for name, folder in read_folders(settings.adapters).items()}
         return {"adapters": given, null_of("adapters"): null_set(given, torch.Generator().manual_seed(seed))}
-    sets: dict[str, dict[str, dict[str, Factors]]] = {}
-    nulls: dict[str, dict[str, dict[str, Factors]]] = {}
-    for method in settings.method:
-        found = single_adapters(results, method, seed)
-        if len(found) > 1:
-            sets[method] = {task: adapter.factors for task, adapter in found.items()}
-            A = {task: drawn_A(adapter) for task, adapter in found.items()}
-            nulls[null_of(method)] = null_set(sets[method], torch.Generator().manual_seed(seed), A)
+    return _beside_nulls({method: single_adapters(results, method, seed) for method in settings.method}, seed)
+
+
+def _beside_nulls(found: Mapping[str, Mapping[str, Adapter]], seed: int) -> dict[str, dict[str, dict[str, Factors]]]:
+    """Name → task → factors where there are several tasks, and then their nulls."""
+    several = {name: adapters for name, adapters in found.items() if len(adapters) > 1}
+    sets = {name: {task: each.factors for task, each in adapters.items()} for name, adapters in several.items()}
+    nulls = {}
+    for name, adapters in several.items():
+        A = {task: drawn_A(adapter) for task, adapter in adapters.items()}
+        nulls[null_of(name)] = null_set(sets[name], torch.Generator().manual_seed(seed), A)
     return sets | nulls
 
 
@@ -157,26 +161,27 @@ def seed_summary(results: Results) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["method", "measure", "value", "low", "high", "n", "of", "seeds"])
 
 
-def policy_sets(results: Results, seed: int) -> dict[str, dict[str, dict[str, Factors]]]:
-    """Arm → task → factors of one seed: the methods, and those whose A is drawn by another policy.
+def choice_sets(results: Results, seed: int) -> dict[str, dict[str, dict[str, Factors]]]:
+    """Arm → task → factors of one seed, for the methods and the arms of :func:`~lori_nb.study.choices.choice_arms`, and
+    :func:`null_of` each.
 
     On ``arm_tasks``, or on all tasks where that is but one, which overlaps with nothing.
     """
     settings = results.settings
     tasks = settings.arm_tasks if len(settings.arm_tasks) > 1 else settings.tasks
-    sets: dict[str, dict[str, dict[str, Factors]]] = {}
-    for arm, task in itertools.product((*settings.method, *arms_of(settings, "subspace")), tasks):
+    found: dict[str, dict[str, Adapter]] = {}
+    for arm, task in itertools.product(choice_arms(settings), tasks):
         run = results.run(arm_spec(settings, arm, task, seed))
         if run is not None:
-            sets.setdefault(get_arm(arm).title, {})[task] = run.adapter.factors
-    return {title: adapters for title, adapters in sets.items() if len(adapters) > 1}
+            found.setdefault(arm, {})[task] = run.adapter
+    return _beside_nulls(found, seed)
 
 
 def overlaps(results: Results, sets_of: Callable[[Results, int], dict] = adapter_sets) -> pd.DataFrame:
     """Overlap of every pair of tasks' adapters, module by module.
 
     Args:
-        sets_of: :func:`adapter_sets` or :func:`policy_sets`.
+        sets_of: :func:`adapter_sets` or :func:`choice_sets`.
 
     Columns method (or the null of one), seed, adapter_a and adapter_b (tasks), module, measure (a name of
     ``MEASURES``), value.

@@ -16,7 +16,7 @@ from lori_nb.study.execute import folder_variables
 from lori_nb.study.parameters import check_parameters, parse_value, read_parameters
 
 if TYPE_CHECKING:
-    from lori_nb.study.profiles import Settings
+    from lori_nb.study.settings import Settings
 
 LONGEST_SLUG = 100  # characters of a file name, well below what file systems allow
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
@@ -113,7 +113,8 @@ def _point(notebook: Path, values: Mapping[str, Any], profile: str) -> Point:
 
 def settings_at(values: Mapping[str, Any]) -> Settings:
     """The settings of a point; values that are no settings are the notebook's own affair."""
-    from lori_nb.study.profiles import Settings, load_settings
+    from lori_nb.study.profiles import load_settings
+    from lori_nb.study.settings import Settings
 
     known = {f.name for f in fields(Settings)}
     return load_settings(**{name: value for name, value in values.items() if name in known})

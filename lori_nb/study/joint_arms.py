@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from lori_nb.lab.specs import RunSpec
 from lori_nb.method.solvers import SOLVERS
 from lori_nb.study.cells import joint, rate_of, single
-from lori_nb.study.profiles import Settings
+from lori_nb.study.settings import Settings
 
 SINGLE, JOINT, ORTHO = "single", "joint", "ortho-lora"
 

@@ -23,9 +23,10 @@ from lori_nb.study.joint_arms import JOINT, ORTHO, joint_arm_spec
 from lori_nb.study.notebook import Results, slug
 from lori_nb.study.plans import PLANS, method_specs
 from lori_nb.study.pool import train_all
-from lori_nb.study.profiles import Settings, load_settings
+from lori_nb.study.profiles import load_settings
+from lori_nb.study.settings import Settings
 
-BATCH = 12  # runs between two additions to the ledger
+BATCH = 24  # runs between two additions to the ledger
 
 
 def measure(settings: Settings, notebooks: Sequence[str], jobs: int = 2, store: Store | None = None) -> list[Path]:

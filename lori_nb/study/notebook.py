@@ -32,7 +32,8 @@ from lori_nb.lab.training import quiet
 from lori_nb.study import style
 from lori_nb.study.lifeline import start_lifeline
 from lori_nb.study.plans import PLANS
-from lori_nb.study.profiles import Settings, load_settings
+from lori_nb.study.profiles import load_settings
+from lori_nb.study.settings import Settings
 from lori_nb.study.stored import BATCH, record
 from lori_nb.study.summary import seeds_text, with_intervals
 

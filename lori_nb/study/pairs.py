@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from lori_nb.lab.specs import MergeSpec, RunSpec, Spec
 from lori_nb.study.cells import base_runs, joint, single
-from lori_nb.study.profiles import Settings
+from lori_nb.study.settings import Settings
 
 MERGE = "cat"  # exact: what interferes is the adapters, not the way to merge them
 JOINT_ROWS = 2  # rows a task and step of the joint run

@@ -11,10 +11,12 @@ from dataclasses import replace
 from lori_nb.lab.specs import MergeSpec, RunSpec, Spec
 from lori_nb.study.arms import arm_spec, arms_of
 from lori_nb.study.cells import base_runs, single
+from lori_nb.study.choices import choice_specs
 from lori_nb.study.joint_arms import planned_arrangements
 from lori_nb.study.pairs import pair_plan
-from lori_nb.study.profiles import NOTEBOOKS, Settings
+from lori_nb.study.profiles import NOTEBOOKS
 from lori_nb.study.sequences import sequence_specs
+from lori_nb.study.settings import Settings
 
 
 def plan_lori(settings: Settings) -> list[Spec]:
@@ -49,12 +51,13 @@ def plan_ortho_lora(settings: Settings) -> list[Spec]:
 
 
 def plan_interference(settings: Settings) -> list[Spec]:
-    """The single-task adapters whose subspaces are compared, and those whose A is drawn by another policy; none where
-    adapters from elsewhere are given.
+    """The single-task adapters whose subspaces are compared, those whose A is drawn by another policy, and what these
+    and structured masks buy in merges and after a second task; none where adapters from elsewhere are given.
     """
     if settings.adapters:
         return []
-    return [*method_specs(settings), *beside(settings, "subspace", ("lora", *settings.method))]
+    drawn = beside(settings, "subspace", ("lora", *settings.method))
+    return [*method_specs(settings), *drawn, *choice_specs(settings)]
 
 
 def method_specs(settings: Settings) -> list[RunSpec]:

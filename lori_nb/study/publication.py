@@ -19,7 +19,8 @@ from lori_nb.lab.paths import PROJECT, data_folder, write_atomically
 from lori_nb.lab.runs import Run, Store
 from lori_nb.study import claims, comparison, questions
 from lori_nb.study.notebook import Results, collect, figures_folder, slug
-from lori_nb.study.profiles import NOTEBOOKS, Settings
+from lori_nb.study.profiles import NOTEBOOKS
+from lori_nb.study.settings import Settings
 from lori_nb.study.stored import publish as copy_outputs
 from lori_nb.study.summary import text_of
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 
+from lori_nb.analysis.equivalence import ALPHA
 from lori_nb.analysis.statistics import interval_text
 from lori_nb.lab.paths import PROJECT, write_atomically
 from lori_nb.study import (
@@ -22,6 +23,7 @@ from lori_nb.study import (
     figures_joint,
     figures_lori,
     questions,
+    reference_overlap,
     reference_sequences,
     sharing,
     style,
@@ -29,13 +31,14 @@ from lori_nb.study import (
 from lori_nb.study.arms import arms_of
 from lori_nb.study.joint_arms import JOINT, get_joint_arm
 from lori_nb.study.measuring import command_of, results_of
-from lori_nb.study.notebook import Results, slug
-from lori_nb.study.profiles import Settings
+from lori_nb.study.notebook import Results, collect, slug
+from lori_nb.study.settings import Settings
 
 FORESTS = {  # name → question of the arms, the notebook whose plan holds them, and the methods that stand with them
     "baselines": ("baseline", "01_lori", ()),
     "masks": ("mask", "02_masks", ("lori-s",)),
 }
+OVERLAPS = "04_interference"
 
 
 def write_reference(settings: Settings, notebooks: Sequence[str], root: Path = PROJECT) -> list[Path]:
@@ -47,12 +50,16 @@ def write_reference(settings: Settings, notebooks: Sequence[str], root: Path = P
     folder.mkdir(parents=True, exist_ok=True)
     found = {name: results_of(name, settings) for name in notebooks}
     tables = _tables(found)
+    here = collect(OVERLAPS, settings, train=False) if OVERLAPS in notebooks else None  # overlaps need the adapters
+    if here is not None:
+        tables |= reference_overlap.tables(here)
     tables["runs"] = _with_others(tables["runs"], folder / "runs.csv")
     for name, table in tables.items():
         write_atomically(folder / f"{name}.csv", table.to_csv(index=False, float_format="%.10g"))
-    drawn = [
-        path for name, (result, draw) in _figures(found, tables).items() for path in _save(result, draw, folder, name)
-    ]
+    figures_of = _figures(found, tables)
+    if here is not None:
+        figures_of |= {name: (here, draw) for name, draw in reference_overlap.drawn(here, tables).items()}
+    drawn = [path for name, (result, draw) in figures_of.items() for path in _save(result, draw, folder, name)]
     readme = root / "README.md"
     write_section(readme, folder, command_of(settings, tuple(tables["runs"]["notebook"])))
     return [*(folder / f"{name}.csv" for name in tables), *drawn, readme]
@@ -72,6 +79,9 @@ def _tables(found: dict[str, Results]) -> dict[str, pd.DataFrame]:
     if (lori := found.get("01_lori")) and lori.runs:
         tables |= {"scores": questions.method_scores(lori), "methods": comparison.compared(lori)}
         tables["costs"] = comparison.costs(lori)
+        if arms := arms_of(lori.settings, "baseline"):
+            names = [*lori.settings.method, *arms]
+            tables["baseline_costs"] = comparison.costs(lori, names, lori.settings.arm_tasks)
     for name, (question, notebook, methods) in FORESTS.items():
         results = found.get(notebook)
         if results and (arms := [*methods, *arms_of(results.settings, question)]):
@@ -82,6 +92,8 @@ def _tables(found: dict[str, Results]) -> dict[str, pd.DataFrame]:
         tables |= {"arrangements": sharing.arrangement_scores(shared), "recovery": sharing.gap_recovery(shared)}
         tables["arrangement_costs"] = sharing.arrangement_costs(shared)
         tables["conflicts"] = conflict.map_of(conflict_records.kept_of(shared.settings, JOINT))
+    if drawn := found.get(OVERLAPS):
+        tables["choices"] = comparison.bought(drawn)
     if sequences := found.get("06_forgetting"):
         tables |= reference_sequences.tables(sequences)
     return {name: table for name, table in tables.items() if len(table)}
@@ -166,8 +178,20 @@ def section(folder: Path, command: str) -> str:
     ]
     compared = [folder / f"{name}.csv" for name in ("methods", *FORESTS) if (folder / f"{name}.csv").exists()]
     if compared:
-        parts.append("Points against tuned LoRA, paired over seeds and rows:")
-        parts += [_comparison(pd.read_csv(path)) for path in compared]
+        tables = [pd.read_csv(path) for path in compared]
+        if (folder / "methods.png").exists():
+            parts.append(f"![Points against tuned LoRA](figures/reference/{folder.name}/methods.png)")
+        parts.append(
+            "Points against tuned LoRA with 95 % intervals for other seeds on other rows. Verdicts are against a "
+            f"margin of ± {100 * tables[0]['margin'].iloc[0]:g} points: equivalent where two one-sided tests place the "
+            "difference inside it; * where it differs from 0 as well (p < 0.05). Detectable: the least difference in "
+            "the mean over tasks that the design would find in four of five studies."
+        )
+        parts += [_comparison(table) for table in tables]
+    if (folder / "baseline_costs.csv").exists():
+        parts.append("What training a run costs on the tasks of the baselines, and the mean score it reaches there:")
+        parts.append(_costs(pd.read_csv(folder / "baseline_costs.csv")))
+    parts += [overlaps] if (overlaps := reference_overlap.text(folder)) else []
     if (folder / "recovery.csv").exists():
         parts.append(
             "Share of what joint training loses against an adapter a task that each way wins back, with Fieller's "
@@ -182,12 +206,23 @@ def section(folder: Path, command: str) -> str:
 
 
 def _comparison(table: pd.DataFrame) -> str:
-    lines = ["| arm | " + " | ".join(dict.fromkeys(table["task"])) + " |"]
-    lines.append("|---" * (1 + table["task"].nunique()) + "|")
+    tasks = list(dict.fromkeys(table["task"]))
+    lines = [f"| arm | {' | '.join(tasks)} | detectable | n |", "|---" * (3 + len(tasks)) + "|"]
     for _, part in table.groupby("arm", sort=False):
         by_task = part.set_index("task")
-        cells = [_cell(by_task.loc[task]) if task in by_task.index else "–" for task in dict.fromkeys(table["task"])]
-        lines.append(f"| {part['title'].iloc[0]} | " + " | ".join(cells) + " |")
+        cells = [_cell(by_task.loc[task]) if task in by_task.index else "–" for task in tasks]
+        whole = by_task.iloc[-1]  # the mean over tasks stands last
+        detectable = "–" if pd.isna(whole["detectable"]) else f"{100 * whole['detectable']:.1f}"
+        lines.append(f"| {whole['title']} | {' | '.join(cells)} | {detectable} | {int(whole['n'])} {whole['of']} |")
+    return "\n".join(lines)
+
+
+def _costs(table: pd.DataFrame) -> str:
+    lines = ["| arm | mean score | trainable parameters | PFLOPs | of these calibration | n |", "|---" * 6 + "|"]
+    for row in table.itertuples():
+        score = interval_text(row.value, row.low, row.high, 3)
+        operations = f"{row.training_pflops:.4f} | {row.calibration_pflops:.4f}"
+        lines.append(f"| {row.title} | {score} | {row.trainable_parameters:,} | {operations} | {int(row.n)} {row.of} |")
     return "\n".join(lines)
 
 
@@ -212,8 +247,10 @@ def _share(row: pd.Series) -> str:
 
 def _cell(row: pd.Series) -> str:
     value = interval_text(*(100 * row[name] for name in ("value", "low", "high")), 1, signed=True)
-    word = f", {row['verdict']}" if row["seeds"] > 1 else ", one seed"
-    return f"{value} (n = {int(row['n'])} {row['of']}{word})"
+    if row["seeds"] == 1:
+        return f"{value}, one seed"
+    mark = "*" if row["verdict"] == "equivalent" and row["p_difference"] < ALPHA else ""
+    return f"{value}, {row['verdict']}{mark}"
 
 
 def write_section(path: Path, folder: Path, command: str) -> None:

@@ -20,7 +20,7 @@ from lori_nb.method.adapters import target_linears
 from lori_nb.method.masks import capacity, group_of
 from lori_nb.study.cells import base_runs, joint, rate_of, single
 from lori_nb.study.pairs import pair_settings
-from lori_nb.study.profiles import Settings
+from lori_nb.study.settings import Settings
 
 ORDERS = ("given", "balanced", "all")
 MERGED, JOINT, DISJOINT = "merged", "joint", "lori-s-disjoint"

@@ -15,8 +15,8 @@ from lori_nb.study.comparison import OVER_TASKS, PETA
 from lori_nb.study.cost import trainable_parameters
 from lori_nb.study.joint_arms import JOINT, SINGLE, arrangement_specs, get_joint_arm
 from lori_nb.study.notebook import Results
-from lori_nb.study.profiles import Settings
 from lori_nb.study.questions import run_pairs, unit_of
+from lori_nb.study.settings import Settings
 from lori_nb.study.style import title_of
 from lori_nb.study.summary import Pair, as_columns, difference, seed_differences, summarise
 

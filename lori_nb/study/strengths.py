@@ -17,8 +17,8 @@ from lori_nb.lab.paths import write_atomically
 from lori_nb.lab.runs import Store, unmeasured
 from lori_nb.lab.specs import RunSpec
 from lori_nb.study.pool import train_all
-from lori_nb.study.profiles import Settings
 from lori_nb.study.sequences import get_way, stage_runs
+from lori_nb.study.settings import Settings
 from lori_nb.study.tuning import RATES, ROUNDS, TUNE_ROWS
 
 COLUMNS = ["way", "number", "setting", "task", "seed", "metric", "value", "n", "chosen", "run"]

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from lori_nb.lab.methods import METHODS
 from lori_nb.lab.paths import write_atomically
+from lori_nb.study.arms import ARMS
 from lori_nb.study.joint_arms import JOINT_ARMS
 from lori_nb.study.sequences import WAYS
 
@@ -126,7 +127,7 @@ def title_of(name: str) -> str:
     for beside in (_NULL, _SEEDS):
         if name.startswith(beside):
             return beside + title_of(name.removeprefix(beside))
-    known = _TITLES | {each.name: each.title for each in (*WAYS.values(), *JOINT_ARMS.values())}
+    known = _TITLES | {each.name: each.title for each in (*WAYS.values(), *JOINT_ARMS.values(), *ARMS.values())}
     return METHODS[name].title if name in METHODS else known.get(name, name)
 
 

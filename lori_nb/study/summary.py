@@ -205,6 +205,14 @@ def readable(summary: pd.DataFrame, rows: str | Sequence[str], columns: str, dig
     return wide[order].rename(columns=titles).rename_axis(columns=None)
 
 
+def markdown(table: pd.DataFrame) -> str:
+    """A table of text as Markdown, its index as the first column."""
+    first = str(table.index.name or "")
+    rows = [[str(name), *map(str, values)] for name, values in zip(table.index, table.to_numpy(), strict=True)]
+    lines = [[first, *map(str, table.columns)], ["---"] * (1 + table.shape[1]), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def shown(table: pd.DataFrame, **formats: str) -> pd.DataFrame:
     """A table as text: named columns in their formats (",", ".1%"), or all to two digits; "–" for NaN."""
     columns = formats or dict.fromkeys(table.columns, ".2f")

@@ -22,7 +22,8 @@ from lori_nb.study.cells import joint, like_of, single
 from lori_nb.study.joint_arms import JOINT_ARMS, joint_arm_spec
 from lori_nb.study.notebook import slug
 from lori_nb.study.pool import train_all
-from lori_nb.study.profiles import Settings, load_settings
+from lori_nb.study.profiles import load_settings
+from lori_nb.study.settings import Settings
 
 FACTOR = 2.0
 TUNE_ROWS = 128

@@ -1,0 +1,80 @@
+"""What a long measurement leaves of overlaps, and of what the draw of A and the structure of masks buy.
+
+Overlaps need the adapters, which the ledger does not keep: they are computed where the runs are in the store, and stay
+as they were written elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from lori_nb.study import figures, figures_lori, geometry
+from lori_nb.study.notebook import Results
+from lori_nb.study.plans import method_specs
+from lori_nb.study.style import title_of
+from lori_nb.study.summary import markdown, readable
+
+MEASURES = tuple(figures.MEASURE_LABELS)
+BOUNDS = ["value", "low", "high"]
+
+
+def tables(results: Results) -> dict[str, pd.DataFrame]:
+    """Overlaps of the store's adapters; none before every method's adapters of all tasks and seeds are there."""
+    if any(results.run(spec) is None for spec in method_specs(results.settings)):
+        return {}
+    means = pd.concat([geometry.overlap_summary(geometry.overlaps(results)), geometry.seed_summary(results)])
+    choices = geometry.overlap_summary(geometry.overlaps(results, geometry.choice_sets))
+    return {"overlap": means, "overlap_choices": choices, "angles": geometry.angle_spectra(results)}
+
+
+def drawn(results: Results, found: dict[str, pd.DataFrame]) -> dict[str, Callable]:
+    """Name → what draws it, of the tables that there are."""
+    makers: dict[str, Callable] = {}
+    if "overlap" in found:
+        overlaps = geometry.overlaps(results)
+        makers = {f"overlap_{measure}": lambda measure=measure: _heat_maps(overlaps, measure) for measure in MEASURES}
+        makers["angles"] = lambda: _angles(found["angles"])
+        makers["overlap_choices"] = lambda: _choices(found["overlap_choices"])
+    return makers
+
+
+def _heat_maps(overlaps: pd.DataFrame, measure: str):
+    names = list(dict.fromkeys(overlaps["method"]))
+    matrices = {title_of(name): 100 * geometry.overlap_matrix(overlaps, name, measure) for name in names}
+    figure, axes = figures.panels(len(names), columns=len(names) // 2, height=2.1)
+    figures.heat_maps(axes, matrices, f"{figures.MEASURE_LABELS[measure]} (%)", ".1f")
+    return figure
+
+
+def _angles(angles: pd.DataFrame):
+    figure, axes = figures.panels(len(geometry.SIDES))
+    for ax, (side, title) in zip(axes, geometry.SIDES.items(), strict=True):
+        figures.spectra(ax, angles[angles["side"] == side]).set_title(title)
+    figures.shared_legend(figure)
+    return figure
+
+
+def _choices(table: pd.DataFrame):
+    figure, axes = figures.panels(len(MEASURES), height=0.9 + 0.16 * table["method"].nunique())
+    figures_lori.overlap_by_choice(axes, table)
+    figures.shared_legend(figure)
+    return figure
+
+
+def text(folder: Path) -> str:
+    """README's part, as Markdown, of the tables in ``folder``; empty where there are none."""
+    parts = []
+    if (folder / "overlap.csv").exists():
+        means = pd.read_csv(folder / "overlap.csv")
+        means[BOUNDS] *= 100
+        table = readable(means.replace({"measure": figures.MEASURE_LABELS}), "method", "measure")
+        parts += ["Overlap of two tasks' adapters in percent, mean over modules and pairs of tasks:", markdown(table)]
+    if (folder / "choices.csv").exists():
+        parts += [
+            "What the draw of A and the structure of masks buy, on the tasks of the arms; the merge is the plain sum:",
+            markdown(readable(pd.read_csv(folder / "choices.csv"), "arm", "measure", 3)),
+        ]
+    return "\n\n".join(parts)
