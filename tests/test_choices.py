@@ -37,8 +37,9 @@ def test_merges_and_second_tasks_are_planned_where_there_is_a_choice(settings):
     assert set(specs) <= set(PLANS["04_interference"](settings))
     merged = [spec for spec in specs if spec.kind == "merge"]
     assert len(merged) == len(settings.method) + len(ARMS)
-    later = [spec for spec in specs if spec.kind == "run"]
+    later = [spec for spec in specs if spec.kind == "run" and spec.start is not None]
     assert len(later) == len(settings.method) + 1 and {spec.mask_structure for spec in later} == {"entries", "rows"}
+    assert {arm_spec(settings, "lori-s-rows", task, 0) for task in TASKS} <= set(specs)
     assert all(spec.start.tasks == TASKS[:1] and spec.tasks == TASKS[1:] for spec in later)
     for without in ({"arms": ("lori-s-random",)}, {"arm_tasks": TASKS[:1]}):
         assert choices.choice_specs(replace(settings, **without)) == []

@@ -30,13 +30,14 @@ def _structures(settings: Settings) -> list[str]:
 
 
 def choice_specs(settings: Settings) -> list[Spec]:
-    """Merges, and second tasks in the same adapter, for every seed of the arms; none without a choice or a second
-    task.
+    """Structured masks on each task, all merges, and second tasks in the same adapter, for every seed of the arms; none
+    without a choice or a second task.
     """
     if len(settings.arm_tasks) < 2 or not (arms_of(settings, "subspace") or _structures(settings)):
         return []
     specs: list[Spec] = []
     for seed in settings.arm_seed:
+        specs += [arm_spec(settings, arm, task, seed) for arm in _structures(settings) for task in settings.arm_tasks]
         specs += [merged_arm(settings, name, seed) for name in choice_arms(settings)]
         specs += [second_task(settings, name, seed) for name in continued_arms(settings)]
     return specs

@@ -15,7 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from lori_nb.study.style import GREY, WIDTH, look_of, title_of
+from lori_nb.analysis.statistics import interval_text
+from lori_nb.study.style import GREY, WIDTH, is_null, look_of, title_of
 from lori_nb.study.summary import SHARES, n_text
 
 METRIC_LABELS = {
@@ -33,6 +34,7 @@ MEASURE_LABELS = {
     "row_overlap": "overlap of A's row spaces",
     "column_overlap": "overlap of B's column spaces",
 }
+MEASURE_FORMS = {"cosine": ".2f", "row_overlap": ".1f", "column_overlap": ".1f"}  # of percents in heat maps
 
 
 def panels(count: int, columns: int | None = None, height: float = 2.5) -> tuple[Figure, list[Axes]]:
@@ -197,7 +199,7 @@ def heat_map(ax: Axes, matrix: pd.DataFrame, limits: tuple[float, float], form: 
             r, g, b, _ = image.cmap(image.norm(value))
             ink = "black" if 0.299 * r + 0.587 * g + 0.114 * b > 0.5 else "white"  # by the luminance of the cell
             ax.text(j, i, format(value, form), ha="center", va="center", color=ink, fontsize=8)
-    ax.set_xticks(range(matrix.shape[1]), matrix.columns, rotation=30, ha="right", rotation_mode="anchor")
+    ax.set_xticks(range(matrix.shape[1]), matrix.columns, rotation=45, ha="right", rotation_mode="anchor")
     ax.set_yticks(range(matrix.shape[0]), matrix.index)
     ax.set(xlabel=matrix.columns.name or "", ylabel=matrix.index.name or "")
     ax.grid(visible=False)
@@ -238,17 +240,14 @@ def loss_curves(ax: Axes, losses: pd.DataFrame) -> Axes:
 
 
 def spectra(ax: Axes, table: pd.DataFrame) -> Axes:
-    """Sorted principal angles, median and quartiles, a line a method and the null."""
+    """Sorted principal angles: median and quartiles of every method, the median of every null as a thin line."""
     for method, part in table.groupby("method", sort=False):
         look = look_of(method)
-        ax.plot(
-            part["index"],
-            part["degrees"],
-            label=title_of(method),
-            markevery=2,
-            **look,
-        )
-        ax.fill_between(part["index"], part["low"], part["high"], color=look["color"], alpha=0.12, linewidth=0)
+        if is_null(method):
+            look |= {"marker": "", "linewidth": 1}
+        else:
+            ax.fill_between(part["index"], part["low"], part["high"], color=look["color"], alpha=0.15, linewidth=0)
+        ax.plot(part["index"], part["degrees"], label=title_of(method), markevery=2, **look)
     ax.set(xlabel="principal angle, smallest first", ylabel="angle between tasks (degrees)")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))  # they are counted
     ax.set_yticks(range(0, 91, 15))
@@ -268,6 +267,10 @@ def verdicts(ax: Axes, judged: pd.DataFrame) -> Axes:
         ax.plot(part["value"], part.index, label=kind, **look_of(kind))
     for place, least in shown.loc[shown["least"] != 0, "least"].items():
         ax.plot([least] * 2, [place - 0.3, place + 0.3], color=GREY, linestyle="--", linewidth=1)
+    for place, row in shown.iterrows():
+        where = {"xy": (1, place), "xycoords": ax.get_yaxis_transform(), "textcoords": "offset points"}
+        text = interval_text(row["value"], row["low"], row["high"], 3, signed=True)
+        ax.annotate(text, xytext=(6, 0), va="center", fontsize=8, annotation_clip=False, **where)
     ax.set_yticks(list(shown.index), shown["measured as"])
     ax.set(xlabel="difference of scores, rates or cosines", ylim=(-0.6, len(shown) - 0.4))
     ax.grid(axis="y", visible=False)

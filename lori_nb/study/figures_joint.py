@@ -16,6 +16,7 @@ from lori_nb.study.figures import grouped_points
 from lori_nb.study.style import GREY, look_of, looks_of, title_of
 
 HATCH = "////"
+MISSING = "#DDDDDD"
 RECOVERY_LIMITS = (-3.0, 4.0)  # what is further out stands as a number at the edge
 
 
@@ -67,7 +68,7 @@ def conflict_map(axes: Sequence[Axes], table: pd.DataFrame) -> None:
             _not_measured(ax)
         return
     reach = max(float(table[BETWEEN].abs().max()), 1e-3)
-    norm = TwoSlopeNorm(0.0, -reach, reach)
+    norm, missing = TwoSlopeNorm(0.0, -reach, reach), False
     for ax, factor in zip(axes, "AB", strict=True):
         part = table[table["factor"] == factor]
         ax.set_title(f"gradients of {factor}")
@@ -80,17 +81,18 @@ def conflict_map(axes: Sequence[Axes], table: pd.DataFrame) -> None:
         for i, j in np.argwhere(inside.fillna(False).to_numpy(bool)):
             place, size = (steps[j], layers[i]), (steps[j + 1] - steps[j], layers[i + 1] - layers[i])
             ax.add_patch(Rectangle(place, *size, fill=False, hatch=HATCH, edgecolor=GREY, linewidth=0))
+        ax.set_facecolor(MISSING)
+        missing |= bool(np.isnan(cells.to_numpy(float)).any()) or cells.shape[1] < table["step"].nunique()
         ax.set(xlabel="step", ylabel="layer", xlim=_edges(table["step"].drop_duplicates().sort_values())[[0, -1]])
         ax.grid(False)
     axes[-1].figure.colorbar(image, ax=list(axes), label="cosine between tasks' half batches", shrink=0.9)
     several = bool((table["n"] > 1).all())
     label = "inside the null: not below 0 beyond noise" if several else "one seed: not tested against the null"
     hatch = HATCH if several else None
-    axes[0].figure.legend(
-        handles=[Patch(facecolor="none", edgecolor=GREY, hatch=hatch, label=label, linewidth=1.0 if several else 0)],
-        loc="outside lower center",
-        frameon=False,
-    )
+    handles = [Patch(facecolor="none", edgecolor=GREY, hatch=hatch, label=label, linewidth=1.0 if several else 0)]
+    if missing:
+        handles.append(Patch(facecolor=MISSING, label="no gradient (of A, while B is zero)"))
+    axes[0].figure.legend(handles=handles, loc="outside lower center", frameon=False, ncols=2)
 
 
 def _edges(centres: pd.Index | pd.Series) -> np.ndarray:
@@ -123,6 +125,9 @@ def recovery(ax: Axes, table: pd.DataFrame) -> Axes:
         ax.plot(
             [], [], label=title_of(name), linestyle="none", color=looks[name]["color"], marker=looks[name]["marker"]
         )
+    if not table["shown"].all():
+        label = "hollow: the gap itself is not shown (or of one seed)"
+        ax.plot([], [], "o", color=GREY, markerfacecolor="none", label=label)
     for place in (0.0, 1.0):
         ax.axvline(place, color=GREY, linewidth=0.8)
     ax.set_yticks([-place for place in range(len(tasks))], tasks)

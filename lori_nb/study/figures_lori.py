@@ -23,8 +23,9 @@ POINTS = 100  # a score of 1 is a hundred points
 ROW_INCHES = 0.235
 COLUMN_POINTS = (6, 86)  # of the numbers and the verdicts, right of the axes
 NULL_LOOK = {"color": GREY, "marker": "x"}
+MILLION = 10**6
 COST_LABELS = {
-    "trainable_parameters": "trainable parameters (log)",
+    "trainable_parameters": "million trainable parameters (log)",
     "training_pflops": "PFLOPs of training, with calibration (log)",
 }
 
@@ -95,7 +96,8 @@ def _difference(ax: Axes, place: float, row, values: pd.Series) -> None:
 
 def _forest_legend(ax: Axes, compared: pd.DataFrame) -> None:
     """Handles that say what dots, markers and bars are; drawn by ``figures.shared_legend``."""
-    ax.plot([], [], "o", markersize=3.4, markerfacecolor="none", color=GREY, label="one seed")
+    if compared["seeds"].max() > 1:
+        ax.plot([], [], "o", markersize=3.4, markerfacecolor="none", color=GREY, label="one seed")
     if compared["low"].notna().any():
         over = "seeds and rows" if compared["seeds"].max() > 1 else "rows"
         label = f"mean, 95 % interval over {over}"
@@ -155,7 +157,8 @@ def rate_curves(ax: Axes, grid: pd.DataFrame, paper: Mapping[str, float] | None 
     ax.set_xscale("log")
     if paper:
         _mark_papers(ax, {arm: rate for arm, rate in paper.items() if arm in set(grid["arm"])})
-    ax.plot([], [], "o", markersize=3.4, markerfacecolor="none", color=GREY, label="one seed")
+    if grid["seed"].nunique() > 1:
+        ax.plot([], [], "o", markersize=3.4, markerfacecolor="none", color=GREY, label="one seed")
     ax.plot([], [], "o", markersize=10, markerfacecolor="none", color=BLACK, label="chosen")
     ax.set(xlabel="learning rate (log)", ylabel=metric_label({"mean of metrics"}))
     ax.set_title(_grid_title(grid))
@@ -178,12 +181,12 @@ def _mark_papers(ax: Axes, rates: Mapping[str, float]) -> None:
     """A mark of each method at the foot of the axis, one above another where rates are equal."""
     foot, seen = ax.get_xaxis_transform(), list(rates.values())
     for number, (arm, rate) in enumerate(rates.items()):
-        height = 0.035 + 0.07 * seen[:number].count(rate)
+        height = 0.07 * seen[:number].count(rate)
         look = look_of(arm) | {"linestyle": "none"}
         ax.plot(rate, height, transform=foot, markersize=5, markeredgecolor=BLACK, clip_on=False, zorder=5, **look)
     for rate in dict.fromkeys(seen):
         ax.axvline(rate, color=GREY, linewidth=0.9, linestyle=":", zorder=1)
-    ax.plot([], [], color=GREY, linewidth=0.9, linestyle=":", label="the paper's rate (8B models)")
+    ax.plot([], [], color=GREY, linewidth=0.9, linestyle=":", label="the LoRI paper's rates (8B models)")
 
 
 def _grid_title(grid: pd.DataFrame) -> str:
@@ -210,7 +213,8 @@ def score_against_cost(ax: Axes, costs: pd.DataFrame, cost: str) -> Axes:
     ax.set_xlim(costs[cost].min() / 2, costs[cost].max() * 2)
     near = costs[cost].max() < 20 * costs[cost].min()  # within a decade or so, powers of ten alone are too few ticks
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if near else (1,)))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:,g}"))
+    unit = MILLION if cost == "trainable_parameters" else 1
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value / unit:,g}"))
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set(xlabel=COST_LABELS[cost], ylabel=metric_label({"mean of metrics"}))
     ax.set_title(n_text(costs))

@@ -111,10 +111,12 @@ def rendered(folder: Path) -> str:
     note = "one seed: a demonstration" if seeds == 1 else f"{seeds} seeds"
     return "\n\n".join(
         [
-            f"Scores on held-out rows with 95 % intervals ({note}; made by `{command}`, tables with run hashes in "
+            f"Scores on the test rows with 95 % intervals ({note}; made by `{command}`, tables with run hashes in "
             f"`figures/reference/{folder.name}/`):",
             "\n".join(lines),
-            "The papers' claims, each as a difference on these tasks (a verdict needs the whole interval on one side):",
+            "The papers' claims, each as a difference on these tasks. A verdict needs the whole interval on one side "
+            "of 0, or of -0.05 where the claim is that something *matches*, and as many training rows on both sides"
+            + ("; with one seed it speaks of these runs alone, and another seed may turn it:" if seeds == 1 else ":"),
             "\n".join(claimed),
             f"Its {times['runs'].sum()} runs took {times['core_minutes'].sum():.0f} core-minutes (`times.csv` there), "
             "with two workers of one thread.",

@@ -45,7 +45,7 @@ def _heat_maps(overlaps: pd.DataFrame, measure: str):
     names = list(dict.fromkeys(overlaps["method"]))
     matrices = {title_of(name): 100 * geometry.overlap_matrix(overlaps, name, measure) for name in names}
     figure, axes = figures.panels(len(names), columns=len(names) // 2, height=2.1)
-    figures.heat_maps(axes, matrices, f"{figures.MEASURE_LABELS[measure]} (%)", ".1f")
+    figures.heat_maps(axes, matrices, f"{figures.MEASURE_LABELS[measure]} (%)", figures.MEASURE_FORMS[measure])
     return figure
 
 

@@ -10,6 +10,7 @@ from lori_nb.analysis.statistics import interval_text
 from lori_nb.study import figures, figures_sequences, forgetting
 from lori_nb.study.notebook import Results
 from lori_nb.study.style import GREY, title_of
+from lori_nb.study.summary import n_text
 
 TABLES: dict[str, Callable[[Results], pd.DataFrame]] = {
     "sequence_metrics": forgetting.metrics,
@@ -60,7 +61,9 @@ def _matrices(results: Results):
 
 def _lost(table: pd.DataFrame):
     figure, (ax,) = figures.panels(1)
-    figures.grouped_points(ax, table.assign(all="earlier tasks, " + table["of"]), "all", "way", "score lost")
+    figures.grouped_points(ax, table.assign(all="all earlier tasks"), "all", "way", "score lost").set_title(
+        n_text(table)
+    )
     ax.axhline(0, color=GREY, linewidth=0.8)
     figures.shared_legend(figure)
     return figure

@@ -96,6 +96,11 @@ def null_of(method: str) -> str:
     return _NULL + method
 
 
+def is_null(name: str) -> bool:
+    """Whether a name is :func:`null_of` something."""
+    return name.startswith(_NULL)
+
+
 def seeds_of(method: str) -> str:
     """The name of the other reference: a method's adapters of one task under two seeds."""
     return _SEEDS + method

@@ -227,9 +227,11 @@ def n_text(summary: pd.DataFrame) -> str:
     """ "n = 192 rows, one seed" or "n = 5 seeds", for titles."""
     if summary.empty:
         return "n = 0"
-    counts = sorted(set(zip(summary["n"].astype(int), summary["of"], strict=True)))
-    seeds = ", one seed" if (summary["seeds"] == 1).all() else ""
-    return "n = " + " or ".join(f"{n} {of}" for n, of in counts) + seeds
+    counts: dict[str, list[str]] = {}
+    for n, of in sorted(set(zip(summary["n"].astype(int), summary["of"], strict=True))):
+        counts.setdefault(of, []).append(str(n))
+    seeds = ", one seed" if (summary["seeds"] == 1).all() and set(counts) != {"seeds"} else ""
+    return "n = " + " or ".join(f"{' or '.join(several)} {of}" for of, several in counts.items()) + seeds
 
 
 def seeds_text(seeds: Sequence[int]) -> str:
