@@ -187,7 +187,7 @@ CLAIMS = (
     Claim(
         LORI,
         "Merged sparse adapters keep more than merged LoRA adapters.",
-        "LoRI-S − LoRA, each merged in its best way (chosen on rows held out of training)",
+        "LoRI-S − LoRA, each merged in the way chosen for it on rows held out of training",
         0.0,
         _merges("lori-s", "lora"),
     ),

@@ -6,6 +6,7 @@ Tables come from :mod:`lori_nb.study.questions` and :mod:`lori_nb.study.geometry
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -198,7 +199,7 @@ def heat_map(ax: Axes, matrix: pd.DataFrame, limits: tuple[float, float], form: 
         if not math.isnan(value):
             r, g, b, _ = image.cmap(image.norm(value))
             ink = "black" if 0.299 * r + 0.587 * g + 0.114 * b > 0.5 else "white"  # by the luminance of the cell
-            ax.text(j, i, format(value, form), ha="center", va="center", color=ink, fontsize=8)
+            ax.text(j, i, format(value, form), ha="center", va="center", color=ink, fontsize=7)
     ax.set_xticks(range(matrix.shape[1]), matrix.columns, rotation=45, ha="right", rotation_mode="anchor")
     ax.set_yticks(range(matrix.shape[0]), matrix.index)
     ax.set(xlabel=matrix.columns.name or "", ylabel=matrix.index.name or "")
@@ -271,7 +272,7 @@ def verdicts(ax: Axes, judged: pd.DataFrame) -> Axes:
         where = {"xy": (1, place), "xycoords": ax.get_yaxis_transform(), "textcoords": "offset points"}
         text = interval_text(row["value"], row["low"], row["high"], 3, signed=True)
         ax.annotate(text, xytext=(6, 0), va="center", fontsize=8, annotation_clip=False, **where)
-    ax.set_yticks(list(shown.index), shown["measured as"])
+    ax.set_yticks(list(shown.index), [textwrap.fill(words, 40) for words in shown["measured as"]])
     ax.set(xlabel="difference of scores, rates or cosines", ylim=(-0.6, len(shown) - 0.4))
     ax.grid(axis="y", visible=False)
     return ax
