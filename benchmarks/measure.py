@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -97,12 +98,14 @@ def counted_ratio(ours: float, peer: float, unit: str) -> dict:
 
 
 def judged(name: str, target: float | None, measured: dict, least: int = PAIRS) -> dict:
-    """A row with its target: met when the ratio is at most the target, a timed one by its upper bound.
+    """A row with its target: met when the ratio is at most the target, a timed one by its upper bound. It is also said
+    on stderr, since a whole table takes long.
 
     Neither met nor missed (None) where there is no target, or where a time has fewer than ``least`` pairs.
     """
     decides = target is not None and measured.get("n", least) >= least
     reached = measured.get("high", measured["ratio"]) <= target if decides else None
+    print(f"{name}: {measured['ratio']:.3f}, target {target}, met {reached}", file=sys.stderr, flush=True)
     return {"name": name, **measured, "target": target, "met": reached}
 
 

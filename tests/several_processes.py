@@ -24,13 +24,20 @@ def specs(base: str) -> dict[str, RunSpec]:
     """The runs that are trained by one process and by two, by what is special about them."""
     short = {"steps": 6, "test_rows": 40}  # two batches to score, so that each process has one
     dense = tiny_spec(base, "lori-d", **short)
+    sparse = tiny_spec(base, "lori-s", sparsity=0.9, calibration=dense, **short)
+    later = {"tasks": BOTH[1:], "start": tiny_spec(base, **short)} | short
+    apart = {"tasks": BOTH[1:], "start": sparse, "sparsity": 0.9, "mask_origin": "free"} | short
     return {
         "lora": tiny_spec(base, **short),
         "lori-d in bf16": replace(dense, dtype="bfloat16"),
-        "lori-s": tiny_spec(base, "lori-s", sparsity=0.9, calibration=dense, **short),
+        "lori-s": sparse,
         "ortho-lora in micro-batches": tiny_spec(base, "ortho-lora", tasks=BOTH, micro_batch_rows=1, **short),
         "a row left over": tiny_spec(base, batch_size=7, checkpointing=True, **short),
         "an idle process": tiny_spec(base, batch_size=1, **short),
+        "disjoint masks": tiny_spec(
+            base, "lori-s", calibration=tiny_spec(base, "lori-d", tasks=BOTH[1:], start=dense, **short), **apart
+        ),
+        **{name: tiny_spec(base, name, **later) for name in ("ewc", "o-lora", "replay", "memory-projection")},
     }
 
 

@@ -48,8 +48,10 @@ def in_pieces_for_two(spec):
     """The same run by one process, in the micro-batches that two processes would compute."""
     rows = spec.batch_size // len(spec.tasks)
     largest = max(map(len, micro_batches(range(rows), spec.micro_batch_rows, 2)))
-    whole = replace(spec, micro_batch_rows=largest)
-    return whole if spec.calibration is None else replace(whole, calibration=in_pieces_for_two(spec.calibration))
+    before = {name: getattr(spec, name) for name in ("start", "calibration")}
+    return replace(
+        spec, micro_batch_rows=largest, **{name: in_pieces_for_two(run) for name, run in before.items() if run}
+    )
 
 
 def assert_same_bits(one: Run, two: Run) -> None:

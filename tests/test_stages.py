@@ -431,6 +431,26 @@ def test_an_interrupted_run_keeps_what_was_watched(base, tmp_path, monkeypatch):
     assert run.watched.equals(expected.watched)
 
 
+@pytest.mark.parametrize("at", [1, 7])
+def test_an_interrupted_run_under_disjoint_masks_goes_on_to_the_same_bits(base, tmp_path, monkeypatch, at):
+    """The earlier task's entries are not in the checkpoint, which holds the new ones alone."""
+    sequence = sparse_sequence(base, "free", count=2)
+    expected = [Store(tmp_path / "whole").get(spec).adapter for spec in sequence]
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
+    broken = Store(tmp_path / "broken")
+    broken.get(sequence[1].start), broken.get(sequence[1].calibration)
+
+    def stop(stage, done, total):
+        if (stage, done) == ("training", at):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        broken.get(sequence[1], stop)
+    found = broken.get(sequence[1]).adapter
+    assert same(found, expected[1]) and not same(found, expected[0])
+    assert all(torch.equal(mask, expected[1].masks[name]) for name, mask in found.masks.items())
+
+
 def test_steps_to_watch_must_be_steps_of_the_run(base):
     with pytest.raises(ValueError, match="watch must be steps of the run; found \\(5, 21\\)"):
         check(watched(base, watch=(5, 21)))
