@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
+from lori_nb.lab import ledger
 from lori_nb.lab.runs import Store
 from lori_nb.study import choices, comparison, figures, figures_lori, geometry, measuring, notebook, reference
 from lori_nb.study.arms import arm_spec
@@ -73,7 +74,8 @@ def test_what_a_choice_buys_is_the_scores_of_its_runs(results, settings):
     assert comparison.bought(plain).empty
 
 
-def test_overlaps_are_written_where_the_adapters_are(results, settings, tmp_path):
+def test_overlaps_are_written_where_the_adapters_are(results, settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger, "ledger_folder", lambda: tmp_path / "ledger")
     start, end = reference.marks(notebook.slug(settings))
     (tmp_path / "README.md").write_text(f"{start}{end}")
     measuring.measure(settings, ["04_interference"], jobs=1)

@@ -12,7 +12,8 @@ import torch
 
 from lori_nb.analysis.association import pair_correlation
 from lori_nb.analysis.overlap import total_cosine
-from lori_nb.study import figures, figures_merging, mergeability, notebook, questions
+from lori_nb.lab import ledger
+from lori_nb.study import figures, figures_merging, measuring, mergeability, notebook, questions, reference
 from lori_nb.study.pairs import (
     alone_specs,
     joint_specs,
@@ -259,3 +260,18 @@ def test_chosen_and_published_weights_are_marked(results):
     assert list(ring.get_ydata()) == wanted
     figures_merging.score_and_choice(other, cat, alone, chosen, chosen)
     assert "the LoRI authors' weight" in other.get_legend_handles_labels()[1]
+
+
+def test_a_measurement_leaves_its_tables_figures_and_words(results, settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger, "ledger_folder", lambda: tmp_path / "ledger")
+    start, end = reference.marks(notebook.slug(settings))
+    (tmp_path / "README.md").write_text(f"{start}{end}")
+    measuring.measure(settings, ["05_merging"], jobs=1)
+    written = {path.name: path for path in reference.write_reference(settings, ["05_merging"], tmp_path)}
+    tables = {"merge_weights.csv", "merges.csv", "merge_scaling.csv", "pairs.csv", "pair_correlations.csv"}
+    assert tables | {"merge_weights.svg", "merge_scaling.pdf", "pairs.png"} <= set(written)
+    kept, shown = pd.read_csv(written["merges.csv"]), questions.best_and_paper(results)
+    assert kept["how"].tolist() == shown["how"].tolist()
+    assert kept["value"].to_numpy() == pytest.approx(shown["value"].to_numpy(), abs=1e-9)
+    text = (tmp_path / "README.md").read_text()
+    assert "| LoRA: not merged |" in text and "Does overlap predict what a merge costs?" in text

@@ -23,6 +23,7 @@ from lori_nb.study import (
     figures_joint,
     figures_lori,
     questions,
+    reference_merging,
     reference_overlap,
     reference_sequences,
     sharing,
@@ -38,7 +39,7 @@ FORESTS = {  # name → question of the arms, the notebook whose plan holds them
     "baselines": ("baseline", "01_lori", ()),
     "masks": ("mask", "02_masks", ("lori-s",)),
 }
-OVERLAPS = "04_interference"
+OF_ADAPTERS = {"04_interference": reference_overlap, "05_merging": reference_merging}  # not told by scores alone
 
 
 def write_reference(settings: Settings, notebooks: Sequence[str], root: Path = PROJECT) -> list[Path]:
@@ -50,15 +51,16 @@ def write_reference(settings: Settings, notebooks: Sequence[str], root: Path = P
     folder.mkdir(parents=True, exist_ok=True)
     found = {name: results_of(name, settings) for name in notebooks}
     tables = _tables(found)
-    here = collect(OVERLAPS, settings, train=False) if OVERLAPS in notebooks else None  # overlaps need the adapters
-    if here is not None:
-        tables |= reference_overlap.tables(here)
+    here = {name: collect(name, settings, train=False) for name in notebooks if name in OF_ADAPTERS}
+    for name, runs in here.items():
+        tables |= OF_ADAPTERS[name].tables(found[name], runs)
     tables["runs"] = _with_others(tables["runs"], folder / "runs.csv")
     for name, table in tables.items():
         write_atomically(folder / f"{name}.csv", table.to_csv(index=False, float_format="%.10g"))
     figures_of = _figures(found, tables)
-    if here is not None:
-        figures_of |= {name: (here, draw) for name, draw in reference_overlap.drawn(here, tables).items()}
+    for name, runs in here.items():
+        makers = OF_ADAPTERS[name].drawn(found[name], runs, tables)
+        figures_of |= {each: (found[name], draw) for each, draw in makers.items()}
     drawn = [path for name, (result, draw) in figures_of.items() for path in _save(result, draw, folder, name)]
     readme = root / "README.md"
     write_section(readme, folder, command_of(settings, tuple(tables["runs"]["notebook"])))
@@ -92,8 +94,6 @@ def _tables(found: dict[str, Results]) -> dict[str, pd.DataFrame]:
         tables |= {"arrangements": sharing.arrangement_scores(shared), "recovery": sharing.gap_recovery(shared)}
         tables["arrangement_costs"] = sharing.arrangement_costs(shared)
         tables["conflicts"] = conflict.map_of(conflict_records.kept_of(shared.settings, JOINT))
-    if drawn := found.get(OVERLAPS):
-        tables["choices"] = comparison.bought(drawn)
     if sequences := found.get("06_forgetting"):
         tables |= reference_sequences.tables(sequences)
     return {name: table for name, table in tables.items() if len(table)}
@@ -191,7 +191,7 @@ def section(folder: Path, command: str) -> str:
     if (folder / "baseline_costs.csv").exists():
         parts.append("What training a run costs on the tasks of the baselines, and the mean score it reaches there:")
         parts.append(_costs(pd.read_csv(folder / "baseline_costs.csv")))
-    parts += [overlaps] if (overlaps := reference_overlap.text(folder)) else []
+    parts += [words for made in OF_ADAPTERS.values() if (words := made.text(folder))]
     if (folder / "recovery.csv").exists():
         parts.append(
             "Share of what joint training loses against an adapter a task that each way wins back, with Fieller's "

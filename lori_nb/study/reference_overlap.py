@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from lori_nb.study import figures, figures_lori, geometry
+from lori_nb.study import comparison, figures, figures_lori, geometry
 from lori_nb.study.notebook import Results
 from lori_nb.study.plans import method_specs
 from lori_nb.study.style import title_of
@@ -21,23 +21,30 @@ MEASURES = tuple(figures.MEASURE_LABELS)
 BOUNDS = ["value", "low", "high"]
 
 
-def tables(results: Results) -> dict[str, pd.DataFrame]:
-    """Overlaps of the store's adapters; none before every method's adapters of all tasks and seeds are there."""
-    if any(results.run(spec) is None for spec in method_specs(results.settings)):
-        return {}
-    means = pd.concat([geometry.overlap_summary(geometry.overlaps(results)), geometry.seed_summary(results)])
-    choices = geometry.overlap_summary(geometry.overlaps(results, geometry.choice_sets))
-    return {"overlap": means, "overlap_choices": choices, "angles": geometry.angle_spectra(results)}
+def tables(results: Results, here: Results) -> dict[str, pd.DataFrame]:
+    """What choices buy, and overlaps once every method's adapters of all tasks and seeds are there.
+
+    Args:
+        results: scores of the ledger.
+        here: the same notebook's runs in the store, with their adapters.
+    """
+    found = {"choices": comparison.bought(results)}
+    if all(here.run(spec) is not None for spec in method_specs(here.settings)):
+        overlaps = geometry.overlaps(here)
+        found["overlap"] = pd.concat([geometry.overlap_summary(overlaps), geometry.seed_summary(here)])
+        found["overlap_choices"] = geometry.overlap_summary(geometry.overlaps(here, geometry.choice_sets))
+        found["angles"] = geometry.angle_spectra(here)
+    return {name: table for name, table in found.items() if len(table)}
 
 
-def drawn(results: Results, found: dict[str, pd.DataFrame]) -> dict[str, Callable]:
+def drawn(results: Results, here: Results, found: dict[str, pd.DataFrame]) -> dict[str, Callable]:
     """Name → what draws it, of the tables that there are."""
-    makers: dict[str, Callable] = {}
-    if "overlap" in found:
-        overlaps = geometry.overlaps(results)
-        makers = {f"overlap_{measure}": lambda measure=measure: _heat_maps(overlaps, measure) for measure in MEASURES}
-        makers["angles"] = lambda: _angles(found["angles"])
-        makers["overlap_choices"] = lambda: _choices(found["overlap_choices"])
+    if "overlap" not in found:
+        return {}
+    overlaps = geometry.overlaps(here)
+    makers = {f"overlap_{measure}": lambda measure=measure: _heat_maps(overlaps, measure) for measure in MEASURES}
+    makers["angles"] = lambda: _angles(found["angles"])
+    makers["overlap_choices"] = lambda: _choices(found["overlap_choices"])
     return makers
 
 

@@ -1,0 +1,93 @@
+"""What a long measurement of merges leaves for readers: weights chosen and the paper's, merges of more and more
+adapters, and whether overlap predicts what a merge costs.
+
+Scores come from the ledger. What pairs of adapters have in common needs the adapters: it is computed where the runs are
+in the store, and stays as it was written elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from lori_nb.study import figures, figures_merging, mergeability, questions
+from lori_nb.study.notebook import Results
+from lori_nb.study.summary import markdown, readable
+
+WEIGHTS, BEST, SCALING, PAIRS, CORRELATIONS = "merge_weights", "merges", "merge_scaling", "pairs", "pair_correlations"
+
+
+def tables(results: Results, here: Results) -> dict[str, pd.DataFrame]:
+    """Tables of what is there by now, without those that have no row.
+
+    Args:
+        results: scores of the ledger.
+        here: the same notebook's runs in the store, with their adapters.
+    """
+    found: dict[str, pd.DataFrame] = {}
+    if len(questions.merge_rows(results, "tune")) and len(questions.merge_rows(results)):
+        found |= {WEIGHTS: questions.merged_scores(results), BEST: questions.best_and_paper(results)}
+    found[SCALING] = mergeability.scaling(results)
+    found[PAIRS] = mergeability.joined(mergeability.pair_losses(here), mergeability.pair_overlaps(here))
+    found[CORRELATIONS] = mergeability.correlations(found[PAIRS])
+    return {name: table for name, table in found.items() if len(table)}
+
+
+def drawn(results: Results, here: Results, found: dict[str, pd.DataFrame]) -> dict[str, Callable]:
+    """Name → what draws it, of the tables that there are."""
+    makers = {
+        WEIGHTS: lambda: _weights(results, found[WEIGHTS]),
+        SCALING: lambda: _scaling(found[SCALING]),
+        PAIRS: lambda: _pairs(found[PAIRS], found[CORRELATIONS]),
+    }
+    return {name: make for name, make in makers.items() if name in found}
+
+
+def _weights(results: Results, merged: pd.DataFrame):
+    alone, chosen = questions.alone_scores(results), questions.best_weights(results)
+    ways = list(dict.fromkeys(merged["merge"]))
+    figure, axes = figures.panels(len(ways), height=2.6)
+    for ax, way in zip(axes, ways, strict=True):
+        part = merged[merged["merge"] == way]
+        figures_merging.score_and_choice(ax, part, alone, chosen, questions.paper_scores(results))
+    figures.shared_legend(figure)
+    return figure
+
+
+def _scaling(table: pd.DataFrame):
+    figure, axes = figures.panels(2, height=2.8)
+    for ax, measure in zip(axes, ("mean", "worst"), strict=True):
+        figures_merging.scaling(ax, table, measure)
+    figures.shared_legend(figure)
+    return figure
+
+
+def _pairs(pairs: pd.DataFrame, correlations: pd.DataFrame):
+    figure, axes = figures.panels(len(mergeability.SHOWN), columns=2, height=2.4)
+    for ax, measure in zip(axes, mergeability.SHOWN, strict=True):
+        figures_merging.loss_against_overlap(ax, pairs, correlations, measure)
+    figure.suptitle(figures_merging.correlation_title(correlations), fontsize=9)
+    figures.shared_legend(figure)
+    return figure
+
+
+def text(folder: Path) -> str:
+    """README's part, as Markdown, of the tables in ``folder``; empty where there are none."""
+    parts = []
+    if (folder / f"{BEST}.csv").exists():
+        best = pd.read_csv(folder / f"{BEST}.csv").assign(over="mean score over tasks")
+        table = readable(best, ["method", "how"], "over", 3)
+        table.index = [f"{method}: {how}" for method, how in table.index]
+        parts += [
+            "Merges of all tasks' adapters with the weight that was best on rows held out of training, and the LoRI "
+            "authors':",
+            markdown(table.rename_axis(index="adapters")),
+        ]
+    if (folder / f"{SCALING}.csv").exists():
+        parts.append(" ".join(mergeability.scaling_lines(pd.read_csv(folder / f"{SCALING}.csv"))))
+    if (folder / f"{CORRELATIONS}.csv").exists():
+        lines = mergeability.correlation_lines(pd.read_csv(folder / f"{CORRELATIONS}.csv"))
+        parts.append("Does overlap predict what a merge costs? " + " ".join(lines))
+    return "\n\n".join(parts)
