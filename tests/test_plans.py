@@ -298,7 +298,7 @@ def test_what_is_compared_with_the_methods_may_have_fewer_seeds():
         assert {seed for seed in settings.seed if joint_arm_spec(settings, name, seed) in shared} == seeds
     assert load_settings("quick", seed=[4, 2, 7]).arm_seed == (4, 2, 7)
     assert load_settings("quick", seed=[4], arm_seeds=2).arm_seed == (4,)
-    with pytest.raises(ValueError, match="arm_seeds must be at least 1; found 0"):
+    with pytest.raises(ValueError, match="arm_seeds must be at least 1, or none; found 0"):
         load_settings("quick", arm_seeds=0)
 
 

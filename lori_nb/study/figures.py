@@ -35,6 +35,7 @@ MEASURE_LABELS = {
     "row_overlap": "overlap of A's row spaces",
     "column_overlap": "overlap of B's column spaces",
 }
+LONG = 14  # letters of a name that has one line beside a heat map
 MEASURE_FORMS = {"cosine": ".2f", "row_overlap": ".1f", "column_overlap": ".1f"}  # of percents in heat maps
 
 
@@ -199,13 +200,23 @@ def heat_map(ax: Axes, matrix: pd.DataFrame, limits: tuple[float, float], form: 
         if not math.isnan(value):
             r, g, b, _ = image.cmap(image.norm(value))
             ink = "black" if 0.299 * r + 0.587 * g + 0.114 * b > 0.5 else "white"  # by the luminance of the cell
-            ax.text(j, i, format(value, form), ha="center", va="center", color=ink, fontsize=7)
-    ax.set_xticks(range(matrix.shape[1]), matrix.columns, rotation=45, ha="right", rotation_mode="anchor")
-    ax.set_yticks(range(matrix.shape[0]), matrix.index)
+            ax.text(j, i, format(value, form), ha="center", va="center", color=ink, fontsize=8)
+    columns, rows = ([_in_two(str(name)) for name in names] for names in (matrix.columns, matrix.index))
+    ax.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor", linespacing=0.9)
+    ax.set_yticks(range(len(rows)), rows, linespacing=0.9)
     ax.set(xlabel=matrix.columns.name or "", ylabel=matrix.index.name or "")
     ax.grid(visible=False)
     ax.spines[:].set_visible(False)
     return ax
+
+
+def _in_two(name: str) -> str:
+    """A long name in two lines, broken after the underscore nearest to its middle."""
+    places = [i + 1 for i, letter in enumerate(name) if letter == "_"]
+    if len(name) <= LONG or not places:
+        return name
+    middle = min(places, key=lambda place: abs(place - len(name) / 2))
+    return f"{name[:middle]}\n{name[middle:]}"
 
 
 def heat_maps(axes: Sequence[Axes], matrices: Mapping[str, pd.DataFrame], label: str, form: str = ".2f") -> None:

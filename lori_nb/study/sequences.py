@@ -235,8 +235,6 @@ def check_sequence(settings: Settings) -> None:
     for name, least in {"sequence_rows": 1, "watch_rows": 1}.items():
         if getattr(settings, name) < least:
             raise ValueError(f"{name} must be at least {least}; found {getattr(settings, name)}")
-    if settings.sequence_steps is not None and settings.sequence_steps < 1:
-        raise ValueError(f"sequence_steps must be at least 1, or none; found {settings.sequence_steps}")
     if any(step < 1 for step in settings.watch):
         raise ValueError(f"watch must hold steps of at least 1; found {min(settings.watch)}")
     for name in settings.ways:

@@ -177,7 +177,7 @@ def checked(values: dict[str, Any]) -> Settings:
         if values.get(name) is not None:
             values[name] = _number(name, values[name], int)
             if values[name] < 1:
-                raise ValueError(f"{name} must be at least 1; found {values[name]}")
+                raise ValueError(f"{name} must be at least 1, or none; found {values[name]}")
     if not isinstance(values.get("checkpointing", False), bool):
         raise ValueError(f"checkpointing must be true or false; found {values['checkpointing']!r}")
     _settle_sequence(values)
