@@ -27,7 +27,7 @@ from lori_nb.lab.specs import MergeSpec
 from lori_nb.lab.tasks import Example, Task, get_task, register
 from lori_nb.lab.tasks.base import _TASKS
 from lori_nb.lab.tasks.code import score_completions
-from lori_nb.lab.text import encode_choices, prompt_ids
+from lori_nb.lab.text import ANSWER_ROOM, encode_choices, prompt_ids
 from lori_nb.method.adapters import attach_factors, target_linears
 
 EPS = torch.finfo(torch.float32).eps
@@ -123,9 +123,11 @@ def test_choices_stand_after_the_prompt_of_training(smollm2):
         assert list(choice.ids[: choice.answer_start]) == prompt_ids(smollm2.tokenizer, ROWS[0])
         assert smollm2.tokenizer.decode(choice.answer) == text
     long = replace(ROWS[0], prompt="Begin. " + "word " * 200)
-    (cut,) = encode_choices(smollm2.tokenizer, [long], max_length=64)
-    assert len({choice.ids[: choice.answer_start] for choice in cut}) == 1
-    assert max(len(choice.ids) for choice in cut) == 64
+    long = replace(long, choices=(*long.choices, "word " * 80))
+    (cut,) = encode_choices(smollm2.tokenizer, [long], max_length=128)
+    (prompt,) = {choice.ids[: choice.answer_start] for choice in cut}
+    assert len(prompt) == 128 - ANSWER_ROOM, "no choice, however long, takes tokens from the prompt"
+    assert [smollm2.tokenizer.decode(choice.answer) for choice in cut] == list(long.choices)
     assert smollm2.tokenizer.decode(cut[0].ids[: cut[0].answer_start]).endswith("<|im_start|>assistant\n")
 
 
