@@ -7,13 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from contained import need_containment
 from tiny import random_factors, tiny_spec
 
 from lori_nb.lab import scoring
 from lori_nb.lab.evaluation import metric
 from lori_nb.lab.models import load_base
 from lori_nb.lab.runs import Store
-from lori_nb.lab.sandbox import ALLOW_VARIABLE, containment
+from lori_nb.lab.sandbox import ALLOW_VARIABLE
 from lori_nb.lab.scoring import (
     Asked,
     Subject,
@@ -188,8 +189,7 @@ def test_code_runs_only_when_asked_for(tiny, monkeypatch):
     monkeypatch.delenv(ALLOW_VARIABLE, raising=False)
     with pytest.raises(ValueError, match="task 'colours' runs programs that the model writes, and does so only when"):
         scored(tiny, task, rows)
-    if containment() is None:
-        pytest.skip("namespaces or Landlock needed to contain programs")
+    need_containment()
     monkeypatch.setenv(ALLOW_VARIABLE, "1")
     found = scored(tiny, task, rows)
     assert found.passed.shape == (3, 2)
