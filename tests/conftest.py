@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from contained import need_containment
 from hypothesis import settings as hypothesis_settings
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
@@ -107,6 +108,12 @@ def saved(kind, config, tokenizer, folder: Path) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def contained() -> None:
+    """Only where model-written programs can be contained."""
+    need_containment()
 
 
 @pytest.fixture

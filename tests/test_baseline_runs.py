@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import sparse_spec, tiny_spec
 
-from lori_nb.lab.baselines import restore_dora, swap_in
+from lori_nb.lab.baselines import MAGNITUDE, make_dora, swap_in
 from lori_nb.lab.evaluation import score_rows
 from lori_nb.lab.models import load_base
 from lori_nb.lab.resolving import check
@@ -59,7 +59,9 @@ def test_a_finished_dora_run_scores_the_same_again(base):
     run = Store().get(tiny_spec(base, "dora"))
     model = load_base(str(base), "float32")
     rows = encode_decoder_rows(model.tokenizer, get_task("chain_sum").rows("test", 16))
-    with swap_in(model.body, restore_dora(model.body, run.adapter)):
+    linears, kept = dict(model.body.named_modules()), run.adapter
+    doras = {name: make_dora(linears[name], f, kept.extras[MAGNITUDE + name]) for name, f in kept.factors.items()}
+    with swap_in(model.body, doras):
         again = score_rows(model, model.body, rows)
     assert again.loss.mean() == pytest.approx(
         run.metrics.loc[0, "loss"], rel=1e-5

@@ -7,13 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from contained import need_containment
 from tiny import random_factors, tiny_spec
 
 from lori_nb.lab import scoring
 from lori_nb.lab.evaluation import metric
 from lori_nb.lab.models import load_base
 from lori_nb.lab.runs import Store
-from lori_nb.lab.sandbox import ALLOW_VARIABLE, containment
+from lori_nb.lab.sandbox import ALLOW_VARIABLE
 from lori_nb.lab.scoring import (
     Asked,
     Subject,
@@ -27,7 +28,7 @@ from lori_nb.lab.specs import MergeSpec
 from lori_nb.lab.tasks import Example, Task, get_task, register
 from lori_nb.lab.tasks.base import _TASKS
 from lori_nb.lab.tasks.code import score_completions
-from lori_nb.lab.text import encode_choices, prompt_ids
+from lori_nb.lab.text import ANSWER_ROOM, encode_choices, prompt_ids
 from lori_nb.method.adapters import attach_factors, target_linears
 
 EPS = torch.finfo(torch.float32).eps
@@ -123,9 +124,11 @@ def test_choices_stand_after_the_prompt_of_training(smollm2):
         assert list(choice.ids[: choice.answer_start]) == prompt_ids(smollm2.tokenizer, ROWS[0])
         assert smollm2.tokenizer.decode(choice.answer) == text
     long = replace(ROWS[0], prompt="Begin. " + "word " * 200)
-    (cut,) = encode_choices(smollm2.tokenizer, [long], max_length=64)
-    assert len({choice.ids[: choice.answer_start] for choice in cut}) == 1
-    assert max(len(choice.ids) for choice in cut) == 64
+    long = replace(long, choices=(*long.choices, "word " * 80))
+    (cut,) = encode_choices(smollm2.tokenizer, [long], max_length=128)
+    (prompt,) = {choice.ids[: choice.answer_start] for choice in cut}
+    assert len(prompt) == 128 - ANSWER_ROOM, "no choice, however long, takes tokens from the prompt"
+    assert [smollm2.tokenizer.decode(choice.answer) for choice in cut] == list(long.choices)
     assert smollm2.tokenizer.decode(cut[0].ids[: cut[0].answer_start]).endswith("<|im_start|>assistant\n")
 
 
@@ -186,8 +189,7 @@ def test_code_runs_only_when_asked_for(tiny, monkeypatch):
     monkeypatch.delenv(ALLOW_VARIABLE, raising=False)
     with pytest.raises(ValueError, match="task 'colours' runs programs that the model writes, and does so only when"):
         scored(tiny, task, rows)
-    if containment() is None:
-        pytest.skip("namespaces or Landlock needed to contain programs")
+    need_containment()
     monkeypatch.setenv(ALLOW_VARIABLE, "1")
     found = scored(tiny, task, rows)
     assert found.passed.shape == (3, 2)

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from lori_nb.analysis.pass_at_k import pass_at_k, pass_at_k_of_rows
 from lori_nb.cli import app
-from lori_nb.lab.sandbox import ALLOW_VARIABLE, containment, missing_containment
+from lori_nb.lab.sandbox import ALLOW_VARIABLE
 from lori_nb.lab.tasks import Example, get_task
 from lori_nb.lab.tasks.code import (
     mbpp_example,
@@ -28,7 +28,7 @@ from lori_nb.lab.tasks.code import (
     score_completions,
 )
 
-needs_containment = pytest.mark.skipif(containment() is None, reason=missing_containment())
+needs_containment = pytest.mark.usefixtures("contained")
 
 HEAD = Example(
     prompt=(

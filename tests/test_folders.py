@@ -235,6 +235,17 @@ def test_peft_reads_a_merge_as_the_sum_that_it_is(pair, tiny_decoder, tmp_path, 
     assert all(portability(out).values()) == portable
 
 
+def test_a_merge_in_a_narrower_dtype(pair, tmp_path):
+    found = read_folders([str(path) for path in pair])
+    merged = merge([folder.factors for folder in found.values()], [0.5, 0.5])
+    out = write_merged(tmp_path / "merged", merged, found, dtype=torch.bfloat16)
+    (again,) = read_folders([str(out)]).values()
+    assert again.dtype == torch.bfloat16
+    for module, f in merged.items():
+        assert torch.equal(again.factors[module].A, f.A.bfloat16().float())
+        assert torch.equal(again.factors[module].B, f.B.bfloat16().float())
+
+
 def test_an_embedding_survives_a_merge_and_no_portable_folder_holds_one(tiny_decoder, tmp_path, home):
     first = saved_by_peft(tiny_decoder, tmp_path / "a", 3, target_modules=["q_proj", "embed_tokens"])
     found = read_folders([str(first)])

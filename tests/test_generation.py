@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -132,6 +136,41 @@ def test_uniform_numbers_are_the_same_everywhere():
 
 
 # Where a completion ends
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_completion_ends_at_any_end_of_the_model_s_own(tiny, prompts, several):
+    """The greedy texts are those of a model without such ends, up to the first of them."""
+    written = ids_of(tiny, prompts, 12)
+    eos = tiny.tokenizer.eos_token_id
+    ends = (written[0][4], written[1][2]) if several else (written[0][4],)
+    cut = [row[: min((row.index(end) for end in (eos, *ends) if end in row), default=len(row))] for row in written]
+    assert sum(map(len, cut)) < sum(map(len, written))
+    expected = [tiny.tokenizer.decode(row, skip_special_tokens=True) for row in cut]
+    assert [text for (text,) in generate(replace(tiny, ends=ends), prompts, Settings(12, batch_size=2))] == expected
+    assert [text for (text,) in generate(tiny, prompts, Settings(12))] != expected
+
+
+def ids_of(base, prompts, tokens: int) -> list[list[int]]:
+    """Greedy token ids after every prompt, by the plain model, one at a time, past any end."""
+    found = []
+    for prompt in prompts:
+        ids = list(prompt)
+        with torch.no_grad():
+            for _ in range(tokens):
+                ids.append(base.head(base.body(input_ids=torch.tensor([ids])).last_hidden_state[:, -1]).argmax().item())
+        found.append(ids[len(prompt) :])
+    return found
+
+
+@pytest.mark.parametrize(("stated", "ends"), [(7, (7,)), ([2, 106], (2, 106)), (None, ())])
+def test_the_ends_of_a_base_are_those_of_its_generation_settings(tiny_decoder, home, tmp_path, stated, ends):
+    """One id, several, as instruct models have that end a turn otherwise than a text, or none."""
+    folder = shutil.copytree(tiny_decoder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stated}))
+    assert load_base(str(folder), "float32").ends == ends
 
 
 def test_a_stop_text_ends_a_completion_and_is_cut_off(tiny, prompts):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +19,9 @@ from lori_nb import cli
 from lori_nb.lab.interop import IMPORTED, PooledClassifier, export_peft, import_peft
 from lori_nb.lab.models import _ready_folder, load_base
 from lori_nb.lab.runs import Store
-from lori_nb.method.adapter_file import adapter_hash, load_adapter
+from lori_nb.method.adapter_file import adapter_hash, load_adapter, save_adapter
 from lori_nb.method.adapters import Adapter, Factors, attach_factors, target_linears
+from lori_nb.method.masks import kept
 from lori_nb.method.subspaces import random_down_projection
 
 RANK, ALPHA = 4, 6.0  # α / r = 1.5: powers of two would hide errors of scale
@@ -195,6 +197,98 @@ def test_what_peft_saves_is_read_with_peft_s_logits(tiny_decoder, home, tmp_path
     assert all(abs(f.scale - again.factors[n].scale) <= math.ulp(f.scale) for n, f in back.factors.items())
 
 
+# Under a mask
+
+
+@pytest.fixture
+def masked(tiny_decoder, home) -> Adapter:
+    """A LoRI-S adapter as a run leaves it."""
+    settings = {"sparsity": 0.9, "mask_origin": "random", "alpha": ALPHA, "steps": 5, "test_rows": 2}
+    return Store().get(tiny_spec(tiny_decoder, "lori-s", **settings)).adapter
+
+
+def strangers(folder: Path) -> Path:
+    """The folder without what this kit notes in its header."""
+    path = folder / "adapter_model.safetensors"
+    save_file(load_file(path), path, metadata={"format": "pt"})
+    return folder
+
+
+def test_a_masked_adapter_gives_the_same_logits_through_peft_and_comes_back_with_its_masks(masked, tmp_path):
+    """Masks are the zeros of B, in our own folder and in one that says nothing of its origin."""
+    assert all((f.B[masked.masks[name]] != 0).all() for name, f in masked.factors.items()), "so that zeros show them"
+    folder = export_peft(masked, tmp_path / "peft")
+    louder = export_peft(masked, tmp_path / "loud", weight=50.0)  # as trained for five steps, the update is small
+    for each, weight in ((folder, 1.0), (louder, 50.0)):
+        found = peft_logits(decoder(masked.base), each)
+        assert relative_distance(found, our_logits(masked, weight=weight)) <= 1e-5
+    assert relative_distance(found, our_logits(masked, weight=0.0)) > 1e-2
+    for back in (import_peft(folder, masked.base), import_peft(strangers(folder), masked.base)):
+        assert adapter_hash(back) == adapter_hash(masked)
+        assert all(torch.equal(back.masks[name], mask) for name, mask in masked.masks.items())
+        save_adapter(back, tmp_path / "back.safetensors")
+        again = load_adapter(tmp_path / "back.safetensors")
+        assert adapter_hash(again) == adapter_hash(masked) and kept(again.masks) == kept(masked.masks)
+
+
+def test_a_kept_entry_that_is_zero_cannot_be_told_from_one_off_the_mask(masked, tmp_path):
+    name, f = next(iter(masked.factors.items()))
+    B, place = f.B.clone(), tuple(masked.masks[name].nonzero()[0])
+    B[place] = 0.0
+    adapter = replace(masked, factors=masked.factors | {name: replace(f, B=B)})
+    back = import_peft(export_peft(adapter, tmp_path / "peft"), masked.base)
+    assert adapter_hash(back) == adapter_hash(adapter)
+    assert masked.masks[name][place] and not back.masks[name][place]
+    assert kept(back.masks) == kept(masked.masks) - 1
+
+
+def test_a_dense_adapter_comes_back_without_masks(adapter, tmp_path):
+    """Zeros in a dense B are no mask where this kit says so, and a whole module of zeros is none in any folder."""
+    name, f = next(iter(adapter.factors.items()))
+    partly, untrained = f.B.clone(), torch.zeros_like(f.B)
+    partly[0] = 0.0
+    cases = [(partly, False, False), (partly, True, True), (untrained, True, False), (f.B, True, False)]
+    for place, (B, foreign, shown) in enumerate(cases):
+        changed = replace(adapter, factors=adapter.factors | {name: replace(f, B=B)})
+        folder = export_peft(changed, tmp_path / str(place))
+        back = import_peft(strangers(folder) if foreign else folder, adapter.base)
+        assert (back.masks is not None) == shown
+        assert adapter_hash(back) == adapter_hash(changed)
+
+
+# Narrower than float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("for_serving", [False, True])
+def test_a_narrower_folder_holds_the_rounded_factors(adapter, tmp_path, dtype, for_serving):
+    """peft reads it, and it comes back as the rounded numbers; an A that was rounded is no draw any more."""
+    folder = export_peft(adapter, tmp_path / "peft", for_serving=for_serving, dtype=dtype)
+    assert {t.dtype for t in load_file(folder / "adapter_model.safetensors").values()} == {dtype}
+    back = import_peft(folder, adapter.base)
+    assert not back.frozen_A and back.subspace == IMPORTED
+    for name, f in adapter.factors.items():
+        B = f.B * f.scale if for_serving else f.B
+        assert torch.equal(back.factors[name].A[:RANK], f.A.to(dtype).float())
+        assert torch.equal(back.factors[name].B[:, :RANK], B.to(dtype).float())
+        assert not torch.equal(back.factors[name].A[:RANK], f.A)
+    model = PeftModel.from_pretrained(decoder(adapter.base), folder, autocast_adapter_dtype=True).eval()
+    with torch.no_grad():
+        found = model(input_ids=TOKENS, attention_mask=WHOLE).logits
+    assert relative_distance(found, our_logits(back)) <= 1e-5
+    assert relative_distance(found, our_logits(adapter)) > 1e-5
+
+
+def test_what_a_narrower_folder_cannot_hold_is_refused(adapter, tmp_path):
+    name, f = next(iter(adapter.factors.items()))
+    large = replace(adapter, factors=adapter.factors | {name: replace(f, B=f.B + 1e5)})
+    with pytest.raises(ValueError, match="factors must be finite in float16; found NaN or infinity in 'base_model"):
+        export_peft(large, tmp_path / "peft", dtype=torch.float16)
+    with pytest.raises(ValueError, match="dtype must be one of torch.float32, torch.bfloat16, .*; found torch.float64"):
+        export_peft(adapter, tmp_path / "peft", dtype=torch.float64)
+    assert not (tmp_path / "peft").exists()
+
+
 def test_an_adapter_of_another_base_is_read_with_a_warning(adapter, tmp_path):
     folder = export_peft(replace(adapter, base_digest="another"), tmp_path / "peft")
     with pytest.warns(UserWarning, match="trained on another base"):
@@ -362,3 +456,23 @@ def test_export_and_import_from_the_command_line(tiny_decoder, home, tmp_path):
     assert adapter_hash(load_adapter(file)) == adapter_hash(run.adapter)
     refused = CliRunner().invoke(cli.app, ["import", str(folder), str(file), "--base", str(tiny_decoder)])
     assert refused.exit_code == 2 and "FILE must be new" in refused.stderr
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_narrower_files_from_the_command_line(tiny_decoder, home, tmp_path, name):
+    """Out to a folder and in to an adapter file: rounded once, and then the same bits."""
+    run = Store().get(tiny_spec(tiny_decoder, "lora", alpha=ALPHA, steps=2, test_rows=2))
+    folder, files, dtype = tmp_path / "peft", (tmp_path / "a", tmp_path / "b"), getattr(torch, name)
+    said = CliRunner().invoke(cli.app, ["export", run.hash, str(folder), "--dtype", name])
+    assert said.exit_code == 0, said.output
+    assert {t.dtype for t in load_file(folder / "adapter_model.safetensors").values()} == {dtype}
+    for file, more in zip(files, ([], ["--dtype", name]), strict=True):
+        said = CliRunner().invoke(cli.app, ["import", str(folder), str(file), "--base", str(tiny_decoder), *more])
+        assert said.exit_code == 0, said.output
+        back = load_adapter(file)
+        for module, f in run.adapter.factors.items():
+            assert torch.equal(back.factors[module].A, f.A.to(dtype).float())
+            assert torch.equal(back.factors[module].B, f.B.to(dtype).float())
+    assert files[1].stat().st_size < 0.7 * files[0].stat().st_size
+    refused = CliRunner().invoke(cli.app, ["export", run.hash, str(tmp_path / "x"), "--dtype", "int8"])
+    assert refused.exit_code == 2 and "--dtype must be one of float32, bfloat16, float16; found" in refused.stderr

@@ -2,10 +2,12 @@
 
 The plain loop knows nothing of ours but the rows of each step: it runs the whole model with peft's modules, autograd's
 own backward pass and dense parameters. Ours trains above a cached prefix, with packed values under a mask. At
-α / r = 1.5 an error of scale cannot hide.
+α / r = 15 an error of scale cannot hide, and every step's gradient is longer than 1, so that clipping acts on it.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,7 +31,7 @@ STEPS = 20
 
 @pytest.fixture
 def spec(tiny_decoder, home):
-    return tiny_spec(tiny_decoder, alpha=6.0, steps=STEPS, learning_rate=1e-2)
+    return tiny_spec(tiny_decoder, alpha=60.0, steps=STEPS, learning_rate=1e-3, clip=1.0)
 
 
 @pytest.fixture
@@ -58,7 +60,8 @@ def our_losses(spec, rows, tmp_path, train_A: bool, masks) -> tuple[list[float],
     return [row["loss"] for row in done.history], live
 
 
-def peft_losses(spec, rows, train_A: bool, masks) -> tuple[list[float], torch.nn.Module]:
+def peft_losses(spec, rows, train_A: bool, masks) -> tuple[list[float], torch.nn.Module, list[float]]:
+    """Losses, the trained model, and the norms of the gradients before they are clipped."""
     factors, tokenizer = start(spec), load_base(spec.base, "float32").tokenizer
     plain = AutoModelForCausalLM.from_pretrained(spec.base, dtype=torch.float32, attn_implementation="eager")
     targets = [f"model.{name}" for name in factors]
@@ -73,7 +76,7 @@ def peft_losses(spec, rows, train_A: bool, masks) -> tuple[list[float], torch.nn
             B.weight.register_hook(masks[name].mul)  # the gradient's entries off the mask are zero at every step
         trained += [A.weight, B.weight] if train_A else [B.weight]
     optimiser = torch.optim.AdamW(trained, lr=spec.learning_rate, weight_decay=0.0)
-    losses = []
+    losses, norms = [], []
     for step in range(spec.steps):
         chosen = [rows[i] for i in batch_indices(len(rows), spec.batch_size, step, spec.seed, "chain_sum")]
         batch = collate(chosen, tokenizer.pad_token_id)
@@ -81,12 +84,12 @@ def peft_losses(spec, rows, train_A: bool, masks) -> tuple[list[float], torch.nn
         logits = model.base_model.model.lm_head(hidden.flatten(0, 1)[batch.positions])
         loss = F.cross_entropy(logits, batch.targets)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, spec.clip)
+        norms.append(torch.nn.utils.clip_grad_norm_(trained, spec.clip).item())
         optimiser.param_groups[0]["lr"] = learning_rate_at(step, spec)
         optimiser.step()
         optimiser.zero_grad()
         losses.append(loss.item())
-    return losses, model
+    return losses, model, norms
 
 
 def masks_for(spec) -> dict[str, torch.Tensor]:
@@ -101,11 +104,14 @@ def farthest(found: list[float], expected: list[float]) -> float:
 @pytest.mark.parametrize("train_A", [False, True], ids=["lori-d", "lora"])
 def test_losses_are_those_of_peft_over_20_steps(spec, rows, tmp_path, train_A):
     found, live = our_losses(spec, rows, tmp_path, train_A, {})
-    expected, model = peft_losses(spec, rows, train_A, {})
+    expected, model, norms = peft_losses(spec, rows, train_A, {})
     assert len(found) == STEPS and found[-1] < 0.9 * found[0]  # something was learned
     assert farthest(found, expected) <= 1e-5
     other, _ = our_losses(spec, rows, tmp_path, not train_A, {})
     assert farthest(other, expected) > 1e-3
+    assert min(norms) > spec.clip
+    unclipped, _ = our_losses(replace(spec, clip=1e9), rows, tmp_path, train_A, {})
+    assert farthest(unclipped, expected) > 1e-4
     for name, low in live.items():
         A = model.get_submodule(f"base_model.model.model.{name}").lora_A.default.weight
         drawn = start(spec)[name].A
@@ -115,10 +121,13 @@ def test_losses_are_those_of_peft_over_20_steps(spec, rows, tmp_path, train_A):
 def test_lori_s_losses_are_those_of_peft_with_a_masked_gradient(spec, rows, tmp_path):
     masks = masks_for(spec)
     found, live = our_losses(spec, rows, tmp_path, False, masks)
-    expected, model = peft_losses(spec, rows, False, masks)
+    expected, model, norms = peft_losses(spec, rows, False, masks)
     assert farthest(found, expected) <= 1e-5
     dense, _ = our_losses(spec, rows, tmp_path, False, {})
     assert farthest(dense, expected) > 1e-3
+    assert min(norms) > spec.clip
+    unclipped, _ = our_losses(replace(spec, clip=1e9), rows, tmp_path, False, masks)
+    assert farthest(unclipped, expected) > 1e-4
     for name, low in live.items():
         B = model.get_submodule(f"base_model.model.model.{name}").lora_B.default.weight
         assert not B[~masks[name]].any() and not low.B[~masks[name]].any()

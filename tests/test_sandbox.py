@@ -16,12 +16,14 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
+from contained import REQUIRED, lacking, need_containment
 
 from lori_nb.lab import sandbox
 from lori_nb.lab.confinement.system_calls import NUMBERS
@@ -200,10 +202,7 @@ def _listener(family: int, address: object, kind: int = socket.SOCK_STREAM) -> s
 @pytest.fixture(params=SUFFICIENT, ids="+".join)
 def means(request) -> tuple[str, ...]:
     """Each set of means that is enough by itself, and all together."""
-    if containment(request.param) is None:
-        pytest.skip(
-            f"this machine cannot contain a program by {', '.join(request.param)}: {missing_containment(request.param)}"
-        )
+    need_containment(request.param)
     return request.param
 
 
@@ -263,22 +262,52 @@ def test_the_same_attempts_succeed_without_the_sandbox(name, harm, surroundings,
         assert not surroundings.untouched()
 
 
+BOMB = "import os, time\nfor _ in range(1000):\n    try: os.fork()\n    except OSError: pass\ntime.sleep(0.3)"
+LIMITED = [  # (program, limits, why it fails)
+    ("while True: pass", {"seconds": 1, "wall_seconds": 60}, "used more than 1 s of CPU time"),
+    ("import time; time.sleep(99)", {"wall_seconds": 0.5}, "took longer than 0.5 s"),
+    ("x = b'x' * (1 << 30)", {"memory_bytes": 256 * MIB}, "MemoryError"),
+    ("x = []\nwhile True: x.append(bytes(1 << 20))", {"memory_bytes": 256 * MIB}, "MemoryError"),
+    ("open('f', 'wb').write(bytes(3 << 20))", {"file_bytes": 2 * MIB}, r"OSError: \[Errno (27|28)\].*"),
+    ("import os; os.ftruncate(os.open('f', 66), 1 << 40)", {}, r"OSError: \[Errno 27\].*"),
+    ("x = [open(str(i), 'w') for i in range(100)]", {}, r"OSError: \[Errno 24\].*"),
+]
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="root is needed to become another user; the tests above ran as one")
 def test_it_holds_for_another_user_too(surroundings):
-    interpreter = _interpreter_of_other_user()
-    asked = [[means, name, surroundings.attack(name)] for means in SUFFICIENT for name in ATTACKS]
+    """Attacks, a fork bomb and the limits, under every set of means that this user has: as many verdicts of each."""
+    watch = Watch()
+    programs = {name: (surroundings.attack(name), {}, "passed") for name in ATTACKS}
+    programs |= {"bomb": (watch.line + BOMB, {}, "passed")}
+    programs |= {f"limit {place}": each for place, each in enumerate(LIMITED)}
+    asked = [[means, name, *programs[name][:2]] for means in SUFFICIENT for name in programs]
+    with watch:
+        rows = _run_as_other_user(asked)
+    assert watch.most == 1 and watch.now() == 0
+    if not rows:
+        lacking("another user finds no means to contain a program")
+    counts = Counter(name for name, *_ in rows)
+    assert set(counts) == set(programs) and len(set(counts.values())) == 1
+    wrong = [row for row in rows if not re.fullmatch(programs[row[0]][2], row[3]) or row[2] != (row[3] == "passed")]
+    assert wrong == []
+    assert surroundings.untouched()
+    if os.environ.get(REQUIRED) == "1":
+        assert len(rows) == len(asked), "every set of means contains for another user"
+
+
+def _run_as_other_user(asked: list) -> list[list]:
+    """[name, means, passed, reason] of each [means, name, program, limits] whose means that user has."""
     script = (
         "import json, sys; sys.path.append(sys.argv[1])\n"
         "from lori_nb.lab.sandbox import containment, run_program\n"
-        "for means, name, source in json.load(sys.stdin):\n"
-        "    if containment(means): print(json.dumps([name, means, *vars(run_program(source, means=means)).values()]))"
+        "for means, name, source, limits in json.load(sys.stdin):\n"
+        "    if containment(means):\n"
+        "        print(json.dumps([name, means, *vars(run_program(source, means=means, **limits)).values()]))"
     )
-    done = _as_other_user([interpreter, "-c", script, str(PROJECT)], input=json.dumps(asked))
+    done = _as_other_user([_interpreter_of_other_user(), "-c", script, str(PROJECT)], input=json.dumps(asked))
     assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(rows) >= len(ATTACKS) and len(rows) % len(ATTACKS) == 0
-    assert [row for row in rows if row[2:] != [True, "passed"]] == []
-    assert surroundings.untouched()
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def _as_other_user(command: list[str], **more) -> subprocess.CompletedProcess:
@@ -288,6 +317,7 @@ def _as_other_user(command: list[str], **more) -> subprocess.CompletedProcess:
 
 
 def _interpreter_of_other_user() -> str:
+    """A Python that the other user may run; its version and the project's place decide, so it is tried."""
     check = "import sys; sys.path.append(sys.argv[1]); import lori_nb.lab.sandbox; assert sys.version_info >= (3, 11)"
     for each in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
         try:
@@ -295,16 +325,13 @@ def _interpreter_of_other_user() -> str:
                 return each
         except OSError:
             continue
-    return pytest.skip("no interpreter of 3.11 or newer here that another user can run, with the project in its sight")
+    return lacking("no interpreter of 3.11 or newer is here that another user can run, with the project in its sight")
 
 
 def test_a_fork_bomb_makes_no_process_and_leaves_none(means):
     watch = Watch()
-    bomb = watch.line + (
-        "import os, time\nfor _ in range(1000):\n    try: os.fork()\n    except OSError: pass\ntime.sleep(0.3)"
-    )
     with watch:
-        verdict = run_program(bomb, means=means)
+        verdict = run_program(watch.line + BOMB, means=means)
     assert verdict.passed
     assert watch.most == 1 and watch.now() == 0
 
@@ -353,13 +380,7 @@ def _wait_until(true, seconds: float = 60.0) -> None:
 @pytest.mark.parametrize(
     ("source", "limits", "reason"),
     [
-        ("while True: pass", {"seconds": 1, "wall_seconds": 60}, "used more than 1 s of CPU time"),
-        ("import time; time.sleep(99)", {"wall_seconds": 0.5}, "took longer than 0.5 s"),
-        ("x = b'x' * (1 << 30)", {"memory_bytes": 256 * MIB}, "MemoryError"),
-        ("x = []\nwhile True: x.append(bytes(1 << 20))", {"memory_bytes": 256 * MIB}, "MemoryError"),
-        ("open('f', 'wb').write(bytes(3 << 20))", {"file_bytes": 2 * MIB}, r"OSError: \[Errno (27|28)\].*"),
-        ("import os; os.ftruncate(os.open('f', 66), 1 << 40)", {}, r"OSError: \[Errno 27\].*"),
-        ("x = [open(str(i), 'w') for i in range(100)]", {}, r"OSError: \[Errno 24\].*"),
+        *LIMITED,
         ("import os\nfor fd in range(3, 64):\n  try: os.write(fd, bytes(1 << 20))\n  except OSError: pass",
          {"wall_seconds": 1}, "took longer than 1 s"),
         ("raise ValueError('x' * 10**7)", {}, "ValueError: x{488}"),
@@ -378,7 +399,7 @@ def _wait_until(true, seconds: float = 60.0) -> None:
         ("import os; os.mkdir('folder'); os.mkdir('folder/folder')", {}, "PermissionError: .*"),
     ],
 )  # fmt: skip
-def test_a_program_that_fails_says_why(source, limits, reason):
+def test_a_program_that_fails_says_why(contained, source, limits, reason):
     verdict = run_program(source, **limits)
     assert not verdict.passed and re.fullmatch(reason, verdict.reason), verdict
 
@@ -391,8 +412,8 @@ def test_a_program_that_fails_says_why(source, limits, reason):
     "import os\nfor fd in range(3, 64):\n  try: os.write(fd, b'passed')\n  except OSError: pass",
     "import os; os.write = lambda *_: None; os._exit = None; raise Exception",
 ])  # fmt: skip
-def test_ending_before_the_checks_is_no_pass(way_out):
-    if containment() and "namespaces" in containment().means and "SIGKILL" in way_out:
+def test_ending_before_the_checks_is_no_pass(contained, way_out):
+    if "namespaces" in containment().means and "SIGKILL" in way_out:
         way_out += "\nassert False"  # the first process of a namespace cannot kill itself, and goes on
     assert not run_program(f"{way_out}\n").passed
     assert run_program(f"if 0:\n  {way_out.splitlines()[0]}\n").passed
@@ -413,21 +434,20 @@ def test_ending_before_the_checks_is_no_pass(way_out):
     "x = 1  # é \u2028 \U0001f600",
     "",
 ])  # fmt: skip
-def test_a_correct_program_passes(source):
+def test_a_correct_program_passes(contained, source):
     assert run_program(source) == sandbox.Verdict(True, "passed")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="root is needed to see what root becomes")
 def test_a_program_of_root_s_runs_as_an_unprivileged_user_of_its_own():
-    if containment(("namespaces",)) is None:
-        pytest.skip(missing_containment(("namespaces",)))
+    need_containment(("namespaces",))
     source = "import os; raise ValueError(os.getresuid(), os.getresgid(), os.getgroups(), os.getpid())"
     said = {run_program(source, means=("namespaces",)).reason for _ in range(2)}
     ids = [re.fullmatch(r"ValueError: \(\((\d+), \1, \1\), \(\1, \1, \1\), \[\], 1\)", each) for each in said]
     assert all(ids) and len(ids) == 2 and all(int(each[1]) >= 1000 for each in ids)
 
 
-def test_the_order_of_sets_does_not_change_from_run_to_run():
+def test_the_order_of_sets_does_not_change_from_run_to_run(contained):
     reasons = {run_program("raise ValueError(list({'a', 'b', 'c', 'd', 'e', 'f'}))").reason for _ in range(3)}
     assert len(reasons) == 1
 
@@ -449,13 +469,19 @@ def test_without_enough_means_nothing_is_run(few, tmp_path, monkeypatch):
     assert "files" in missing_containment(few)
 
 
-def test_what_contains_is_named():
+def test_what_contains_is_named(contained):
     found = containment()
-    if found is None:
-        pytest.skip(missing_containment())
     assert found.files and found.network and found.processes
     assert re.fullmatch(r"files by \w.*; network by \w.*; processes by \w.*", found.describe())
     assert missing_containment() == ""
+
+
+@pytest.mark.parametrize(("value", "outcome"), [("1", pytest.fail.Exception), ("", pytest.skip.Exception)])
+def test_where_containment_is_required_its_lack_fails(value, outcome, monkeypatch):
+    """Landlock alone is not enough on any machine."""
+    monkeypatch.setenv(REQUIRED, value)
+    with pytest.raises(outcome, match="this machine cannot contain a program by landlock: .*"):
+        need_containment(("landlock",))
 
 
 @pytest.mark.parametrize(

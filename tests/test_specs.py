@@ -135,6 +135,35 @@ def test_a_raised_recipe_changes_the_hash(base, monkeypatch):
     assert resolve(tiny_spec(base)).hash != before
 
 
+def test_recipes_of_long_rows_and_of_generated_answers_are_those_of_runs_that_have_them(base, registries):
+    """Runs without them keep the hashes that they always had."""
+    plain = get_task("chain_sum")
+
+    def found(spec) -> set[str]:
+        named = {label.removeprefix("recipe:") for label, _ in resolve(spec).digests if label.startswith("recipe:")}
+        return named - set(recipes())
+
+    def own(length: int, **changes) -> RunSpec:
+        rows = [Example(prompt="x" * length + str(n), answer="y") for n in range(20)]
+        register(replace(plain, name="own", load=lambda split: rows, **changes))
+        return tiny_spec(base, tasks=["own"], train_rows=4, test_rows=4)
+
+    written = {"scoring": "generate", "judge": lambda row, text: 0.0, "extra": {"max_new_tokens": 4}}
+    assert found(own(300)) == set()
+    assert found(own(500)) == {"cut"}
+    assert found(own(300, **written)) == {"generation"}
+    assert found(own(500, **written)) == {"cut", "generation"}
+    assert found(replace(tiny_spec(base), evaluate=("chain_sum", "own"))) == {"cut", "generation"}
+    assert found(MergeSpec((tiny_spec(base), own(500)), (1.0, 1.0))) == {"cut"}
+    assert found(tiny_spec(base, "base", steps=0, shots=4)) == set()
+
+
+def test_the_recipe_of_long_rows_is_not_that_of_encoders(tiny_encoder, home, registries):
+    register(replace(get_task("rte"), load=lambda split: [Example("x" * 900, "entailment", "y", target=0)]))
+    digests = dict(resolve(tiny_spec(tiny_encoder, tasks=["rte"], train_rows=1, test_rows=1)).digests)
+    assert "recipe:cut" not in digests
+
+
 def test_canonical_json_is_sorted_and_names_parents_by_hash(base):
     spec = resolve(sparse_spec(base))
     plain = json.loads(canonical_json(spec))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
+from steps import Prepared
 from tiny import sparse_spec, tiny_spec
 
 from lori_nb.lab import training
@@ -23,6 +26,7 @@ from lori_nb.lab.text import collate, encode_decoder_rows
 from lori_nb.lab.training import NonFiniteLossError, TaskData, batch_indices, learning_rate_at, named_parameters
 from lori_nb.method.adapter_file import adapter_hash
 from lori_nb.method.adapters import attach, target_linears
+from lori_nb.method.subspaces import random_down_projection
 
 EPS = torch.finfo(torch.float32).eps
 BOTH = ("chain_sum", "word_sequence_reversal")
@@ -61,6 +65,16 @@ def test_warm_up_and_decay():
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[5:] == pytest.approx([(20 - step) / 15 for step in range(5, 20)])
     assert learning_rate_at(0, tiny_spec("tiny", steps=1, learning_rate=1.0)) == 1.0
+
+
+@pytest.mark.parametrize(("warmup", "first"), [(0.25, [0.2, 0.4, 0.6, 0.8]), (0.0, [])])
+def test_a_constant_rate_with_and_without_warm_up(warmup, first):
+    """Without one the first step has the whole rate, and with one the last step still has it."""
+    spec = tiny_spec("tiny", steps=20, warmup=warmup, learning_rate=1.0, schedule="constant")
+    rates = [learning_rate_at(step, spec) for step in range(20)]
+    assert rates == pytest.approx(first + [1.0] * (20 - len(first)))
+    decaying = [learning_rate_at(step, replace(spec, schedule="linear")) for step in range(20)]
+    assert decaying[: len(first) + 1] == rates[: len(first) + 1] and decaying[-1] < 0.1
 
 
 # One step against an independent computation
@@ -276,6 +290,41 @@ def test_off_mask_entries_stay_zero_and_A_stays_its_draw(base):
     for name, f in run.adapter.factors.items():
         assert (f.B[~run.adapter.masks[name]] == 0).all()
     assert run.adapter.frozen_A
+
+
+def test_packed_B_is_k_numbers_to_the_optimiser_and_in_a_checkpoint(base, tmp_path):
+    """After steps as they are taken: of every module nothing is kept but (k,) tensors and scalars."""
+    prepared = Prepared(tiny_spec(base, "lori-s", sparsity=0.9, mask_origin="random"))
+    for step in range(3):
+        prepared.step(step)
+    path = tmp_path / "checkpoint.safetensors"
+    prepared.loop.save(path, {"step": 3})
+    stored = load_file(path)
+    counts = {name: int(low.support().sum()) for name, low in prepared.live.items()}
+    assert sum(counts.values()) == round(0.1 * sum(low.shape.numel() for low in prepared.live.values()))
+    optimiser = prepared.loop.optimiser
+    assert {id(p) for p in optimiser.state} == {id(low.values) for low in prepared.live.values()}
+    for name, k in counts.items():
+        state = optimiser.state[prepared.live[name].values]
+        kept = {key.partition("|")[2]: t for key, t in stored.items() if key.startswith(f"{name}.")}
+        assert {key: tuple(t.shape) for key, t in state.items()} == {"step": (), "exp_avg": (k,), "exp_avg_sq": (k,)}
+        assert {key: tuple(t.shape) for key, t in kept.items()} == {"value": (k,)} | {
+            key: tuple(t.shape) for key, t in state.items()
+        }
+        assert state["exp_avg_sq"].all(), "every packed value has had a gradient"
+    assert len(stored) == 4 * len(counts), "A is in no checkpoint"
+
+
+def test_A_is_one_draw_whatever_the_dtype_of_the_base(base):
+    """An adapter is float32 over a bfloat16 base too: the same bits of A, and another B."""
+    runs = {dtype: Store().get(tiny_spec(base, "lori-d", steps=3, dtype=dtype)) for dtype in ("float32", "bfloat16")}
+    assert [run.provenance["dtype"] for run in runs.values()] == ["torch.float32", "torch.bfloat16"]
+    one, two = (run.adapter for run in runs.values())
+    for name, f in one.factors.items():
+        drawn = random_down_projection(0, "chain_sum", name, *f.A.shape)
+        assert f.A.dtype == two.factors[name].A.dtype == torch.float32
+        assert torch.equal(f.A, drawn) and torch.equal(two.factors[name].A, drawn)
+        assert not torch.equal(f.B, two.factors[name].B)
 
 
 # Golden runs: results that move without a raised RECIPE fail here

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lori_nb.cli.options import app, names_in, whole_hash
 from lori_nb.study.plain_errors import plain_errors
 
+if TYPE_CHECKING:  # the commands import it where they need it: it takes a second
+    import torch
+
 Portable = Annotated[
     bool,
     typer.Option("--portable", help="For serving engines: scale in B, one allowed rank, no heads, no patterns."),
+]
+Dtype = Annotated[
+    str, typer.Option(help="Of the stored A and B: float32, bfloat16 or float16; the last two round them.")
 ]
 Folders = Annotated[list[str], typer.Argument(metavar="DIR...", help="PEFT LoRA folders, or hub ids owner/name.")]
 
@@ -57,17 +63,19 @@ def merge(
     weights: Annotated[str, typer.Option(help="One number an adapter, or one for all: 0.4,0.4. 1 adds them up.")] = "1",
     rank: Annotated[int | None, typer.Option(min=1, help="Cut the result to this rank (truncated SVD).")] = None,
     portable: Portable = False,
+    dtype: Dtype = "float32",
 ) -> None:
     """Merge adapters that were trained anywhere into one PEFT folder, from their files alone."""
     from lori_nb.analysis import merging
     from lori_nb.lab.folders import not_shared, read_folders, write_merged
 
+    stored = _dtype(dtype)
     numbers = [_number(word) for word in names_in(weights)]
     numbers = numbers * len(folders) if len(numbers) == 1 else numbers
     found = read_folders(folders)
     merged = merging.merge([folder.factors for folder in found.values()], numbers, method, rank)
     about = {"method": method, "weights": numbers, "rank": rank}
-    path = write_merged(Path(out), merged, found, portable, about)
+    path = write_merged(Path(out), merged, found, portable, about, stored)
     for line in not_shared(found):
         print(f"note: {line}")
     _say_rules(path, portable)
@@ -79,6 +87,15 @@ def _say_rules(folder: Path, portable: bool) -> None:
 
     for rule, kept in portability(folder).items() if portable else ():
         print(f"{'holds' if kept else 'BROKEN'}: {rule}")
+
+
+def _dtype(name: str) -> torch.dtype:
+    from lori_nb.method.adapter_file import DTYPES
+
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+    if name not in known:
+        raise ValueError(f"--dtype must be one of {', '.join(known)}; found {name!r}")
+    return known[name]
 
 
 def _number(word: str) -> float:
@@ -96,14 +113,17 @@ def export_run(
     weight: Annotated[float, typer.Option(help="The folder's update is this times the adapter's.")] = 1.0,
     head: Annotated[str, typer.Option(help="The task whose head goes with an encoder's adapter of several.")] = "",
     portable: Portable = False,
+    dtype: Dtype = "float32",
 ) -> None:
     """Write a run's adapter as a PEFT LoRA folder."""
     from lori_nb.lab.interop import export_peft
     from lori_nb.lab.runs import Store
 
+    stored = _dtype(dtype)
     store = Store()
     run = store.load(whole_hash(store.hashes(), spec_hash))
-    path = export_peft(run.adapter, Path(folder), weight=weight, head=head or None, for_serving=portable)
+    choices = {"weight": weight, "head": head or None, "for_serving": portable, "dtype": stored}
+    path = export_peft(run.adapter, Path(folder), **choices)
     _say_rules(path, portable)
     print(path)
 
@@ -114,15 +134,16 @@ def import_folder(
     folder: Annotated[str, typer.Argument(help="A PEFT LoRA folder with safetensors.")],
     file: Annotated[str, typer.Argument(help="The adapter file to write.")],
     base: Annotated[str, typer.Option(help="The base model that the adapter is for.")],
+    dtype: Dtype = "float32",
 ) -> None:
     """Turn a PEFT LoRA folder into an adapter file of this kit."""
     from lori_nb.lab.interop import import_peft
     from lori_nb.method.adapter_file import save_adapter
 
-    path = Path(file)
+    stored, path = _dtype(dtype), Path(file)
     if path.exists():
         raise ValueError(f"FILE must be new; found {path}")
     adapter = import_peft(Path(folder), base)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_adapter(adapter, path)
+    save_adapter(adapter, path, stored)
     print(f"{path}: rank {adapter.rank}, {len(adapter.factors)} modules of {base}")

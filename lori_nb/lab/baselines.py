@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lori_nb.method.adapters import Adapter, Attached, Factors, LowRank, attach
+from lori_nb.method.adapters import Attached, Factors, LowRank, attach
 
 RECIPE = 1  # raise when a baseline gives another result
 MAGNITUDE = "magnitude."  # extras of a finished DoRA adapter: "magnitude.<module>"
@@ -186,25 +186,8 @@ def swap_in(body: nn.Module, modules: Mapping[str, nn.Module]) -> Attached:
 
 
 def dora_extras(live: Mapping[str, Dora]) -> dict[str, Tensor]:
-    """What a finished DoRA adapter keeps beside its factors: "magnitude.<module>" (d_out)."""
+    """What a finished DoRA adapter keeps beside its factors: "magnitude.<module>" (d_out), for :func:`make_dora`."""
     return {f"{MAGNITUDE}{name}": dora.magnitude.detach().clone().cpu() for name, dora in live.items()}
-
-
-def restore_dora(body: nn.Module, adapter: Adapter) -> dict[str, Dora]:
-    """The modules of a finished DoRA adapter, to be swapped into the body.
-
-    Raises:
-        ValueError: a module without its magnitude, or one that the body lacks.
-    """
-    linears = {name: m for name, m in body.named_modules() if isinstance(m, nn.Linear)}
-    restored = {}
-    for name, f in adapter.factors.items():
-        magnitude = adapter.extras.get(f"{MAGNITUDE}{name}")
-        if magnitude is None or name not in linears:
-            lacks = "the adapter has no magnitude for it" if name in linears else "the model has no such linear module"
-            raise ValueError(f"a DoRA adapter must have a magnitude for each linear module; {name}: {lacks}")
-        restored[name] = make_dora(linears[name], f, magnitude)
-    return restored
 
 
 class LoraFA(torch.optim.Optimizer):

@@ -100,7 +100,8 @@ def score_rows(
 ) -> Scored:
     """Score every row once, none dropped, in batches of similar length; the result is in the rows' own order.
 
-    Several processes are dealt whole batches, so that the bits do not depend on how many there are.
+    A row that has lost tokens which decide its score does not count as right. Several processes are dealt whole
+    batches, so that the bits do not depend on how many there are.
     """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
     found: dict[int, tuple[float, float, float]] = {}
@@ -118,7 +119,8 @@ def score_rows(
     found = distributed.gathered(found)
     table = np.array([found[i] for i in range(len(rows))], dtype=np.float64)
     target = np.array([np.nan if row.target is None else row.target for row in rows], dtype=np.float64)
-    return Scored(correct=table[:, 0], predicted=table[:, 1], target=target, loss=table[:, 2])
+    correct = np.where([row.whole for row in rows], table[:, 0], 0.0)
+    return Scored(correct=correct, predicted=table[:, 1], target=target, loss=table[:, 2])
 
 
 def common_prompt(base: Base, rows: Sequence[Encoded], worth: int = 48) -> int:

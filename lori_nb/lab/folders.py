@@ -151,6 +151,7 @@ def write_merged(
     sources: Mapping[str, Folder],
     for_serving: bool = False,
     about: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Path:
     """Write what was made of some folders as a PEFT folder for the first one's base, under its names of modules.
 
@@ -159,9 +160,11 @@ def write_merged(
         merged: module → update, over modules of the sources.
         for_serving: the portable form of :mod:`lori_nb.lab.peft_writing`.
         about: how it was made, for the file's header, beside the sources' digests.
+        dtype: of the stored A and B: float32, or bfloat16 or float16, which round them.
 
     Raises:
-        ValueError: the folder holds something, a value is not finite, or the portable form cannot hold the result.
+        ValueError: the folder holds something, a value is not finite in the dtype, or the portable form cannot hold the
+            result.
     """
     folder, first = check_new(folder), next(iter(sources.values()))
     keys = _keys(list(sources.values()))
@@ -171,7 +174,7 @@ def write_merged(
     factors = {keys[module]: f for module, f in (portable(merged) if for_serving else merged).items()}
     made_of = {name: source.digest for name, source in sources.items()}
     about = {"merged": made_of, **(about or {})}
-    return write_peft(folder, factors, first.base, task_type=first.config.get("task_type"), about=about)
+    return write_peft(folder, factors, first.base, task_type=first.config.get("task_type"), about=about, dtype=dtype)
 
 
 def _keys(sources: Sequence[Folder]) -> dict[str, str]:

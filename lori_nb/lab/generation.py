@@ -27,7 +27,7 @@ from transformers import (
 from lori_nb.lab import distributed
 from lori_nb.lab.models import Base
 
-RECIPE = 1  # raise when the same model writes other completions
+RECIPE = 2  # raise when the same model writes other completions
 
 Unit = tuple[int, int]  # (row, sample)
 
@@ -63,7 +63,8 @@ def generate(
 ) -> list[list[str]]:
     """Completions of every prompt: ``samples`` texts each, without the prompt, special tokens and the stop text.
 
-    A completion ends with the tokenizer's end-of-text token, before the first stop text, or at ``max_new_tokens``.
+    A completion ends at the tokenizer's end-of-text token or one of the base's own ends (an instruct model's end of
+    turn), before the first stop text, or at ``max_new_tokens``.
     Adapters that are attached to the base's body act. Several processes are dealt whole batches. ``progress`` is called
     with (completions done, all).
 
@@ -105,13 +106,13 @@ def _complete(
     model: PreTrainedModel, base: Base, prompts: Sequence[Sequence[int]], units: Sequence[Unit], settings: Settings
 ) -> list[str]:
     ids, mask = left_padded(prompts, base.tokenizer.pad_token_id)  # (b × L)
-    length, eos = ids.shape[1], base.tokenizer.eos_token_id
+    length, ends = ids.shape[1], [*dict.fromkeys((base.tokenizer.eos_token_id, *base.ends))]
     draws = [KeyedDraws(units, length, settings)] if settings.temperature > 0 else []
     stops = [StopsAt(base.tokenizer, length, settings.stop)] if settings.stop else []
     config = GenerationConfig(
         do_sample=False,  # the draws, where there are any, are made by the processor
         max_new_tokens=settings.max_new_tokens,
-        eos_token_id=eos,
+        eos_token_id=ends,
         pad_token_id=base.tokenizer.pad_token_id,
     )
     with torch.no_grad():
@@ -122,7 +123,7 @@ def _complete(
             logits_processor=LogitsProcessorList(draws),
             stopping_criteria=StoppingCriteriaList(stops),
         )
-    return [_text(base.tokenizer, row, eos, settings.stop) for row in out[:, length:].tolist()]
+    return [_text(base.tokenizer, row, ends, settings.stop) for row in out[:, length:].tolist()]
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
@@ -136,8 +137,8 @@ def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Ten
     return ids, mask
 
 
-def _text(tokenizer, written: list[int], eos: int, stop: Sequence[str]) -> str:
-    ended = written.index(eos) if eos in written else len(written)
+def _text(tokenizer, written: list[int], ends: Sequence[int], stop: Sequence[str]) -> str:
+    ended = next((place for place, token in enumerate(written) if token in ends), len(written))
     text = tokenizer.decode(written[:ended], skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return text[: min((place for place in map(text.find, stop) if place >= 0), default=len(text))]
 

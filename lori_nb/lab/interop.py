@@ -54,9 +54,17 @@ class PooledClassifier(nn.Module):
 
 
 def export_peft(
-    adapter: Adapter, folder: Path, *, weight: float = 1.0, head: str | None = None, for_serving: bool = False
+    adapter: Adapter,
+    folder: Path,
+    *,
+    weight: float = 1.0,
+    head: str | None = None,
+    for_serving: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Path:
     """Write an adapter as a PEFT LoRA folder, whole or not at all, and return the folder.
+
+    B under a mask is written dense, its zeros with it.
 
     Args:
         folder: new, or empty.
@@ -64,10 +72,11 @@ def export_peft(
         head: the task whose head an encoder's folder carries, as the module "classifier" of a
             :class:`PooledClassifier`; needed where there are several.
         for_serving: the portable form of :mod:`lori_nb.lab.peft_writing`, without a head.
+        dtype: of the stored A and B: float32, bfloat16 or float16, which round them. A head stays float32.
 
     Raises:
         ValueError: the folder holds something, the adapter does not fit its base or is not low-rank alone (DoRA's
-            magnitudes), a value is not finite, or the head is not one of the adapter's.
+            magnitudes), a value is not finite in the dtype, or the head is not one of the adapter's.
     """
     folder = check_new(folder)
     if not math.isfinite(weight):
@@ -82,7 +91,7 @@ def export_peft(
     else:
         usual = (adapter.rank, adapter.alpha / adapter.rank)
     about = {"base": adapter.base, "base_digest": adapter.base_digest, "seed": adapter.seed}
-    about |= {"subspace": adapter.subspace, "head": task}
+    about |= {"subspace": adapter.subspace, "head": task, "masked": adapter.masks is not None}
     return write_peft(
         folder,
         factors,
@@ -92,6 +101,7 @@ def export_peft(
         task_type="CAUSAL_LM" if base_kind(adapter.base) == "decoder" else None,
         heads=heads,
         about=about,
+        dtype=dtype,
     )
 
 
@@ -133,8 +143,11 @@ def import_peft(folder: Path, base_name: str) -> Adapter:
 
     ``rank`` and ``alpha`` are the folder's defaults (α·√r for rsLoRA, so that α / rank is the scale); modules under
     ``rank_pattern`` or ``alpha_pattern`` have their own in their factors. Where the folder was written by this kit and
-    its A is bit for bit what seed and subspace give, the adapter says so and its A need not be stored. A mask is not
-    known to a PEFT folder: B comes back dense, with the same bits.
+    its A is bit for bit what seed and subspace give, the adapter says so and its A need not be stored.
+
+    A PEFT folder knows no masks: those of a LoRI-S adapter are the zeros of B. They come back where this kit wrote the
+    folder from an adapter under masks, and for a folder of somebody else's where a B has zeros beside other entries. An
+    entry under the mask whose value is exactly zero in the file cannot be told from one off it, and comes back as that.
 
     Raises:
         ValueError: the folder is not a whole, plain LoRA folder for that base; says what was found.
@@ -166,8 +179,20 @@ def import_peft(folder: Path, base_name: str) -> Adapter:
         seed=seed if drawn else 0,
         subspace=subspace if drawn else IMPORTED,
         frozen_A=drawn,
+        masks=_masks(factors, about.get("masked")),
         extras=heads,
     )
+
+
+def _masks(factors: Mapping[str, Factors], masked: Any) -> dict[str, Tensor] | None:
+    """Module → where B is not zero (bool, d_out × r); None where no mask is known of.
+
+    ``masked`` is what this kit noted; where it noted nothing, a B that is zero in part shows a mask.
+    """
+    support = {name: f.B != 0 for name, f in factors.items()}
+    if not isinstance(masked, bool):
+        masked = any(bool(where.any()) and not bool(where.all()) for where in support.values())
+    return support if masked else None
 
 
 def _on_linears(pairs: Mapping[str, dict[str, Tensor]], prefix: str) -> dict[str, dict[str, Tensor]]:

@@ -28,6 +28,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     PretrainedConfig,
+    PreTrainedModel,
     RobertaConfig,
 )
 from transformers.utils import logging as hf_logging
@@ -49,7 +50,7 @@ BESIDE_WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.model")  # configuration and 
 @dataclass(frozen=True)
 class Base:
     """A frozen base model. ``body`` is the transformer without its output head, ``head`` the language-model head (None
-    for encoders).
+    for encoders). ``ends`` are the token ids at which its own generation settings let an answer end.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Base:
     head: nn.Module | None
     tokenizer: object
     dtype: torch.dtype
+    ends: tuple[int, ...] = ()
 
     @property
     def width(self) -> int:
@@ -304,7 +306,13 @@ def load_base(name: str, dtype: str = "auto", device: str | None = None) -> Base
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     body, head = (model.base_model, model.get_output_embeddings()) if kind == "decoder" else (model, None)
-    return Base(name, base_digest(name), kind, body, head, tokenizer, wanted)
+    return Base(name, base_digest(name), kind, body, head, tokenizer, wanted, _ends(model))
+
+
+def _ends(model: PreTrainedModel) -> tuple[int, ...]:
+    """The ids of ``generation_config.eos_token_id``, which is one, several or none; none for an encoder."""
+    stated = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return tuple(stated) if isinstance(stated, list | tuple) else () if stated is None else (stated,)
 
 
 @functools.lru_cache(maxsize=4)

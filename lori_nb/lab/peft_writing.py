@@ -32,6 +32,7 @@ from lori_nb.lab.peft_folder import (
     read_config,
     read_tensors,
 )
+from lori_nb.method.adapter_file import check_dtype
 from lori_nb.method.adapters import Factors
 
 ALLOWED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's; above 16 it has to be told so
@@ -45,9 +46,9 @@ def check_new(folder: Path) -> Path:
     return folder
 
 
-def plain(tensor: Tensor) -> Tensor:
-    """A float32 copy on the CPU, of its own memory: safetensors refuses tensors that share it."""
-    return tensor.detach().cpu().float().contiguous().clone()
+def plain(tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A copy of that dtype on the CPU, of its own memory: safetensors refuses tensors that share it."""
+    return tensor.detach().cpu().to(dtype).contiguous().clone()
 
 
 def write_peft(
@@ -60,29 +61,36 @@ def write_peft(
     task_type: str | None = None,
     heads: Mapping[str, Tensor] | None = None,
     about: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Path:
     """Write factors as a PEFT LoRA folder and return it.
 
     Args:
         folder: new, or empty.
         factors: the file's key of a module's factors ("model.layers.0.self_attn.q_proj.lora_{}.weight") → factors,
-            which keep their bits; the scale goes into α.
+            which keep their bits in float32; the scale goes into α.
         weight: the folder's update is this times that of the factors.
         usual: (rank, scale) that stand as the folder's own, others in patterns; the most frequent ones if not given.
         heads: whole tensors of the saved module "classifier", by their keys in the file.
         about: what this kit notes in the file's header.
+        dtype: of the stored A and B, one of :data:`~lori_nb.method.adapter_file.DTYPES`; narrower than float32 rounds
+            them.
 
     Raises:
-        ValueError: a value that is not finite in float32; nothing is written then.
+        ValueError: an unknown dtype, or a value that is not finite in it; nothing is written then.
     """
+    check_dtype(dtype)
     ranks_scales = {module_of(key): (len(f.A), f.scale) for key, f in factors.items()}
     usual = usual or Counter(ranks_scales.values()).most_common(1)[0][0]
     config = _config(ranks_scales, usual, weight)
     config |= {"base_model_name_or_path": base, "task_type": task_type, "modules_to_save": [HEAD] if heads else None}
-    tensors = {f"{TOP}{key.format(part)}": plain(getattr(f, part)) for key, f in factors.items() for part in "AB"}
+    tensors = {
+        f"{TOP}{key.format(part)}": plain(getattr(f, part), dtype) for key, f in factors.items() for part in "AB"
+    }
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            raise ValueError(f"factors must be finite in float32; found NaN or infinity in {key!r}")
+            held = str(dtype).removeprefix("torch.")
+            raise ValueError(f"factors must be finite in {held}; found NaN or infinity in {key!r}")
     metadata = {"format": "pt"} | ({"lori_nb": json.dumps(about, sort_keys=True)} if about else {})
     _write(folder, {CONFIG: json.dumps(config, indent=2), WEIGHTS: save(tensors | (heads or {}), metadata=metadata)})
     return folder

@@ -4,8 +4,7 @@ They are computed once per row, kept on disk, and training starts from them. The
 the model that shares their modules, so hooks and gradients are the same objects in both.
 
 The states are made in chunks of a fixed number of rows, padded to one fixed length, because in bfloat16 a row's bits
-depend on the
-shape of the batch that it was computed in: so every run, resumed or not, sees the same bits.
+depend on the shape of the batch that it was computed in: so every run, resumed or not, sees the same bits.
 """
 
 from __future__ import annotations

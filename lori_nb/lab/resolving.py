@@ -51,11 +51,11 @@ def recipes() -> dict[str, int]:
     """The recipe number of every module that decides a result, as far as the hash shows it.
 
     A module of the upper rooms, or one younger than the first runs, is named from recipe 2 on: recipe 1 is what every
-    hash without its name stands for.
+    hash without its name stands for. What decides some runs alone counts for those: see :func:`resolve`.
     """
     below = {"training": RECIPE, "prefix": prefix.RECIPE, "evaluation": evaluation.RECIPE, "text": text.RECIPE}
     above = {"adapters": adapters, "masks": masks, "projection": projection, "merging": merging}
-    younger = {"subspaces": subspaces, "baselines": baselines, "generation": generation, "scoring": scoring}
+    younger = {"subspaces": subspaces, "baselines": baselines, "scoring": scoring}
     return below | {name: module.RECIPE for name, module in (above | younger).items() if module.RECIPE > 1}
 
 
@@ -66,17 +66,18 @@ def resolve(spec: Spec) -> Spec:
     check(spec)
     if isinstance(spec, MergeSpec):
         parts = tuple(resolve(part) for part in spec.parts)
-        digests = (*_rows_digests(spec, ()), *_recipe_digests(), *_extension_digests(spec))
+        digests = (*_rows_digests(spec), *_recipe_digests(), *_extension_digests(spec), *_answer_digests(spec))
         return replace(spec, parts=parts, digests=digests)
     start = resolve(spec.start) if spec.start else None
     calibration = resolve(spec.calibration) if spec.calibration else None
     digests = (
         ("base", base_digest(spec.base)),
-        *_rows_digests(spec, spec.tasks),
+        *_rows_digests(spec),
         *_recipe_digests(),
         *_regression_digests(spec),
         *_joint_digests(spec),
         *_extension_digests(spec),
+        *_answer_digests(spec),
     )
     settled = {"dtype": resolve_dtype(spec.dtype), "start": start, "calibration": calibration}
     if all(weight == 1 for weight in spec.task_weights):
@@ -84,24 +85,42 @@ def resolve(spec: Spec) -> Spec:
     return replace(spec, digests=digests, **settled)
 
 
-def _rows_digests(spec: Spec, trained: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+def _rows_digests(spec: Spec) -> tuple[tuple[str, str], ...]:
+    return tuple((f"{split}:{name}", _rows(name, split, limit)[0]) for name, split, limit in _asked_rows(spec))
+
+
+def _asked_rows(spec: Spec) -> list[tuple[str, str, int]]:
+    """(task, split, number) of all rows that a run reads: those it learns from, then those it is scored on."""
     trains = getattr(spec, "steps", 0) > 0 or getattr(spec, "shots", 0) > 0
     needed = max(getattr(spec, "train_rows", 0), getattr(spec, "shots", 0))  # few-shot examples are training rows
-    train = [(f"train:{name}", _digest_of_rows(name, "train", needed)) for name in trained if trains]
     scored = max(spec.test_rows, spec.watch_rows if getattr(spec, "watch", ()) else 0)
-    return (
-        *train,
-        *((f"{spec.score_on}:{name}", _digest_of_rows(name, spec.score_on, scored)) for name in spec.scored),
-    )
+    learned = spec.tasks if isinstance(spec, RunSpec) and trains else ()
+    return [(name, "train", needed) for name in learned] + [(name, spec.score_on, scored) for name in spec.scored]
 
 
-def _digest_of_rows(name: str, split: str, limit: int) -> str:
-    return _rows_digest_from(name, split, limit, get_task(name).load, os.environ.get(DATA_VARIABLE))
+def _rows(name: str, split: str, limit: int) -> tuple[str, int]:
+    """The digest of a task's rows, and the bytes of the longest."""
+    return _rows_from(name, split, limit, get_task(name).load, os.environ.get(DATA_VARIABLE))
 
 
 @functools.lru_cache(maxsize=1024)  # keyed by the loader too: a task may be registered again
-def _rows_digest_from(name: str, split: str, limit: int, load: Callable, folder: str | None) -> str:
-    return rows_digest(get_task(name).rows(split, limit))
+def _rows_from(name: str, split: str, limit: int, load: Callable, folder: str | None) -> tuple[str, int]:
+    rows = get_task(name).rows(split, limit)
+    return rows_digest(rows), max(map(text.text_bytes, rows))
+
+
+def _answer_digests(spec: Spec) -> tuple[tuple[str, str], ...]:
+    """What decides only a decoder's runs that have long rows, or whose answers are generated."""
+    if base_kind(spec.base) == "encoder":
+        return ()
+    longest: dict[str, int] = {}
+    for name, split, limit in _asked_rows(spec):
+        longest[name] = max(longest.get(name, 0), _rows(name, split, limit)[1])
+    shots = getattr(spec, "shots", 0)
+    cut = any(text.may_be_cut(most, shots, get_task(name).system) for name, most in longest.items())
+    generates = any(get_task(name).scoring in scoring.GENERATED for name in spec.scored)
+    found = {"cut": (cut, text.CUT_RECIPE), "generation": (generates, generation.RECIPE)}
+    return tuple((f"recipe:{name}", str(number)) for name, (counts, number) in found.items() if counts)
 
 
 def _recipe_digests() -> tuple[tuple[str, str], ...]:

@@ -22,12 +22,14 @@ from lori_nb.lab.prefix import RowStates, cached_states
 from lori_nb.lab.sandbox import check_execution_allowed
 from lori_nb.lab.tasks import Example, Task
 from lori_nb.lab.tasks.code import score_completions
-from lori_nb.lab.text import Encoded, encode_choices, encode_prompts, encode_rows, prompt_limit
+from lori_nb.lab.text import Encoded, encode_choices, encode_prompts, encode_rows, row_limit
 
 RECIPE = 1  # raise when choices, or the judges of generated answers, score otherwise
 
 # Metrics that only one way of scoring can give, and the samples of every row that they take.
 NEEDS = {"accuracy_normalised": ("choice", 1)} | {f"pass_at_{k}": ("execute", k) for k in (1, 5, 10)}
+
+GENERATED = ("generate", "execute")  # ways of scoring that let the model write
 
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
 
@@ -69,9 +71,9 @@ def check_can_score(task: Task) -> None:
     if task.scoring not in SCORERS:
         known = ", ".join(SCORERS)
         raise ValueError(f"scoring of task {task.name!r} must be one of {known}; found {task.scoring!r}")
-    if task.scoring in ("generate", "execute") and "max_new_tokens" not in task.extra:
+    if task.scoring in GENERATED and "max_new_tokens" not in task.extra:
         raise ValueError(f"extra of task {task.name!r} must state max_new_tokens, since its answers are generated")
-    samples = _settings(task).samples if task.scoring in ("generate", "execute") else 1
+    samples = _settings(task).samples if task.scoring in GENERATED else 1
     for name in (task.metric, *task.also):
         scoring, least = NEEDS.get(name, (task.scoring, 1))
         if scoring != task.scoring or samples < least:
@@ -101,7 +103,7 @@ def _forced(subject: Subject, asked: Asked, report: Progress) -> Scored:
 
 def _choice(subject: Subject, asked: Asked, report: Progress) -> Scored:
     task, rows = asked.task, asked.rows
-    encoded = encode_choices(subject.base.tokenizer, rows, asked.shots, prompt_limit(asked.shots), task.system)
+    encoded = encode_choices(subject.base.tokenizer, rows, asked.shots, row_limit(len(asked.shots)), task.system)
     log_p = choice_log_likelihoods(subject.base, encoded, lambda done, n: report(f"scoring {task.name}", done, n))
     tokens = [len(choices[row.target].answer) for choices, row in zip(encoded, rows, strict=True)]
     return scored_choices(rows, log_p, tokens)
@@ -208,7 +210,7 @@ def _scored(rows: Sequence[Example], credit: np.ndarray, **more) -> Scored:
 def _completions(subject: Subject, asked: Asked, report: Progress) -> list[list[str]]:
     task, base = asked.task, subject.base
     settings = replace(_settings(task), seed=subject.seed)
-    prompts = encode_prompts(base.tokenizer, asked.rows, asked.shots, prompt_limit(asked.shots), task.system)
+    prompts = encode_prompts(base.tokenizer, asked.rows, asked.shots, row_limit(len(asked.shots)), task.system)
     return generate(base, prompts, settings, lambda done, n: report(f"generating {task.name}", done, n))
 
 

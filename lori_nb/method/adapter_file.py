@@ -43,8 +43,7 @@ def save_adapter(adapter: Adapter, path: Path, dtype: torch.dtype = torch.float3
     Raises:
         ValueError: an unknown dtype, or values that it cannot hold (naming the tensor).
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}; found {dtype}")
+    check_dtype(dtype)
     tensors, modules = {}, {}
     for name, f in adapter.factors.items():
         modules[name] = {"d_in": f.A.shape[1], "d_out": f.B.shape[0], "rank": f.A.shape[0], "scale": f.scale}
@@ -68,6 +67,12 @@ def save_adapter(adapter: Adapter, path: Path, dtype: torch.dtype = torch.float3
     partial = path.with_suffix(".partial")
     partial.write_bytes(save(tensors, metadata={"lori_nb": json.dumps(header, sort_keys=True)}))
     os.replace(partial, path)
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """ValueError unless factors are stored in that dtype: one of :data:`DTYPES`."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}; found {dtype}")
 
 
 def _narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

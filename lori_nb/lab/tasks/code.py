@@ -43,6 +43,8 @@ AFTER_PROGRAM = ("\nassert ", "\nprint(", "\nif __name__", "\n[DONE]", "\n```")
 
 ABOUT = {
     "domain": "code",
+    "source": "folder or hub",
+    "repeats": ("test",),  # official rows are scored whole
     "metric": "pass_at_1",
     "also": ("pass_at_5", "pass_at_10"),
     "group": "code",
@@ -63,7 +65,7 @@ _STATEMENT = re.compile(
 )  # opens a line of code, hardly one of prose
 
 
-@task("humaneval", licence="MIT", source="folder or hub", splits=("test",), **ABOUT)
+@task("humaneval", licence="MIT", splits=("test",), **ABOUT)
 def humaneval(split: str) -> Iterator[Example]:
     """The 164 problems in their own order."""
     where, rows = _humaneval_source()
@@ -74,7 +76,7 @@ def humaneval(split: str) -> Iterator[Example]:
         yield Example(prompt=prompt, answer=solution, check=f"{test}\n\ncheck({entry})\n")
 
 
-@task("mbpp", licence="CC BY 4.0 (as its page on the hub says)", source="folder or hub", **ABOUT)
+@task("mbpp", licence="CC BY 4.0 (as its page on the hub says)", **ABOUT)
 def mbpp(split: str) -> Iterator[Example]:
     """The problems of one split in the order of their numbers."""
     tested = {_folded(row["text"]) for row in _mbpp_part("test")} if split != "test" else set()

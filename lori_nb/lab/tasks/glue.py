@@ -75,7 +75,7 @@ def _with_subset(name: str, folder: str, columns: tuple[str, ...], words: dict[s
     return _glue(name, folder, columns, classes(words), folder_row=under_official_names(columns), **read)
 
 
-APART = {"domain": "language understanding", "reads": "encoder", "repeats": ("test",)}
+APART = {"domain": "language understanding", "reads": "encoder"}
 ABOUT = APART | {"group": "glue"}
 PAIR = ("sentence1", "sentence2", "label")
 

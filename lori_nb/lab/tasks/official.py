@@ -2,9 +2,10 @@
 
 Every data set here has one or two text columns and a label column, and an official train and test part (the labelled
 validation part where the official test is not labelled); a set for evaluation only has the test part alone. The
-official test part is the task's test split, in file order. The official train part is divided into train and tune by a
-hash of each row's key, so the division depends on the row alone, never on the file's order or on a seed. Rows whose
-key also stands in the test part are left out.
+official test part is the task's test split, in file order and whole: a prompt that stands there twice counts twice, as
+in the published metric. The official train part is divided into train and tune by a hash of each row's key, so the
+division depends on the row alone, never on the file's order or on a seed. Rows whose key also stands in the test part
+are left out of both, and a repeated prompt is kept once.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def official_task(name: str, data: DataSet, **about) -> Task:
         return split_rows(split, official_rows(name, "train"), official_rows(name, "test"))
 
     splits = SPLITS if data.train_file else ("test",)
-    return register(Task(name=name, load=load, source="folder or hub", splits=splits, **about))
+    return register(Task(name=name, load=load, source="folder or hub", splits=splits, repeats=("test",), **about))
 
 
 def official_rows(name: str, part: str) -> Sequence[Example]:
