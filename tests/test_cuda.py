@@ -248,11 +248,12 @@ def memory_of_a_step(prepared: Prepared) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-@pytest.mark.parametrize("method", ["lora", "lori-d"])
-def test_a_step_takes_no_more_memory_than_with_peft(method, device, smollm2, home, monkeypatch):
+@pytest.mark.parametrize("name", ["lora", "lori-d", "lori-s"])
+def test_a_step_takes_no_more_memory_than_with_peft(name, device, smollm2, home, monkeypatch):
+    """LoRI-S too: its B is dense only while a module computes, whose gradient is (d_out × r) before it is packed."""
     base = middling(device, smollm2.tokenizer)
     monkeypatch.setattr("steps.load_base", lambda *_: base)
-    ours = Prepared(tiny_spec("middling", method, rank=16, last_layers=None), device)
+    ours = Prepared(SPECS[name]("middling", rank=16, last_layers=None), device)
     theirs = Rival(ours)
     assert set(theirs.named) and len(theirs.named) == 2 * len(ours.live)
     needed = memory_of_a_step(ours)

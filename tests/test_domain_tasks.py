@@ -9,20 +9,24 @@ from decimal import Decimal
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from real_data import needs_real_data, real_data
 
+from lori_nb.lab import scoring
 from lori_nb.lab.evaluation import get_metric
-from lori_nb.lab.scoring import check_can_score
-from lori_nb.lab.tasks import Example, expand_tasks, get_task
+from lori_nb.lab.models import load_base
+from lori_nb.lab.scoring import Asked, Subject, check_can_score, metric_rows, score_task
+from lori_nb.lab.tasks import Example, expand_tasks, get_task, official
 from lori_nb.lab.tasks.commonsense import ANSWER, named_choice, names_the_answer, piqa_row
 from lori_nb.lab.tasks.folder import official_rows
 from lori_nb.lab.tasks.mathematics import has_the_number, last_number
 from lori_nb.lab.tasks.official import _DATA_SETS, examples_from_hub
 from lori_nb.lab.tasks.safety_sets import is_refusal, judge_refusal
-from lori_nb.lab.text import encode_prompts, prompt_ids
+from lori_nb.lab.text import encode_choices, encode_prompts, prompt_ids
 
 COMMONSENSE = ("boolq", "piqa", "siqa", "arc_challenge", "arc_easy", "openbookqa", "hellaswag", "winogrande")
 IN_FOLDER = tuple(name for name in COMMONSENSE if name != "hellaswag")
@@ -203,23 +207,112 @@ def test_what_cannot_be_scored_is_said_before_any_work(name, change, words):
 # Rows of our own in the hub's schema, for what the folder lacks
 
 
-def test_hellaswag_rows():
-    row = {
-        "ind": 4,
-        "activity_label": "Baking bread",
-        "ctx_a": "A woman kneads dough on a table.",
+HELLASWAG = [
+    {
+        "ind": number,
+        "activity_label": activity,
+        "ctx_a": context,
         "ctx_b": "she",
-        "ctx": "A woman kneads dough on a table. she",
-        "endings": ["paints it blue.", "puts it into the oven.", "sings to it.", "reads a map."],
+        "ctx": f"{context} she",
+        "endings": endings,
         "label": "1",
     }
-    (made,) = from_hub("hellaswag", [row])
+    for number, (activity, context, endings) in enumerate(
+        [
+            (
+                "Baking bread",
+                "A woman kneads dough on a table.",
+                ["paints it blue.", "puts it into the oven.", "sings to it.", "reads a map."],
+            ),
+            (
+                "Washing dishes",
+                "A girl fills the sink with warm water.",
+                ["rides a horse.", "adds soap and takes a plate.", "paints the sink.", "falls asleep in it."],
+            ),
+            (
+                "Mending a bicycle",
+                "A woman turns her bicycle upside down.",
+                ["eats the saddle.", "takes off the wheel.", "reads it a story.", "waters the tyres."],
+            ),
+        ]
+    )
+]
+
+
+def test_hellaswag_rows():
+    made, *_ = from_hub("hellaswag", HELLASWAG)
     assert made.prompt == (
         "Please choose the correct ending to complete the given sentence: Baking bread: A woman kneads dough on a "
         "table. she\n\nEnding1: paints it blue. Ending2: puts it into the oven. Ending3: sings to it. Ending4: reads a "
         "map.\n\nAnswer format: ending1/ending2/ending3/ending4"
     )
     assert (made.answer, made.target, len(made.choices)) == ("the correct answer is ending2", 1, 4)
+
+
+@pytest.fixture
+def hub_holds(monkeypatch):
+    """Makes the hub give the rows that it is called with, whatever is asked for."""
+    monkeypatch.delenv("LORI_NB_DATA", raising=False)
+
+    def holds(rows: list[dict]) -> None:
+        official._rows_from_hub.cache_clear()
+        monkeypatch.setattr(official, "load_from_hub", lambda *_: datasets.Dataset.from_list(rows))
+
+    yield holds
+    official._rows_from_hub.cache_clear()
+
+
+def scored_hellaswag(hub_holds, base, name: str, labels: list[int]):
+    """(rows, scores, metrics) of the rows above with these keys."""
+    hub_holds([row | {"label": str(n)} for row, n in zip(HELLASWAG, labels, strict=True)])
+    task = get_task(name)
+    rows = tuple(task.rows("test", 9))
+    assert [row.target for row in rows] == labels
+    found = score_task(Subject(base, base.body, 0), Asked(task, rows), lambda *_: None)
+    measured = {row["metric"]: row["value"] for row in metric_rows(task, "test", rows, found)}
+    assert list(measured) == [task.metric, *task.also]
+    return rows, found, measured
+
+
+def test_hellaswag_by_likelihood(tiny_decoder, home, hub_holds):
+    """What the model prefers is found with one key; then the first row's key is that, and no other's is."""
+    base = load_base(str(tiny_decoder), "float32")
+    rows, found, _ = scored_hellaswag(hub_holds, base, "hellaswag", [0, 0, 0])
+    preferred = [int(place) for place in found.predicted]
+    assert preferred == [by_whole_rows(base, row) for row in rows]
+    labels = [preferred[0], *((place + 1) % 4 for place in preferred[1:])]
+    _, found, measured = scored_hellaswag(hub_holds, base, "hellaswag", labels)
+    assert found.correct.tolist() == [1.0, 0.0, 0.0]
+    assert measured["accuracy"] == pytest.approx(1 / 3)
+
+
+def test_hellaswag_by_generation(tiny_decoder, home, hub_holds, monkeypatch):
+    """What a model writes is judged, a random one's words; and what one would write that had learned the format."""
+    base, labels = load_base(str(tiny_decoder), "float32"), [1, 1, 2]
+    rows, found, measured = scored_hellaswag(hub_holds, base, "hellaswag_generated", labels)
+    texts = [text for (text,) in found.completions]
+    assert all(texts) and found.correct.tolist() == [
+        names_the_answer(row, text) for row, text in zip(rows, texts, strict=True)
+    ]
+    asked = []
+    written = [["the correct answer is ending2"], ["Ending3: takes off the wheel."], ["ending3, not ending2"]]
+    monkeypatch.setattr(scoring, "generate", lambda base, prompts, *_: asked.extend(prompts) or written)
+    rows, found, measured = scored_hellaswag(hub_holds, base, "hellaswag_generated", labels)
+    assert asked == encode_prompts(base.tokenizer, rows)
+    assert found.correct.tolist() == [1.0, 0.0, 1.0]
+    assert measured == {"exact_match": pytest.approx(2 / 3)}
+
+
+def by_whole_rows(base, row: Example) -> int:
+    """The choice of highest likelihood, each run through the model whole and without a cache."""
+    (encoded,) = encode_choices(base.tokenizer, [row])
+    sums = []
+    for choice in encoded:
+        ids = torch.tensor([choice.ids])
+        with torch.no_grad():
+            log_p = base.head(base.body(input_ids=ids).last_hidden_state[0, :-1]).log_softmax(-1)
+        sums.append(log_p.gather(1, ids[0, 1:, None])[choice.answer_start - 1 :].sum().item())
+    return int(np.argmax(sums))
 
 
 def test_svamp_rows():

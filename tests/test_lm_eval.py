@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tiny import random_factors
 
 from lori_nb.lab.interop import export_peft
@@ -18,7 +20,7 @@ from lori_nb.lab.tasks.commonsense import QUESTION, instruction, with_choices
 from lori_nb.lab.text import encode_choices
 from lori_nb.method.adapters import Adapter, attach_factors, target_linears
 
-pytest.importorskip("lm_eval", reason="lm-evaluation-harness needed: pip install '.[eval]'")
+lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness needed: pip install '.[eval]'")
 
 QUESTIONS = [("Which is a fruit?", ["stone", "apple", "river"]), ("Which is wet?", ["sand", "ash", "dust", "rain"])]
 ROWS = [
@@ -93,3 +95,58 @@ def test_the_adapter_matters(tiny, adapter):
     with attach_factors(tiny.body, adapter.factors):
         changed = choice_log_likelihoods(tiny, encoded)
     assert all((a != b).all() for a, b in zip(plain, changed, strict=True))
+
+
+# The judge of word problems against the harness's own filters and metric, on texts that are given
+
+EGGS = Example("How many eggs?", "16 - 3 = <<16-3=13>>13\n13 + 5 = <<13+5=18>>18\n#### 18", target=18)
+MONEY = Example("What does it cost?", "1000 + 250 = <<1000+250=1250>>1250\n#### 1,250", target=1250)
+COMPLETIONS = [  # (row, completion, credit)
+    (MONEY, "$1,250.", 1),
+    (MONEY, "She pays $1,250 in all.", 1),
+    (MONEY, "1000 + 250 = 1250\n#### 1250", 1),
+    (MONEY, "#### 1,250", 1),
+    (MONEY, "#### 18", 0),
+    (MONEY, "It costs $1,300.", 0),
+    (MONEY, "-1250", 0),
+    (MONEY, "1,250 of 1,300", 0),
+    (EGGS, "#### 18", 1),
+    (EGGS, "16 - 3 = <<16-3=13>>13\n13 + 5 = <<13+5=18>>18\n#### 18", 1),
+    (EGGS, "The answer is 18.", 1),
+    (EGGS, "There are 18 eggs", 1),
+    (EGGS, "There are 18 eggs in 2 boxes", 0),
+    (EGGS, "#### 1", 0),
+    (EGGS, "#### 180", 0),
+    (EGGS, "I do not know.", 0),
+    (EGGS, "####", 0),
+    (EGGS, "", 0),
+]
+
+
+@pytest.fixture(scope="module")
+def harness_gsm8k():
+    """(filter's name, completion, reference) → credit, by the harness's own file of the task."""
+    from lm_eval.api.metrics import exact_match_fn
+    from lm_eval.filters.extraction import RegexFilter
+
+    config = yaml.safe_load((Path(lm_eval.__file__).parent / "tasks" / "gsm8k" / "gsm8k.yaml").read_text())
+    (metric,) = config["metric_list"]
+    told = {key: value for key, value in metric.items() if key not in ("metric", "aggregation", "higher_is_better")}
+    regexes = {each["name"]: dict(each["filter"][0]) for each in config["filter_list"]}
+    assert {regex.pop("function") for regex in regexes.values()} == {"regex"}
+
+    def credit(name: str, completion: str, reference: str) -> float:
+        ((found,),) = RegexFilter(**regexes[name]).apply([[completion]], [{}])
+        return float(exact_match_fn(predictions=[found], references=[reference], **told)["exact_match"])
+
+    assert metric["metric"] == "exact_match"
+    return credit
+
+
+@pytest.mark.parametrize(("row", "completion", "credit"), COMPLETIONS)
+def test_the_judge_of_gsm8k_agrees_with_the_harness_s_filters(harness_gsm8k, row, completion, credit):
+    """With the one that takes the last number everywhere; with the strict one where the solution's mark is written."""
+    assert get_task("gsm8k").judge(row, completion) == credit
+    assert harness_gsm8k("flexible-extract", completion, row.answer) == credit
+    strict = harness_gsm8k("strict-match", completion, row.answer)
+    assert strict == (credit if "#### " in completion else 0)
