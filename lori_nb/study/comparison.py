@@ -162,7 +162,8 @@ def costs(results: Results, arms: Sequence[str] | None = None, tasks: Sequence[s
     tasks = list(settings.tasks if tasks is None else tasks)
     frames, sizes = [], []
     for arm in settings.method if arms is None else arms:
-        specs = [arm_spec(settings, arm, task, seed) for task in tasks for seed in settings.seed]
+        seeds = settings.seed if arm in settings.method else settings.arm_seed
+        specs = [arm_spec(settings, arm, task, seed) for task in tasks for seed in seeds]
         frames.append(results.rows_of(specs).assign(arm=arm))
         about = {"arm": arm, "title": get_arm(arm).title, "method": get_arm(arm).method}
         sizes.append(about | _operations(specs))

@@ -21,7 +21,7 @@ from lori_nb.study.summary import n_text
 
 POINTS = 100  # a score of 1 is a hundred points
 ROW_INCHES = 0.235
-COLUMN_POINTS = (6, 86)  # of the numbers and the verdicts, right of the axes
+COLUMN_POINTS = (6, 104)  # of the numbers and the verdicts, right of the axes
 NULL_LOOK = {"color": GREY, "marker": "x"}
 MILLION = 10**6
 COST_LABELS = {
