@@ -22,6 +22,7 @@ from lori_nb.method.adapters import (
     attach,
     attach_factors,
     check_rank,
+    folded_in,
     layer_number,
     target_linears,
 )
@@ -92,7 +93,7 @@ def test_rank_bounds(llama):
             check_rank(rank, linears)
 
 
-# Attach and detach
+# Attach, detach, fold
 
 
 def outputs(model) -> torch.Tensor:
@@ -137,12 +138,39 @@ def test_attached_adapters_add_up():
     assert not torch.allclose(linear(x), found)
 
 
-def test_factors_that_do_not_fit(llama):
+def test_folding_equals_attaching_and_restores_bit_for_bit():
+    linear = nn.Linear(40, 24)
+    body = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"q": linear})])})
+    factors, x = random_factors({"layers.0.q": linear}, 4, seed=5), gaussian(5, 40, seed=6)
+    before, f = linear.weight.detach().clone(), factors["layers.0.q"]
+    with torch.no_grad():
+        with attach_factors(body, factors, 0.7):
+            attached = linear(x)
+        with folded_in(body, factors, 0.7):
+            folded = linear(x)
+        size = before.abs() + 0.7 * f.scale * f.B.abs() @ f.A.abs()
+        assert ((attached - folded).abs() <= 2 * (40 + 4 + 8) * EPS * (x.abs() @ size.T + linear.bias.abs())).all()
+    assert torch.equal(linear.weight, before)
+
+
+def test_folding_restores_after_an_error(llama):
+    before = {name: p.clone() for name, p in llama.named_parameters()}
+    with (
+        pytest.raises(RuntimeError, match="inside"),
+        folded_in(llama.model, random_factors(target_linears(llama.model), 4, seed=5)),
+    ):
+        assert not torch.equal(llama.model.layers[0].mlp.up_proj.weight, before["model.layers.0.mlp.up_proj.weight"])
+        raise RuntimeError("inside")
+    assert all(torch.equal(p, before[name]) for name, p in llama.named_parameters())
+
+
+@pytest.mark.parametrize("put", [attach_factors, lambda body, f: folded_in(body, f).__enter__()])
+def test_factors_that_do_not_fit(llama, put):
     name = "layers.0.self_attn.k_proj"  # 32 → 16
     with pytest.raises(ValueError, match=rf"factors of {name} must have shapes A \(r × 32\) and B \(16 × r\); found"):
-        attach_factors(llama.model, {name: Factors(torch.zeros(4, 32), torch.zeros(32, 4), 1.0)})
+        put(llama.model, {name: Factors(torch.zeros(4, 32), torch.zeros(32, 4), 1.0)})
     with pytest.raises(ValueError, match="'layers.9.q' must be a linear module of the model; found NoneType"):
-        attach_factors(llama.model, {"layers.9.q": Factors(torch.zeros(4, 32), torch.zeros(16, 4), 1.0)})
+        put(llama.model, {"layers.9.q": Factors(torch.zeros(4, 32), torch.zeros(16, 4), 1.0)})
 
 
 def test_a_mask_of_another_shape():

@@ -11,7 +11,8 @@ entries under a task mask (LoRI-S). Attaching is a forward hook, so that detachi
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -238,6 +239,25 @@ def attach_factors(
     """:func:`attach` for factors that are not trained, moved to ``device`` where one is given."""
     live = {name: LowRank(f, train_A=False).requires_grad_(False).to(device) for name, f in factors.items()}
     return attach(body, live, weight)
+
+
+@contextmanager
+def folded_in(body: nn.Module, factors: Mapping[str, Factors], weight: float = 1.0) -> Iterator[None]:
+    """Within the block the base weights are W + weight · ΔW; on leaving, W is put back bit for bit from a kept copy."""
+    modules = dict(body.named_modules())
+    for name, f in factors.items():
+        _check_fits(name, modules.get(name), f.A.shape, f.B.shape)
+    kept = {name: modules[name].weight.detach().clone() for name in factors}
+    try:
+        with torch.no_grad():
+            for name, f in factors.items():
+                own = modules[name].weight
+                own.copy_((own.double() + weight * f.scale * (f.B.double() @ f.A.double())).to(own.dtype))
+        yield
+    finally:
+        with torch.no_grad():
+            for name, weight_before in kept.items():
+                modules[name].weight.copy_(weight_before)
 
 
 def _check_fits(name: str, module: nn.Module | None, a_shape, b_shape) -> None:
