@@ -83,6 +83,9 @@ def test_overlaps_are_written_where_the_adapters_are(results, settings, tmp_path
     assert {"overlap.csv", "choices.csv", "overlap_cosine.svg", "angles.pdf", "overlap_choices.png"} <= set(written)
     text = (tmp_path / "README.md").read_text()
     assert "LoRI-D, shared A" in text and "| null of LoRA |" in text
+    kept, overlaps = pd.read_csv(written["overlap_pairs.csv"]), geometry.overlaps(results)
+    drawn, wanted = (geometry.overlap_matrix(table, "lora", "cosine") for table in (kept, overlaps))
+    assert drawn.to_numpy() == pytest.approx(wanted.to_numpy(), nan_ok=True)
     overlap = written["overlap.csv"].read_bytes()
     empty = Store(tmp_path / "nothing")
     assert geometry.overlaps(notebook.collect("04_interference", settings, empty, train=False)).empty

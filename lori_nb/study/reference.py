@@ -58,8 +58,8 @@ def write_reference(settings: Settings, notebooks: Sequence[str], root: Path = P
     for name, table in tables.items():
         write_atomically(folder / f"{name}.csv", table.to_csv(index=False, float_format="%.10g"))
     figures_of = _figures(found, tables)
-    for name, runs in here.items():
-        makers = OF_ADAPTERS[name].drawn(found[name], runs, tables)
+    for name in here:
+        makers = OF_ADAPTERS[name].drawn(found[name], tables)
         figures_of |= {each: (found[name], draw) for each, draw in makers.items()}
     drawn = [path for name, (result, draw) in figures_of.items() for path in _save(result, draw, folder, name)]
     readme = root / "README.md"

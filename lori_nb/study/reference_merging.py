@@ -35,7 +35,7 @@ def tables(results: Results, here: Results) -> dict[str, pd.DataFrame]:
     return {name: table for name, table in found.items() if len(table)}
 
 
-def drawn(results: Results, here: Results, found: dict[str, pd.DataFrame]) -> dict[str, Callable]:
+def drawn(results: Results, found: dict[str, pd.DataFrame]) -> dict[str, Callable]:
     """Name → what draws it, of the tables that there are."""
     makers = {
         WEIGHTS: lambda: _weights(results, found[WEIGHTS]),

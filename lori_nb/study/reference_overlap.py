@@ -31,26 +31,29 @@ def tables(results: Results, here: Results) -> dict[str, pd.DataFrame]:
     found = {"choices": comparison.bought(results)}
     if all(here.run(spec) is not None for spec in method_specs(here.settings)):
         overlaps = geometry.overlaps(here)
+        pair = ["method", "measure", "adapter_a", "adapter_b"]
+        magnitudes = overlaps.assign(value=overlaps["value"].abs())
+        found["overlap_pairs"] = magnitudes.groupby(pair, sort=False)["value"].mean().reset_index()
         found["overlap"] = pd.concat([geometry.overlap_summary(overlaps), geometry.seed_summary(here)])
         found["overlap_choices"] = geometry.overlap_summary(geometry.overlaps(here, geometry.choice_sets))
         found["angles"] = geometry.angle_spectra(here)
     return {name: table for name, table in found.items() if len(table)}
 
 
-def drawn(results: Results, here: Results, found: dict[str, pd.DataFrame]) -> dict[str, Callable]:
+def drawn(results: Results, found: dict[str, pd.DataFrame]) -> dict[str, Callable]:
     """Name → what draws it, of the tables that there are."""
     if "overlap" not in found:
         return {}
-    overlaps = geometry.overlaps(here)
-    makers = {f"overlap_{measure}": lambda measure=measure: _heat_maps(overlaps, measure) for measure in MEASURES}
+    pairs = found["overlap_pairs"]
+    makers = {f"overlap_{measure}": lambda measure=measure: _heat_maps(pairs, measure) for measure in MEASURES}
     makers["angles"] = lambda: _angles(found["angles"])
     makers["overlap_choices"] = lambda: _choices(found["overlap_choices"])
     return makers
 
 
-def _heat_maps(overlaps: pd.DataFrame, measure: str):
-    names = list(dict.fromkeys(overlaps["method"]))
-    matrices = {title_of(name): 100 * geometry.overlap_matrix(overlaps, name, measure) for name in names}
+def _heat_maps(pairs: pd.DataFrame, measure: str):
+    names = list(dict.fromkeys(pairs["method"]))
+    matrices = {title_of(name): 100 * geometry.overlap_matrix(pairs, name, measure) for name in names}
     figure, axes = figures.panels(len(names), columns=len(names) // 2, height=2.1)
     figures.heat_maps(axes, matrices, f"{figures.MEASURE_LABELS[measure]} (%)", figures.MEASURE_FORMS[measure])
     return figure
