@@ -14,15 +14,18 @@ from lori_nb.analysis.statistics import crossed_estimate, paired_estimate
 from lori_nb.lab.flops import training_flops
 from lori_nb.lab.runs import Run
 from lori_nb.study import claims, comparison, notebook, summary
+from lori_nb.study.arms import arm_spec
 from lori_nb.study.cells import single
 from lori_nb.study.profiles import load_settings
 
 SEEDS = [0, 1, 2]
+LONGER_PAIR = "LoRI-D, twice the steps − LoRA, twice the steps"
 
 
 @pytest.fixture(scope="module")
 def results(tiny_decoder, session_home):
-    changes = {"last_layers": 2, "rank": 2, "steps": 3, "test_rows": 12, "seed": SEEDS, "arms": ["lora-longer"]}
+    changes = {"last_layers": 2, "rank": 2, "steps": 3, "test_rows": 12, "seed": SEEDS}
+    changes["arms"] = ["lora-longer", "lori-d-longer"]
     changes |= {"tasks": ["chain_sum", "refusal"], "arm_tasks": ["chain_sum"], "method": ["lora", "lori-s"]}
     settings = load_settings("smoke", base=str(tiny_decoder), dtype="float32", **changes)
     with pytest.MonkeyPatch.context() as patch:
@@ -64,8 +67,27 @@ def test_arms_are_compared_on_their_own_tasks_and_p_values_adjusted_among_them(r
     assert table["arm"].tolist() == ["lori-s", "lora-longer"] and set(table["task"]) == {"chain_sum"}
     assert table["p_holm"].tolist() == pytest.approx(holm(table["p_equivalence"]).tolist(), nan_ok=True)
     assert table["title"].tolist() == ["LoRI-S", "LoRA, twice the steps"] and table["method"].tolist()[1] == "lora"
-    missing = comparison.compared(results, ["lora-longer"], ["refusal"])
+    missing = comparison.compared(results, ["lori-s-random"], ["refusal"])
     assert missing.empty and "p_holm" in missing
+
+
+def test_longer_methods_stand_beside_lora_of_the_same_length(results):
+    table = comparison.longer(results)
+    assert list(dict.fromkeys(table["arm"])) == ["lora-longer", "lori-d-longer"]
+    assert set(table["task"]) == {"chain_sum", "refusal", comparison.OVER_TASKS}
+
+    def mean_of(name: str) -> float:
+        runs = [results.run(arm_spec(results.settings, name, "chain_sum", seed)) for seed in SEEDS]
+        assert all(run.spec.steps == (3 if name == "lora" else 6) for run in runs)
+        return np.mean([run.predictions["correct"].mean() for run in runs])
+
+    found = table[table["task"] == "chain_sum"].set_index("arm")["value"]
+    assert found["lora-longer"] == pytest.approx(mean_of("lora-longer") - mean_of("lora"), abs=1e-15)
+    assert found["lori-d-longer"] == pytest.approx(mean_of("lori-d-longer") - mean_of("lora-longer"), abs=1e-15)
+    for line, row in zip(comparison.arm_lines(results, "longer"), table.itertuples(), strict=True):
+        pair = {"lora-longer": "LoRA, twice the steps − LoRA", "lori-d-longer": LONGER_PAIR}[row.arm]
+        assert line.startswith(f"{pair}, {row.task}: ")
+    assert comparison.longer(replace(results, settings=replace(results.settings, arms=()))).empty
 
 
 def test_one_seed_has_an_interval_over_rows_and_no_verdict(results):

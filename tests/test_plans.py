@@ -237,6 +237,8 @@ def test_a_base_is_made_ready_outside_the_meta_device(monkeypatch):
 
 ALONE = {  # arm → the fields in which its run differs from that of its method
     "lora-longer": {"steps"},
+    "lori-d-longer": {"steps"},
+    "lori-s-longer": {"steps", "calibration"},
     "lori-d-at-s-rate": {"learning_rate"},
     "lori-s-at-d-rate": {"learning_rate"},
     "lori-s-fresh-a": {"mask_origin"},
@@ -270,6 +272,8 @@ def test_arms_of_lori_s_are_calibrated_alike():
     assert early.stop_after == round(0.1 * settings.steps)
     assert replace(early, stop_after=None) == plain.calibration
     assert arm_spec(settings, "lori-s-shared", "chain_sum", 0).calibration.subspace == "shared"
+    longer = arm_spec(settings, "lori-s-longer", "chain_sum", 0)
+    assert longer.calibration == arm_spec(settings, "lori-d-longer", "chain_sum", 0)
 
 
 def test_arms_are_planned_where_their_question_is_asked():
@@ -283,6 +287,13 @@ def test_arms_are_planned_where_their_question_is_asked():
         added = set(PLANS[notebook](settings)) - set(PLANS[notebook](before))
         assert arm_spec(settings, name, "refusal", 0) in added
         assert added <= {arm_spec(settings, each, "refusal", 0) for each in (name, "lora", "lori-s")}
+
+
+def test_longer_arms_are_planned_on_every_task_with_what_they_stand_beside():
+    settings = load_settings("quick", arms=["lori-s-longer"], arm_tasks=["refusal"])
+    added = set(PLANS["01_lori"](settings)) - set(PLANS["01_lori"](load_settings("quick")))
+    pair = ("lora-longer", "lori-s-longer")
+    assert added == {arm_spec(settings, name, task, 0) for name in pair for task in settings.tasks}
 
 
 def test_what_is_compared_with_the_methods_may_have_fewer_seeds():

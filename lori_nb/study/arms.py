@@ -1,11 +1,13 @@
 """Arms of a comparison: a method with some of its settings changed, so that one cause at a time is looked at.
 
-Every method is an arm by its own name, as it stands. Each arm belongs to one of three questions:
+Every method is an arm by its own name, as it stands. Each arm belongs to one of four questions:
 
 - ``baseline``: what LoRI must be compared with: other methods, the learning rates crossed, since LoRI's published rates
   differ tenfold between its two forms, and LoRA given the steps of both of LoRI-S's trainings;
 - ``mask``: which part of the mask does the work: its origin, scope, structure, or how long it was calibrated;
-- ``subspace``: how A is drawn across tasks, for LoRA and LoRI alike.
+- ``subspace``: how A is drawn across tasks, for LoRA and LoRI alike;
+- ``longer``: LoRI beside LoRA where both, LoRI-S's calibration too, train twice as long: what is left of a difference
+  between methods of which one only learns faster.
 """
 
 from __future__ import annotations
@@ -19,16 +21,19 @@ from lori_nb.method.masks import SCOPES
 from lori_nb.study.cells import rate_of, single
 from lori_nb.study.settings import Settings
 
+BASELINE = "lora"
+
 
 @dataclass(frozen=True)
 class Arm:
     """A method with changes.
 
     Attributes:
-        question: "baseline", "mask" or "subspace".
+        question: "baseline", "mask", "subspace" or "longer".
         settings: changed settings of the study.
         rate_like: the method whose learning rate is taken, where it is not the method's own.
-        step_factor: times the steps of the schedule.
+        step_factor: times the steps of the schedule, and of the calibration's.
+        beside: the arm that it is compared with.
     """
 
     name: str
@@ -38,6 +43,7 @@ class Arm:
     settings: Mapping = field(default_factory=dict)
     rate_like: str | None = None
     step_factor: int = 1
+    beside: str = BASELINE
 
 
 def _mask_arm(name: str, title: str, **changes) -> Arm:
@@ -65,6 +71,8 @@ ARMS: dict[str, Arm] = {
         _mask_arm("early", "calibrated by a tenth", calibration_share=0.1),
         *(_mask_arm(scope, f"per {scope}", mask_scope=scope) for scope in SCOPES if scope != "model"),
         *_subspace_arms(),
+        Arm("lori-d-longer", "LoRI-D, twice the steps", "lori-d", "longer", step_factor=2, beside="lora-longer"),
+        Arm("lori-s-longer", "LoRI-S, twice the steps", "lori-s", "longer", step_factor=2, beside="lora-longer"),
     )
 }
 
@@ -84,9 +92,10 @@ def arm_spec(settings: Settings, name: str, task: str, seed: int) -> RunSpec:
     changes: dict = {}
     if arm.rate_like is not None:
         changes["learning_rate"] = rate_of(settings, arm.rate_like)
+    schedule: dict = {}
     if arm.step_factor != 1:
-        changes["steps"] = settings.steps_on(task) * arm.step_factor
-    return single(replace(settings, **arm.settings), arm.method, task, seed, **changes)
+        schedule = {"steps": settings.steps_on(task) * arm.step_factor, "task_steps": {}}
+    return single(replace(settings, **arm.settings, **schedule), arm.method, task, seed, **changes)
 
 
 def arms_of(settings: Settings, question: str) -> list[str]:

@@ -13,7 +13,7 @@ import pandas as pd
 from lori_nb.analysis.equivalence import Verdict, equivalence_verdict, holm
 from lori_nb.lab.flops import prefix_flops, training_flops
 from lori_nb.lab.specs import RunSpec
-from lori_nb.study.arms import arm_spec, arms_of, get_arm
+from lori_nb.study.arms import BASELINE, arm_spec, arms_of, get_arm
 from lori_nb.study.choices import choice_arms, choice_specs, continued_arms, merged_arm, second_task
 from lori_nb.study.notebook import Results
 from lori_nb.study.questions import run_pairs, unit_of
@@ -30,7 +30,6 @@ from lori_nb.study.summary import (
     text_of,
 )
 
-BASELINE = "lora"
 MARGIN = 0.05  # five points: what "equivalent" may cost at most here, a choice of this kit and not of the papers
 OVER_TASKS = "mean over tasks"
 PETA = 1e15
@@ -48,16 +47,27 @@ def arms_beside(settings: Settings, question: str, *methods: str) -> list[str]:
 
 
 def arm_lines(results: Results, question: str) -> list[str]:
-    """One sentence for each arm of a question: its difference to LoRA on every task of ``arm_tasks``, with its verdict
-    and what the design could have found.
+    """One sentence for each arm of a question: its difference to LoRA on every task of ``arm_tasks`` (of the study, for
+    "longer"), with its verdict and what the design could have found.
     """
     names = arms_of(results.settings, question)
     if not names:
         return [f"No arm of the question {question!r} is in this study; lori_nb.study.arms names them."]
-    table = compared(results, names, results.settings.arm_tasks)
+    table = longer(results) if question == "longer" else compared(results, names, results.settings.arm_tasks)
     return [
-        f"{row['title']} − LoRA, {row['task']}: {text_of(row, 3, True)}; {_told(row)}" for _, row in table.iterrows()
+        f"{row['title']} − {get_arm(get_arm(row['arm']).beside).title}, {row['task']}: {text_of(row, 3, True)}; "
+        f"{_told(row)}"
+        for _, row in table.iterrows()
     ]
+
+
+def longer(results: Results) -> pd.DataFrame:
+    """LoRA trained twice as long beside LoRA, then LoRI beside LoRA where both are, as :func:`compared` on every task;
+    empty where the study has no such arm.
+    """
+    arms = arms_of(results.settings, "longer")
+    beside = dict.fromkeys(get_arm(name).beside for name in arms)
+    return compared(results, [*beside, *arms])
 
 
 def _told(row: pd.Series) -> str:
@@ -69,7 +79,8 @@ def _told(row: pd.Series) -> str:
 def compared(
     results: Results, arms: Sequence[str] | None = None, tasks: Sequence[str] | None = None, margin: float = MARGIN
 ) -> pd.DataFrame:
-    """Every arm's difference to tuned LoRA, on each task and over all, with its verdict and what the design can tell.
+    """Every arm's difference to what it is compared with, tuned LoRA for most, on each task and over all, with its
+    verdict and what the design can tell.
 
     The intervals are crossed: they hold for other seeds on other rows (two-way random effects); with one seed they are
     over its rows alone. Rows that lack runs are left out.
@@ -147,7 +158,7 @@ def _pairs(results: Results, arm: str, tasks: Sequence[str]) -> dict[int, list[P
     def specs(name: str, seed: int) -> list[RunSpec]:
         return [arm_spec(results.settings, name, task, seed) for task in tasks]
 
-    return run_pairs(results, lambda seed: specs(arm, seed), lambda seed: specs(BASELINE, seed))
+    return run_pairs(results, lambda seed: specs(arm, seed), lambda seed: specs(get_arm(arm).beside, seed))
 
 
 def costs(results: Results, arms: Sequence[str] | None = None, tasks: Sequence[str] | None = None) -> pd.DataFrame:

@@ -21,7 +21,8 @@ from lori_nb.study.settings import Settings
 
 def plan_lori(settings: Settings) -> list[Spec]:
     """Base, every method on every task, and the other baselines on some."""
-    return [*base_runs(settings), *method_specs(settings), *beside(settings, "baseline", ("lora",))]
+    others = [*beside(settings, "baseline", ("lora",)), *beside(settings, "longer", ("lora-longer",), settings.tasks)]
+    return [*base_runs(settings), *method_specs(settings), *others]
 
 
 def plan_masks(settings: Settings) -> list[Spec]:
@@ -29,10 +30,15 @@ def plan_masks(settings: Settings) -> list[Spec]:
     return [*sparsity_specs(settings), *beside(settings, "mask", ("lora", "lori-s"))]
 
 
-def beside(settings: Settings, question: str, references: Sequence[str]) -> list[RunSpec]:
-    """The arms of a question and, where there are any, the references that they are compared with on their tasks."""
+def beside(
+    settings: Settings, question: str, references: Sequence[str], tasks: Sequence[str] | None = None
+) -> list[RunSpec]:
+    """The arms of a question and, where there are any, the references that they are compared with on their tasks, which
+    are those of ``arm_tasks`` unless others are named.
+    """
     arms = arms_of(settings, question)
-    grid = itertools.product((*references, *arms) if arms else (), settings.arm_tasks, settings.arm_seed)
+    tasks = settings.arm_tasks if tasks is None else tasks
+    grid = itertools.product((*references, *arms) if arms else (), tasks, settings.arm_seed)
     return [arm_spec(settings, name, task, seed) for name, task, seed in grid]
 
 

@@ -81,6 +81,7 @@ def _tables(found: dict[str, Results]) -> dict[str, pd.DataFrame]:
     if (lori := found.get("01_lori")) and lori.runs:
         tables |= {"scores": questions.method_scores(lori), "methods": comparison.compared(lori)}
         tables["costs"] = comparison.costs(lori)
+        tables["longer"] = comparison.longer(lori)
         if arms := arms_of(lori.settings, "baseline"):
             names = [*lori.settings.method, *arms]
             tables["baseline_costs"] = comparison.costs(lori, names, lori.settings.arm_tasks)
@@ -188,6 +189,12 @@ def section(folder: Path, command: str) -> str:
             "the mean over tasks that the design would find in four of five studies."
         )
         parts += [_comparison(table) for table in tables]
+    if (folder / "longer.csv").exists():
+        parts.append(
+            "With twice the steps: LoRA against the LoRA above, which shows whether that had reached its plateau, then "
+            "LoRI, its calibration as long, against LoRA with as many:"
+        )
+        parts.append(_comparison(pd.read_csv(folder / "longer.csv")))
     if (folder / "baseline_costs.csv").exists():
         parts.append("What training a run costs on the tasks of the baselines, and the mean score it reaches there:")
         parts.append(_costs(pd.read_csv(folder / "baseline_costs.csv")))
