@@ -7,6 +7,7 @@ from dataclasses import replace
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+from tiny import marked
 
 from lori_nb.lab import ledger
 from lori_nb.lab.runs import Store
@@ -76,13 +77,12 @@ def test_what_a_choice_buys_is_the_scores_of_its_runs(results, settings):
 
 def test_overlaps_are_written_where_the_adapters_are(results, settings, tmp_path, monkeypatch):
     monkeypatch.setattr(ledger, "ledger_folder", lambda: tmp_path / "ledger")
-    start, end = reference.marks(notebook.slug(settings))
-    (tmp_path / "README.md").write_text(f"{start}{end}")
+    readme, page = marked(tmp_path, notebook.slug(settings))
     measuring.measure(settings, ["04_interference"], jobs=1)
     written = {path.name: path for path in reference.write_reference(settings, ["04_interference"], tmp_path)}
     assert {"overlap.csv", "choices.csv", "overlap_cosine.svg", "angles.pdf", "overlap_choices.png"} <= set(written)
-    text = (tmp_path / "README.md").read_text()
-    assert "LoRI-D, shared A" in text and "| null of LoRA |" in text
+    assert "| null of LoRA |" in readme.read_text() and "| null of LoRA |" in page.read_text()
+    assert "LoRI-D, shared A" in page.read_text() and "overlap_choices.png" in page.read_text()
     kept, overlaps = pd.read_csv(written["overlap_pairs.csv"]), geometry.overlaps(results)
     drawn, wanted = (geometry.overlap_matrix(table, "lora", "cosine") for table in (kept, overlaps))
     assert drawn.to_numpy() == pytest.approx(wanted.to_numpy(), nan_ok=True)

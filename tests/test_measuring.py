@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
 
 import pandas as pd
 import pytest
+from tiny import marked
 
 from lori_nb.lab import ledger
 from lori_nb.lab.resolving import resolve
 from lori_nb.lab.runs import Store
-from lori_nb.study import conflict, conflict_records, measuring, reference, sharing
+from lori_nb.study import conflict, conflict_records, measuring, reference, reference_text, sharing
 from lori_nb.study.joint_arms import joint_arm_spec
 from lori_nb.study.notebook import collect, slug
 from lori_nb.study.plans import method_specs
@@ -58,11 +60,11 @@ def test_methods_first_then_the_rest_one_seed_after_another_and_each_run_once(se
 
 
 def test_reference_tables_and_figures_come_from_the_ledger_alone(settings, tmp_path):
-    settings = replace(settings, arms=("lori-s-random", "lora-longer"), arm_tasks=("chain_sum",))
+    settings = replace(settings, arms=("lori-s-random", "lora-longer", "lori-d-longer"), arm_tasks=("chain_sum",))
     root = tmp_path / "project"
-    root.mkdir()
-    start, end = reference.marks(slug(settings))
-    (root / "README.md").write_text(f"before {start} old {end} after")
+    start, end = reference_text.marks(slug(settings))
+    readme, page = marked(root, slug(settings))
+    readme.write_text(f"before {start} old {end} after")
     measuring.measure(settings, ["01_lori"], jobs=1)
     shutil.rmtree(Store().root)
     written = reference.write_reference(settings, ["01_lori", "02_masks"], root)
@@ -74,11 +76,16 @@ def test_reference_tables_and_figures_come_from_the_ledger_alone(settings, tmp_p
     counts = pd.read_csv(folder / "runs.csv").set_index("notebook")
     assert counts.loc["01_lori", "runs"] == counts.loc["01_lori", "planned"]
     assert counts.loc["02_masks", "runs"] < counts.loc["02_masks", "planned"]  # what is missing is said
-    text = (root / "README.md").read_text()
+    text = readme.read_text()
     assert text.startswith(f"before {start}") and text.endswith(f"{end} after") and "old" not in text
-    row = compared.iloc[0]
-    assert f"{100 * row['value']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]" in text
-    assert "LoRA, twice the steps" in text
+    for shown in (text, page.read_text()):
+        row = compared.iloc[0]
+        assert f"{100 * row['value']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]" in shown
+        assert "| LoRA, twice the steps | " in shown and "With twice the steps" in shown
+        for path in re.findall(r"!\[.*?\]\((.*?)\)", shown):
+            assert ((root if shown is text else page.parent) / path).exists()
+    assert "baselines.png" in page.read_text() and "What training a run costs" in page.read_text()
+    assert "What training a run costs" not in text, "README has the headlines alone"
 
 
 # Several tasks in one adapter
@@ -100,8 +107,8 @@ def test_ways_to_share_an_adapter_are_read_from_the_ledger_without_their_runs(se
     shutil.rmtree(Store().root)
     assert measuring.measure(several, ["03_ortho_lora"], jobs=1) == [], "neither scores nor conflicts again"
     root = tmp_path / "project"
-    start, end = reference.marks(slug(several))
-    (root / "README.md").write_text(f"{start} old {end} <!-- smoke --> of other tasks <!-- /smoke -->")
+    readme, page = marked(root, slug(several))
+    readme.write_text(f"{readme.read_text()} <!-- smoke --> of other tasks <!-- /smoke -->")
     written = {path.name: path for path in reference.write_reference(several, ["03_ortho_lora"], root)}
     kept = pd.read_csv(written["conflicts.csv"])
     assert len(kept) == len(wanted) > 0
@@ -111,7 +118,8 @@ def test_ways_to_share_an_adapter_are_read_from_the_ledger_without_their_runs(se
     of_ledger = conflict.excess_conflict(conflict_records.kept_of(several, "joint"))[0]
     assert of_ledger.mean == pytest.approx(conflict.excess_conflict(rates)[0].mean, abs=1e-6)
     assert {"recovery.pdf", "conflict_map.svg", "arrangements.csv", "recovery.csv"} <= set(written)
-    text = (root / "README.md").read_text()
+    text = readme.read_text()
+    assert "conflict_map.png" in page.read_text() and "| Ortho-LoRA |" in page.read_text()
     assert "of other tasks" in text and "old" not in text and "| Ortho-LoRA |" in text
     assert "--profile smoke --tasks chain_sum,word_sequence_reversal --notebooks 03_ortho_lora" in text
     # what it costs: one adapter a task, or one in all, which sees as many rows a step

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tiny import marked
 
 from lori_nb.analysis.association import pair_correlation
 from lori_nb.analysis.overlap import total_cosine
@@ -264,8 +265,7 @@ def test_chosen_and_published_weights_are_marked(results):
 
 def test_a_measurement_leaves_its_tables_figures_and_words(results, settings, tmp_path, monkeypatch):
     monkeypatch.setattr(ledger, "ledger_folder", lambda: tmp_path / "ledger")
-    start, end = reference.marks(notebook.slug(settings))
-    (tmp_path / "README.md").write_text(f"{start}{end}")
+    readme, page = marked(tmp_path, notebook.slug(settings))
     measuring.measure(settings, ["05_merging"], jobs=1)
     written = {path.name: path for path in reference.write_reference(settings, ["05_merging"], tmp_path)}
     tables = {"merge_weights.csv", "merges.csv", "merge_scaling.csv", "pairs.csv", "pair_correlations.csv"}
@@ -273,5 +273,8 @@ def test_a_measurement_leaves_its_tables_figures_and_words(results, settings, tm
     kept, shown = pd.read_csv(written["merges.csv"]), questions.best_and_paper(results)
     assert kept["how"].tolist() == shown["how"].tolist()
     assert kept["value"].to_numpy() == pytest.approx(shown["value"].to_numpy(), abs=1e-9)
-    text = (tmp_path / "README.md").read_text()
-    assert "| LoRA: not merged |" in text and "Does overlap predict what a merge costs?" in text
+    assert "| LoRA: not merged |" in page.read_text()
+    best = questions.best_weights(results).query("method == 'lora'").nlargest(1, "tuned").iloc[0]
+    for path in (readme, page):
+        assert f"({best['merge']}, chosen weight {best['weight']:g})" in path.read_text()
+        assert "Does overlap predict what a merge costs?" in path.read_text()

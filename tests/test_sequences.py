@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from tiny import marked
 
 from lori_nb.lab import ledger
 from lori_nb.lab.resolving import resolve
@@ -317,16 +318,16 @@ def test_the_ledger_gives_the_same_tables(results, settings, session_home, tmp_p
         pd.testing.assert_frame_equal(table(from_ledger), table(results), check_dtype=False)
     assert functional.later_interference(from_ledger).empty
     root = tmp_path / "project"
-    root.mkdir()
-    (root / "README.md").write_text(" old ".join(reference.marks(notebook.slug(settings))))
+    readme, page = marked(root, notebook.slug(settings))
     names = {path.name for path in reference.write_reference(settings, ["06_forgetting"], root)}
     assert {"sequence_metrics.csv", "sequence_plane.pdf", "sequence_by_step.svg", "sequence_matrices.png"} <= names
-    text = (root / "README.md").read_text()
+    text = readme.read_text()
+    assert "sequence_plane.png" in page.read_text()
     row = forgetting.metrics(results).query("way == 'o-lora' and metric == 'average'").iloc[0]
     assert f"| O-LoRA | {row['value']:.2f} [" in text and "old" not in text.replace("old tasks", "")
     # another notebook's tables do not push these out
     reference.write_reference(settings, ["01_lori"], root)
-    assert "| O-LoRA | " in (root / "README.md").read_text()
+    assert "| O-LoRA | " in readme.read_text()
 
 
 def test_figures_draw_every_way(results):

@@ -12,6 +12,7 @@ import torch
 
 from lori_nb.lab.specs import RunSpec
 from lori_nb.method.adapters import Factors
+from lori_nb.study.reference_text import PAGE, marks
 
 TESTS = Path(__file__).resolve().parent
 
@@ -36,6 +37,15 @@ def sparse_spec(base: Path, **changes) -> RunSpec:
     """LoRI-S at sparsity 0.9 with its calibration run."""
     shared = {name: value for name, value in changes.items() if name in ("seed", "steps", "tasks")}
     return tiny_spec(base, "lori-s", sparsity=0.9, calibration=tiny_spec(base, "lori-d", **shared), **changes)
+
+
+def marked(root: Path, name: str) -> tuple[Path, Path]:
+    """README and the page of all tables of a project, each with the marks of a measured study and nothing between."""
+    files = root / "README.md", root / PAGE
+    for path in files:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(" old ".join(marks(name)))
+    return files
 
 
 def gaussian(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

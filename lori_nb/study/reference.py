@@ -1,4 +1,4 @@
-"""What a long measurement leaves for readers: tables, figures and a section of README, from the ledger alone.
+"""What a long measurement leaves for readers: tables, figures and the words on them, from the ledger alone.
 
 All of it can be made at any time, of what the ledger holds by then; every table and figure says how many of the
 planned runs that is.
@@ -12,8 +12,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from lori_nb.analysis.equivalence import ALPHA
-from lori_nb.analysis.statistics import interval_text
 from lori_nb.lab.paths import PROJECT, write_atomically
 from lori_nb.study import (
     comparison,
@@ -26,11 +24,12 @@ from lori_nb.study import (
     reference_merging,
     reference_overlap,
     reference_sequences,
+    reference_text,
     sharing,
     style,
 )
 from lori_nb.study.arms import arms_of
-from lori_nb.study.joint_arms import JOINT, get_joint_arm
+from lori_nb.study.joint_arms import JOINT
 from lori_nb.study.measuring import command_of, results_of
 from lori_nb.study.notebook import Results, collect, slug
 from lori_nb.study.settings import Settings
@@ -44,8 +43,8 @@ OF_ADAPTERS = {"04_interference": reference_overlap, "05_merging": reference_mer
 
 def write_reference(settings: Settings, notebooks: Sequence[str], root: Path = PROJECT) -> list[Path]:
     """Tables (CSV) and figures of the notebooks' runs that the ledger holds, below ``figures/reference/<slug>/``, which
-    names the profile and other tasks than its own, and README's section on them, where it has marks for one; returns
-    the files. What an earlier call wrote of other notebooks stays.
+    names the profile and other tasks than its own, and the sections on them (:mod:`lori_nb.study.reference_text`);
+    returns the files. What an earlier call wrote of other notebooks stays.
     """
     folder = root / "figures" / "reference" / slug(settings)
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,9 +61,8 @@ def write_reference(settings: Settings, notebooks: Sequence[str], root: Path = P
         makers = OF_ADAPTERS[name].drawn(found[name], tables)
         figures_of |= {each: (found[name], draw) for each, draw in makers.items()}
     drawn = [path for name, (result, draw) in figures_of.items() for path in _save(result, draw, folder, name)]
-    readme = root / "README.md"
-    write_section(readme, folder, command_of(settings, tuple(tables["runs"]["notebook"])))
-    return [*(folder / f"{name}.csv" for name in tables), *drawn, readme]
+    sections = reference_text.write_sections(root, folder, command_of(settings, tuple(tables["runs"]["notebook"])))
+    return [*(folder / f"{name}.csv" for name in tables), *drawn, *sections]
 
 
 def _with_others(counts: pd.DataFrame, path: Path) -> pd.DataFrame:
@@ -161,109 +159,3 @@ def _save(results: Results, draw: Callable, folder: Path, name: str) -> list[Pat
     )
     plt.close(figure)
     return paths
-
-
-def marks(name: str) -> tuple[str, str]:
-    """What README's section on a measured study, named as its folder is, stands between."""
-    return f"<!-- {name} -->", f"<!-- /{name} -->"
-
-
-def section(folder: Path, command: str) -> str:
-    """README's section on a measured study as Markdown, from the committed tables in ``folder``."""
-    counts = pd.read_csv(folder / "runs.csv")
-    each = [f"{row.runs} of {row.planned} runs of notebook {row.notebook[:2]}" for row in counts.itertuples()]
-    there = ", ".join(each)
-    parts = [
-        f"Study `{folder.name}`, so far {there} (made by `{command}`; tables and figures in "
-        f"`figures/reference/{folder.name}/`)."
-    ]
-    compared = [folder / f"{name}.csv" for name in ("methods", *FORESTS) if (folder / f"{name}.csv").exists()]
-    if compared:
-        tables = [pd.read_csv(path) for path in compared]
-        if (folder / "methods.png").exists():
-            parts.append(f"![Points against tuned LoRA](figures/reference/{folder.name}/methods.png)")
-        parts.append(
-            "Points against tuned LoRA with 95 % intervals for other seeds on other rows. Verdicts are against a "
-            f"margin of ± {100 * tables[0]['margin'].iloc[0]:g} points: equivalent where two one-sided tests place the "
-            "difference inside it; * where it differs from 0 as well (p < 0.05). Detectable: the least difference in "
-            "the mean over tasks that the design would find in four of five studies."
-        )
-        parts += [_comparison(table) for table in tables]
-    if (folder / "longer.csv").exists():
-        parts.append(
-            "With twice the steps: LoRA against the LoRA above, which shows whether that had reached its plateau, then "
-            "LoRI, its calibration as long, against LoRA with as many:"
-        )
-        parts.append(_comparison(pd.read_csv(folder / "longer.csv")))
-    if (folder / "baseline_costs.csv").exists():
-        parts.append("What training a run costs on the tasks of the baselines, and the mean score it reaches there:")
-        parts.append(_costs(pd.read_csv(folder / "baseline_costs.csv")))
-    parts += [words for made in OF_ADAPTERS.values() if (words := made.text(folder))]
-    if (folder / "recovery.csv").exists():
-        parts.append(
-            "Share of what joint training loses against an adapter a task that each way wins back, with Fieller's "
-            "interval over seeds; in brackets alone where the gap's own interval contains zero, so that there was "
-            "nothing to win back. p: paired t test against joint training over seeds; detectable: the least mean "
-            "difference that so many seeds would find in four of five studies."
-        )
-        parts.append(_recovered(pd.read_csv(folder / "recovery.csv")))
-    if (folder / "sequence_metrics.csv").exists():
-        parts.append(reference_sequences.text(pd.read_csv(folder / "sequence_metrics.csv")))
-    return "\n\n".join(parts)
-
-
-def _comparison(table: pd.DataFrame) -> str:
-    tasks = list(dict.fromkeys(table["task"]))
-    lines = [f"| arm | {' | '.join(tasks)} | detectable | n |", "|---" * (3 + len(tasks)) + "|"]
-    for _, part in table.groupby("arm", sort=False):
-        by_task = part.set_index("task")
-        cells = [_cell(by_task.loc[task]) if task in by_task.index else "–" for task in tasks]
-        whole = by_task.iloc[-1]  # the mean over tasks stands last
-        detectable = "–" if pd.isna(whole["detectable"]) else f"{100 * whole['detectable']:.1f}"
-        lines.append(f"| {whole['title']} | {' | '.join(cells)} | {detectable} | {int(whole['n'])} {whole['of']} |")
-    return "\n".join(lines)
-
-
-def _costs(table: pd.DataFrame) -> str:
-    lines = ["| arm | mean score | trainable parameters | PFLOPs | of these calibration | n |", "|---" * 6 + "|"]
-    for row in table.itertuples():
-        score = interval_text(row.value, row.low, row.high, 3)
-        operations = f"{row.training_pflops:.4f} | {row.calibration_pflops:.4f}"
-        lines.append(f"| {row.title} | {score} | {row.trainable_parameters:,} | {operations} | {int(row.n)} {row.of} |")
-    return "\n".join(lines)
-
-
-def _recovered(table: pd.DataFrame) -> str:
-    tasks = list(dict.fromkeys(table["task"]))
-    lines = [f"| way | {' | '.join(tasks)} | gap | p | detectable | n |", "|---" * (5 + len(tasks)) + "|"]
-    for name, part in table.groupby("arrangement", sort=False):
-        by_task = part.set_index("task")
-        whole = by_task.iloc[-1]  # the mean over tasks stands last
-        shares = [_share(by_task.loc[task]) if task in by_task.index else "–" for task in tasks]
-        gap = interval_text(whole["gap"], whole["gap_low"], whole["gap_high"], 3, signed=True)
-        tests = ["–" if pd.isna(whole[key]) else f"{whole[key]:.3f}" for key in ("p", "detectable")]
-        cells = [get_joint_arm(name).title, *shares, gap, *tests, f"{int(whole['n'])} {whole['of']}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _share(row: pd.Series) -> str:
-    text = interval_text(row["value"], row["low"], row["high"], 2)
-    return text if row["shown"] else f"({text})"
-
-
-def _cell(row: pd.Series) -> str:
-    value = interval_text(*(100 * row[name] for name in ("value", "low", "high")), 1, signed=True)
-    if row["seeds"] == 1:
-        return f"{value}, one seed"
-    mark = "*" if row["verdict"] == "equivalent" and row["p_difference"] < ALPHA else ""
-    return f"{value}, {row['verdict']}{mark}"
-
-
-def write_section(path: Path, folder: Path, command: str) -> None:
-    """Replace what stands between the folder's marks in a README; nothing happens where it has none."""
-    start, end = marks(folder.name)
-    text = path.read_text() if path.exists() else ""
-    if start in text and end in text:
-        before, _, rest = text.partition(start)
-        write_atomically(path, f"{before}{start}\n\n{section(folder, command)}\n\n{end}{rest.partition(end)[2]}")

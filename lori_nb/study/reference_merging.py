@@ -14,7 +14,8 @@ import pandas as pd
 
 from lori_nb.study import figures, figures_merging, mergeability, questions
 from lori_nb.study.notebook import Results
-from lori_nb.study.summary import markdown, readable
+from lori_nb.study.style import title_of
+from lori_nb.study.summary import markdown, readable, text_of
 
 WEIGHTS, BEST, SCALING, PAIRS, CORRELATIONS = "merge_weights", "merges", "merge_scaling", "pairs", "pair_correlations"
 
@@ -73,9 +74,34 @@ def _pairs(pairs: pd.DataFrame, correlations: pd.DataFrame):
     return figure
 
 
+def headline(folder: Path) -> str:
+    """README's part, as Markdown, of the tables in ``folder``: the best way to merge each method's adapters, merges of
+    few and many, and what overlap predicts; empty where there are none.
+    """
+    parts = [_best(pd.read_csv(folder / f"{BEST}.csv"))] if (folder / f"{BEST}.csv").exists() else []
+    if (folder / f"{SCALING}.csv").exists():
+        parts.append(" ".join(mergeability.scaling_lines(pd.read_csv(folder / f"{SCALING}.csv"))))
+    if (folder / f"{CORRELATIONS}.csv").exists():
+        lines = mergeability.correlation_lines(pd.read_csv(folder / f"{CORRELATIONS}.csv"))
+        parts.append("Does overlap predict what a merge costs? " + " ".join(lines))
+    return "\n\n".join(parts)
+
+
+def _best(merges: pd.DataFrame) -> str:
+    """One sentence: of every method the adapters alone, and merged in the way and with the weight that were best on the
+    rows held out of training.
+    """
+    told = []
+    for method, part in merges.groupby("method", sort=False):
+        shown = pd.concat([part[part["how"] == "not merged"], part.nlargest(1, "tuned")])
+        values = [f"{text_of(row)} ({row['how']})" for _, row in shown.iterrows()]
+        told.append(f"{title_of(method)} {', '.join(values)}")
+    return f"All tasks' adapters merged as chosen on held-out rows, mean score over tasks: {'; '.join(told)}."
+
+
 def text(folder: Path) -> str:
-    """README's part, as Markdown, of the tables in ``folder``; empty where there are none."""
-    parts = []
+    """The same with every way to merge, for the page of all tables."""
+    parts = [words] if (words := headline(folder)) else []
     if (folder / f"{BEST}.csv").exists():
         best = pd.read_csv(folder / f"{BEST}.csv").assign(over="mean score over tasks")
         table = readable(best, ["method", "how"], "over", 3)
@@ -85,9 +111,4 @@ def text(folder: Path) -> str:
             "authors':",
             markdown(table.rename_axis(index="adapters")),
         ]
-    if (folder / f"{SCALING}.csv").exists():
-        parts.append(" ".join(mergeability.scaling_lines(pd.read_csv(folder / f"{SCALING}.csv"))))
-    if (folder / f"{CORRELATIONS}.csv").exists():
-        lines = mergeability.correlation_lines(pd.read_csv(folder / f"{CORRELATIONS}.csv"))
-        parts.append("Does overlap predict what a merge costs? " + " ".join(lines))
     return "\n\n".join(parts)

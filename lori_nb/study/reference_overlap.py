@@ -74,14 +74,19 @@ def _choices(table: pd.DataFrame):
     return figure
 
 
+def headline(folder: Path) -> str:
+    """README's part, as Markdown, of the tables in ``folder``; empty where there is none of overlaps."""
+    if not (folder / "overlap.csv").exists():
+        return ""
+    means = pd.read_csv(folder / "overlap.csv")
+    means[BOUNDS] *= 100
+    table = readable(means.replace({"measure": figures.MEASURE_LABELS}), "method", "measure")
+    return f"Overlap of two tasks' adapters in percent, mean over modules and pairs of tasks:\n\n{markdown(table)}"
+
+
 def text(folder: Path) -> str:
-    """README's part, as Markdown, of the tables in ``folder``; empty where there are none."""
-    parts = []
-    if (folder / "overlap.csv").exists():
-        means = pd.read_csv(folder / "overlap.csv")
-        means[BOUNDS] *= 100
-        table = readable(means.replace({"measure": figures.MEASURE_LABELS}), "method", "measure")
-        parts += ["Overlap of two tasks' adapters in percent, mean over modules and pairs of tasks:", markdown(table)]
+    """The same with what choices buy, for the page of all tables."""
+    parts = [words] if (words := headline(folder)) else []
     if (folder / "choices.csv").exists():
         parts += [
             "What the draw of A and the structure of masks buy, on the tasks of the arms; the merge is the plain sum:",

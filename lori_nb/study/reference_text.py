@@ -1,0 +1,175 @@
+"""The words of a long measurement: README's headlines and the page of all tables, from the committed tables alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from lori_nb.analysis.equivalence import ALPHA
+from lori_nb.analysis.statistics import interval_text
+from lori_nb.lab.paths import write_atomically
+from lori_nb.study import reference_merging, reference_overlap, reference_sequences
+from lori_nb.study.joint_arms import get_joint_arm
+
+COMPARED = ("methods", "longer", "baselines", "masks")  # tables of comparison.compared
+PAGE = Path("figures", "reference", "README.md")
+LONGER = (
+    "With twice the steps: LoRA against the LoRA above, which shows whether that had reached its plateau, then LoRI, "
+    "its calibration as long, against LoRA with as many:"
+)
+RECOVERED = (
+    "Share of what joint training loses against an adapter a task that each way wins back, with Fieller's interval "
+    "over seeds; in brackets alone where the gap's own interval contains zero, so that there was nothing to win back. "
+    "p: paired t test against joint training over seeds; detectable: the least mean difference that so many seeds "
+    "would find in four of five studies."
+)
+
+
+def headlines(folder: Path, command: str) -> str:
+    """README's section on a measured study as Markdown: its methods on every task, of all else the mean over tasks."""
+    page = f"[{PAGE.parent.as_posix()}]({PAGE.as_posix()})"
+    parts = [f"{_counted(folder, command)} Every table and figure of it: {page}."]
+    parts += _methods(folder, Path(PAGE.parent, folder.name))
+    if others := [table for name in COMPARED[2:] if (table := _read(folder, name)) is not None]:
+        parts += ["Arms, one thing changed each, against tuned LoRA on two tasks:", _means(pd.concat(others))]
+    parts += [words for made in (reference_overlap, reference_merging) if (words := made.headline(folder))]
+    if (recovered := _read(folder, "recovery")) is not None:
+        parts += [RECOVERED, _recovered(recovered)]
+    if (sequences := _read(folder, "sequence_metrics")) is not None:
+        parts.append(reference_sequences.text(sequences))
+    return "\n\n".join(parts)
+
+
+def page(folder: Path, command: str) -> str:
+    """All tables of a measured study as Markdown, each with its figures, for :data:`PAGE`."""
+    here = Path(folder.name)
+    parts = [f"## Study `{folder.name}`", _counted(folder, command), *_methods(folder, here)]
+    for name in COMPARED[2:]:
+        if (table := _read(folder, name)) is not None:
+            parts += [_comparison(table), *_shown(folder, here, name)]
+    parts += _shown(folder, here, "sparsity")
+    if (costs := _read(folder, "baseline_costs")) is not None:
+        parts += ["What training a run costs on the tasks of the baselines, and the mean score there:", _costs(costs)]
+    for made, figures in ((reference_overlap, ("overlap*", "angles")), (reference_merging, ("merge*", "pairs"))):
+        if words := made.text(folder):
+            parts += [words, *_shown(folder, here, *figures)]
+    if (recovered := _read(folder, "recovery")) is not None:
+        parts += [RECOVERED, _recovered(recovered), *_shown(folder, here, "recovery", "conflict_map")]
+    if (sequences := _read(folder, "sequence_metrics")) is not None:
+        parts += [reference_sequences.text(sequences), *_shown(folder, here, "sequence*")]
+    return "\n\n".join(parts)
+
+
+def _read(folder: Path, name: str) -> pd.DataFrame | None:
+    path = folder / f"{name}.csv"
+    return pd.read_csv(path) if path.exists() else None
+
+
+def _counted(folder: Path, command: str) -> str:
+    counts = pd.read_csv(folder / "runs.csv")
+    there = ", ".join(f"{row.runs} of {row.planned} runs of notebook {row.notebook[:2]}" for row in counts.itertuples())
+    return f"Study `{folder.name}`, {there} (made by `{command}`)."
+
+
+def _shown(folder: Path, shown_in: Path, *patterns: str) -> list[str]:
+    """Links to the figures in ``folder`` of these names, as seen from the page."""
+    found = [path for pattern in patterns for path in sorted(folder.glob(f"{pattern}.png"))]
+    return [f"![{path.stem.replace('_', ' ')}]({(shown_in / path.name).as_posix()})" for path in found]
+
+
+def _methods(folder: Path, shown_in: Path) -> list[str]:
+    """The methods against tuned LoRA, and at twice the steps."""
+    table, parts = _read(folder, "methods"), []
+    if table is not None:
+        parts = [
+            *_shown(folder, shown_in, "methods"),
+            "Points against tuned LoRA with 95 % intervals for other seeds on other rows. Verdicts are against a "
+            f"margin of ± {100 * table['margin'].iloc[0]:g} points: equivalent where two one-sided tests place the "
+            "difference inside it; * where it differs from 0 as well (p < 0.05). Detectable: the least difference in "
+            "the mean over tasks that the design would find in four of five studies.",
+            _comparison(table),
+        ]
+    longer = _read(folder, "longer")
+    return parts if longer is None else [*parts, LONGER, _comparison(longer)]
+
+
+def _comparison(table: pd.DataFrame) -> str:
+    tasks = list(dict.fromkeys(table["task"]))
+    lines = [f"| arm | {' | '.join(tasks)} | detectable | n |", "|---" * (3 + len(tasks)) + "|"]
+    for _, part in table.groupby("arm", sort=False):
+        by_task = part.set_index("task")
+        cells = [_cell(by_task.loc[task]) if task in by_task.index else "–" for task in tasks]
+        whole = by_task.iloc[-1]  # the mean over tasks stands last
+        lines.append(f"| {whole['title']} | {' | '.join(cells)} | {_least(whole)} | {int(whole['n'])} {whole['of']} |")
+    return "\n".join(lines)
+
+
+def _means(table: pd.DataFrame) -> str:
+    """The last row of every arm, which is its mean over tasks."""
+    lines = ["| arm | mean over tasks | detectable | n |", "|---|---|---|---|"]
+    for _, part in table.groupby("arm", sort=False):
+        row = part.iloc[-1]
+        lines.append(f"| {row['title']} | {_cell(row)} | {_least(row)} | {int(row['n'])} {row['of']} |")
+    return "\n".join(lines)
+
+
+def _least(row: pd.Series) -> str:
+    return "–" if pd.isna(row["detectable"]) else f"{100 * row['detectable']:.1f}"
+
+
+def _cell(row: pd.Series) -> str:
+    value = interval_text(*(100 * row[name] for name in ("value", "low", "high")), 1, signed=True)
+    if row["seeds"] == 1:
+        return f"{value}, one seed"
+    mark = "*" if row["verdict"] == "equivalent" and row["p_difference"] < ALPHA else ""
+    return f"{value}, {row['verdict']}{mark}"
+
+
+def _costs(table: pd.DataFrame) -> str:
+    lines = ["| arm | mean score | trainable parameters | PFLOPs | of these calibration | n |", "|---" * 6 + "|"]
+    for row in table.itertuples():
+        score = interval_text(row.value, row.low, row.high, 3)
+        operations = f"{row.training_pflops:.4f} | {row.calibration_pflops:.4f}"
+        lines.append(f"| {row.title} | {score} | {row.trainable_parameters:,} | {operations} | {int(row.n)} {row.of} |")
+    return "\n".join(lines)
+
+
+def _recovered(table: pd.DataFrame) -> str:
+    tasks = list(dict.fromkeys(table["task"]))
+    lines = [f"| way | {' | '.join(tasks)} | gap | p | detectable | n |", "|---" * (5 + len(tasks)) + "|"]
+    for name, part in table.groupby("arrangement", sort=False):
+        by_task = part.set_index("task")
+        whole = by_task.iloc[-1]  # the mean over tasks stands last
+        shares = [_share(by_task.loc[task]) if task in by_task.index else "–" for task in tasks]
+        gap = interval_text(whole["gap"], whole["gap_low"], whole["gap_high"], 3, signed=True)
+        tests = ["–" if pd.isna(whole[key]) else f"{whole[key]:.3f}" for key in ("p", "detectable")]
+        cells = [get_joint_arm(name).title, *shares, gap, *tests, f"{int(whole['n'])} {whole['of']}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _share(row: pd.Series) -> str:
+    text = interval_text(row["value"], row["low"], row["high"], 2)
+    return text if row["shown"] else f"({text})"
+
+
+def marks(name: str) -> tuple[str, str]:
+    """What a Markdown file's section on a measured study, named as its folder is, stands between."""
+    return f"<!-- {name} -->", f"<!-- /{name} -->"
+
+
+def write_sections(root: Path, folder: Path, command: str) -> list[Path]:
+    """Replace what stands between the folder's marks in README and in :data:`PAGE` below ``root``; nothing happens
+    where a file has none. Returns the files that are there.
+    """
+    start, end = marks(folder.name)
+    written = []
+    for path, words in ((root / "README.md", headlines), (root / PAGE, page)):
+        text = path.read_text() if path.exists() else ""
+        if start in text and end in text:
+            before, _, rest = text.partition(start)
+            after = rest.partition(end)[2]
+            write_atomically(path, f"{before}{start}\n\n{words(folder, command)}\n\n{end}{after}")
+            written.append(path)
+    return written
