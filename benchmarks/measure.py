@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lori_nb.analysis.statistics import t_interval
 
 RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parent / "README.md"
 PACKAGES = ("torch", "transformers", "peft")
 PAIRS = 30  # the fewest that a timed row is judged by
 Work = Callable[[], object]
@@ -128,10 +129,14 @@ def processor() -> str:
 
 
 def publish(rows: Sequence[dict], file: str, command: str, packages: Sequence[str] = PACKAGES) -> None:
-    """Write the rows to ``results/<file>`` and print them as a table."""
+    """Write the rows to ``results/<file>`` and into the page of all benchmarks, and print them as a table."""
     RESULTS.mkdir(exist_ok=True)
     about = circumstances(command, packages)
-    (RESULTS / file).write_text(json.dumps([{**row, **about} for row in rows], indent=1) + "\n")
+    rows = [{**row, **about} for row in rows]
+    (RESULTS / file).write_text(json.dumps(rows, indent=1) + "\n")
+    start, end = f"<!-- {file} -->", f"<!-- /{file} -->"
+    before, _, rest = PAGE.read_text().partition(start)
+    PAGE.write_text(f"{before}{start}\n\n{as_markdown(rows)}\n\n{end}{rest.partition(end)[2]}")
     print(f"{'measured':<66} {'ours':>12} {'peer':>12} {'ratio':>18} {'target':>7}  met")
     for row in rows:
         bounds = f" [{row['low']:.3f}, {row['high']:.3f}]" if "low" in row else ""
@@ -139,3 +144,22 @@ def publish(rows: Sequence[dict], file: str, command: str, packages: Sequence[st
         met = {None: "stated", True: "yes", False: "NO"}[row["met"]]
         ratio = f"{row['ratio']:.3f}{bounds}"
         print(f"{row['name']:<66} {row['ours']:>12.4g} {row['peer']:>12.4g} {ratio:>22} {target:>7}  {met}")
+
+
+def as_markdown(rows: Sequence[dict]) -> str:
+    """The rows as a table, with what they were measured on."""
+    lines = ["| measured | ours | peer | unit | ratio | target | met |", "|---" * 7 + "|"]
+    for row in rows:
+        bounds = f" [{row['low']:.3f}, {row['high']:.3f}], n = {row['n']}" if "low" in row else ""
+        target = "–" if row["target"] is None else f"≤ {row['target']:.3g}"
+        met = {None: "stated", True: "yes", False: "no"}[row["met"]]
+        numbers = f"{_number(row['ours'])} | {_number(row['peer'])} | {row['unit']} | {row['ratio']:.3f}{bounds}"
+        lines.append(f"| {row['name']} | {numbers} | {target} | {met} |")
+    first = rows[0]
+    versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
+    about = f"`{first['command']}`, {first['processor']}, threads: {first['threads']}; {versions}."
+    return "\n".join([about, "", *lines])
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

@@ -1,14 +1,18 @@
-"""What README shows, run."""
+"""What README and the pages of the rooms show, run."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
+import click
 import pandas as pd
 import pytest
 import torch
+import typer
 from tiny import output_of, python, tiny_spec
 
+from lori_nb.cli import app
 from lori_nb.lab import ledger
 from lori_nb.lab.methods import METHODS, get_method
 from lori_nb.lab.own_code import load_extensions
@@ -18,13 +22,25 @@ from lori_nb.lab.tasks import get_task
 from lori_nb.study.plans import method_specs
 from lori_nb.study.profiles import load_settings
 from lori_nb.study.publication import END, START, rendered
+from lori_nb.study.reference_text import headlines, marks
+from lori_nb.study.reference_text import page as page_of
 
 OWN = "shortest-first"
+SHOW_BENCHMARKS = (
+    "import json, measure\n"
+    "for path in measure.RESULTS.glob('*.json'): print(measure.as_markdown(json.loads(path.read_text())))"
+)
 README = (PROJECT / "README.md").read_text()
+REFERENCE = PROJECT / "figures" / "reference"
+MEASURED = [path.parent.name for path in REFERENCE.glob("*/runs.csv") if "planned" in pd.read_csv(path)]
+ROOMS = ("notebooks", "lori_nb", "data", "benchmarks", "figures/reference")
+PAGES = {"README.md": README} | {f"{room}/README.md": (PROJECT / room / "README.md").read_text() for room in ROOMS}
 
 
 def block_with(words: str) -> str:
-    return next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if words in block)
+    return next(
+        block for block in re.findall(r"```python\n(.*?)```", "\n".join(PAGES.values()), re.S) if words in block
+    )
 
 
 @pytest.fixture
@@ -77,16 +93,56 @@ def test_an_extension_that_is_not_there_is_an_error(monkeypatch):
         load_extensions()
 
 
-def test_every_path_and_command_that_readme_names_exists():
-    for path in re.findall(r"`((?:lori_nb|notebooks|tests|benchmarks|figures/reference)/[\w/]*)`", README):
+@pytest.mark.parametrize("page", PAGES)
+def test_every_path_and_command_that_a_page_names_exists(page):
+    text, folder = PAGES[page], (PROJECT / page).parent
+    for path in re.findall(r"`((?:lori_nb|notebooks|tests|benchmarks|figures/reference)/[\w/.]*)`", text):
         assert (PROJECT / path).exists(), path
+    for path, anchor in re.findall(r"\]\(([\w./]+)(?:#([\w-]+))?\)", text):
+        assert (folder / path).exists(), path
+        titles = [re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in headings_of(folder / path)]
+        assert not anchor or anchor in titles, f"{path}#{anchor}"
     makefile = (PROJECT / "Makefile").read_text()
-    for target in re.findall(r"^make (\w+)", README, re.M):
-        assert re.search(rf"^{target}:", makefile, re.M), target
+    for target in re.findall(r"^make ([\w-]+)|`make ([\w-]+)`", text, re.M):
+        assert re.search(rf"^{''.join(target)}:", makefile, re.M), target
 
 
-def test_readme_shows_the_committed_tables_and_nothing_else():
-    folder = PROJECT / "figures" / "reference" / "quick"
+def headings_of(path: Path) -> list[str]:
+    return re.findall(r"^#+ (.*)$", path.read_text(), re.M) if path.suffix == ".md" else []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_option_and_command_of_lori_nb_that_a_page_names_is_there(page):
+    commands = typer.main.get_command(app).commands
+    for line in re.findall(r"lori-nb ([a-z][^`#]*)", PAGES[page]):
+        name, *words = line.split()
+        command = commands[name]
+        if isinstance(command, click.Group):
+            command = command.commands[words[0]]
+        known = {option for parameter in command.params for option in parameter.opts}
+        assert {word.split("=")[0] for word in words if re.match(r"--?[a-z]", word)} <= known | {"--help"}, line
+
+
+def test_the_page_of_benchmarks_shows_their_committed_results():
+    folder = PROJECT / "benchmarks"
+    output = output_of(python(f"import sys; sys.path.insert(0, {str(folder)!r}); {SHOW_BENCHMARKS}"))
+    assert output.count("| measured |") == len(list(folder.glob("results/*.json"))) > 0
+    for line in output.splitlines():
+        assert line in PAGES["benchmarks/README.md"].splitlines()
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_pages_show_a_measurements_committed_tables_and_nothing_else(name):
+    folder = REFERENCE / name
+    for page, words in {"README.md": headlines, "figures/reference/README.md": page_of}.items():
+        start, end = marks(name)
+        shown = PAGES[page].partition(start)[2].partition(end)[0].strip()
+        command = re.search(r"\(made by `(.*?)`\)", shown).group(1)
+        assert shown == words(folder, command)
+
+
+def test_readme_shows_the_published_tables_and_nothing_else():
+    folder = REFERENCE / "quick"
     shown = README.partition(START)[2].partition(END)[0].strip()
     assert shown == rendered(folder)
     runs = pd.read_csv(folder / "runs.csv")
