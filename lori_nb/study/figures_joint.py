@@ -114,6 +114,8 @@ def recovery(ax: Axes, table: pd.DataFrame) -> Axes:
     for row in table.itertuples():
         y = -(tasks.index(row.task) + (ways.index(row.arrangement) - (len(ways) - 1) / 2) * 0.8 / len(ways))
         look = looks[row.arrangement]
+        if np.isnan(row.value):  # a gap of exactly zero
+            continue
         if not RECOVERY_LIMITS[0] < row.value < RECOVERY_LIMITS[1]:  # the ratio of a gap near zero
             _at_edge(ax, y, row.value, look["color"])
             continue

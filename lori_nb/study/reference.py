@@ -202,11 +202,21 @@ def section(folder: Path, command: str) -> str:
     if (folder / "recovery.csv").exists():
         parts.append(
             "Share of what joint training loses against an adapter a task that each way wins back, with Fieller's "
-            "interval over seeds; in brackets alone where the gap's own interval contains zero, so that there was "
-            "nothing to win back. p: paired t test against joint training over seeds; detectable: the least mean "
-            "difference that so many seeds would find in four of five studies."
+            "interval over seeds; in brackets where the gap's own interval does not lie above zero, so that nothing "
+            "is known to be there to win back. p: paired t test against joint training over seeds; detectable: the "
+            "least mean difference that so many seeds would find in four of five studies."
         )
-        parts.append(_recovered(pd.read_csv(folder / "recovery.csv")))
+        recovered = pd.read_csv(folder / "recovery.csv")
+        parts += [_recovered(recovered), sharing.claimed_recovery(recovered)]
+    titles = {
+        "recovery": "Share of the gap that each way wins back",
+        "conflict_map": "Cosine between the tasks' gradients in joint training, by step and layer",
+    }
+    parts += [
+        f"![{title}](figures/reference/{folder.name}/{name}.png)"
+        for name, title in titles.items()
+        if (folder / f"{name}.png").exists()
+    ]
     if (folder / "sequence_metrics.csv").exists():
         parts.append(reference_sequences.text(pd.read_csv(folder / "sequence_metrics.csv")))
     return "\n\n".join(parts)
