@@ -416,6 +416,8 @@ def test_every_way_to_share_an_adapter_is_a_run_of_its_own(settings):
         load_settings("smoke", joint_arms=["jiont"])
     with pytest.raises(ValueError, match="joint_arms must hold 'joint'.*; found ortho-lora"):
         load_settings("smoke", joint_arms=["ortho-lora"])
+    labels = {name: spec.label for name, spec in specs.items() if name != "joint-wide"}
+    assert len(set(labels.values())) == len(labels) and "solver gradvac" in labels["gradvac"]
     own = joint_arm_spec(replace(settings, joint_arms=("joint", "mgda")), "mgda", 0)  # any solver by its name
     assert dict(own.options) == {"solver": "mgda"} and own.method == "ortho-lora"
 
