@@ -57,7 +57,8 @@ def _percent(ax: Axes) -> Axes:
 
 
 def conflict_map(axes: Sequence[Axes], table: pd.DataFrame) -> None:
-    """Mean cosine between tasks by step and layer, a panel a factor; hatched where it is not below 0 beyond noise.
+    """Mean cosine between tasks by step and layer, a panel a factor; hatched where it is not below 0, and below that of
+    two batches of one task, beyond noise.
 
     Args:
         axes: one for A and one for B.
