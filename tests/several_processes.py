@@ -18,6 +18,7 @@ from lori_nb.lab.specs import RunSpec
 from lori_nb.study.selection import train_each
 
 BOTH = ("chain_sum", "word_sequence_reversal")
+ALIKE = ("chain_sum", "spell_backward")  # rows of like length: one batch, one backward pass
 
 
 def specs(base: str) -> dict[str, RunSpec]:
@@ -31,6 +32,7 @@ def specs(base: str) -> dict[str, RunSpec]:
         "lora": tiny_spec(base, **short),
         "lori-d in bf16": replace(dense, dtype="bfloat16"),
         "lori-s": sparse,
+        "ortho-lora in one pass": tiny_spec(base, "ortho-lora", tasks=ALIKE, **short),
         "ortho-lora in micro-batches": tiny_spec(base, "ortho-lora", tasks=BOTH, micro_batch_rows=1, **short),
         "a row left over": tiny_spec(base, batch_size=7, checkpointing=True, **short),
         "an idle process": tiny_spec(base, batch_size=1, **short),

@@ -153,6 +153,28 @@ def test_no_step_waits_for_the_device(name, checkpointing, device, base):
             prepared.step(step)
 
 
+SWITCHES = [
+    {"grouping": "adapter", "reference": "projected"},
+    {"grouping": "module", "order": "mean", "reduction": "sum"},
+    {"grouping": "factor", "order": "fixed"},
+    {"solver": "gradvac"},
+    {"solver": "nash-mtl"},
+]
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=lambda switches: " ".join(switches.values()))
+def test_no_step_waits_for_the_device_whatever_the_switches(switches, device, base, monkeypatch):
+    """With both tasks in one backward pass, and at step 2 with a look at the halves of their batches."""
+    monkeypatch.setattr("lori_nb.lab.gradients.PADDING", 100.0)
+    prepared = Prepared(SPECS["ortho-lora"](base, options=tuple(switches.items()), steps=40), device)
+    prepared.step(0)
+    with waiting_forbidden(prepared):
+        for step in (1, 2):
+            prepared.step(step)
+    table = prepared.loop.telemetry.table()
+    assert set(table.loc[table["measure"] == "cosine of halves", "step"]) == {0, 2}
+
+
 def test_a_joint_run_s_record_goes_on_after_a_resume(device, base, tmp_path):
     """What a checkpoint gives back lies on the CPU, what later steps add on the device."""
     spec, path = SPECS["ortho-lora"](base, steps=6), tmp_path / "checkpoint.safetensors"

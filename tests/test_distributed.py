@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from several_processes import specs
-from steps import EPS, LAYERS, LONGEST_PRODUCT
+from several_processes import ALIKE, specs
+from steps import EPS, LAYERS, LONGEST_PRODUCT, Prepared
 from tiny import TESTS
 
+from lori_nb.lab import gradients
 from lori_nb.lab.gradients import micro_batches
 from lori_nb.lab.resolving import resolve
 from lori_nb.lab.runs import Run, Store
@@ -46,7 +47,7 @@ def together(tiny_decoder, session_home, tmp_path_factory) -> Store:
 
 def in_pieces_for_two(spec):
     """The same run by one process, in the micro-batches that two processes would compute."""
-    rows = spec.batch_size // len(spec.tasks)
+    rows = spec.batch_size // (1 if spec.tasks == ALIKE else len(spec.tasks))  # of what goes through the model as one
     largest = max(map(len, micro_batches(range(rows), spec.micro_batch_rows, 2)))
     before = {name: getattr(spec, name) for name in ("start", "calibration")}
     return replace(
@@ -72,6 +73,15 @@ def test_two_processes_give_the_bits_of_one(name, together, tiny_decoder, home, 
     alone = Store(tmp_path).get(in_pieces_for_two(spec))
     assert_same_bits(found, alone)
     assert (found.provenance["processes"], alone.provenance["processes"]) == (2, 1)
+
+
+def test_tasks_of_like_length_share_a_pass_and_others_do_not(tiny_decoder, home):
+    """What the runs above stand for: one backward pass for all tasks, shared among processes, and one a task."""
+    for name, groups in {"ortho-lora in one pass": [[0, 1]], "ortho-lora in micro-batches": [[1], [0]]}.items():
+        prepared = Prepared(specs(str(tiny_decoder))[name])
+        for step in range(prepared.spec.steps):
+            lengths = [[len(task.rows[i].ids) for i in rows] for task, rows in prepared.batches(step)]
+            assert gradients.together(lengths) == groups
 
 
 def test_other_micro_batches_give_other_bits(together, tiny_decoder, home, tmp_path):

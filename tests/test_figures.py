@@ -194,6 +194,18 @@ def test_a_ratio_far_out_stands_as_a_number_at_the_edge():
     assert [text.get_text() for text in ax.texts] == ["9.0 →"] and ax.get_xlim()[1] <= 4
 
 
+def test_where_there_is_no_gap_no_share_is_drawn():
+    table = recovery_table().iloc[:2].assign(shown=[True, False])
+    _, (ax,) = figures.panels(1)
+    figures_joint.recovery(ax, table)
+    points = [line for line in ax.lines if line.get_marker() not in ("None", None, "") and len(line.get_xdata())]
+    assert [line.get_markerfacecolor() == "none" for line in points] == [False, True]
+    _, (ax,) = figures.panels(1)
+    figures_joint.recovery(ax, table.assign(value=[np.nan, table["value"].iloc[1]]))
+    points = [line for line in ax.lines if line.get_marker() not in ("None", None, "") and len(line.get_xdata())]
+    assert len(points) == 1 and not ax.texts
+
+
 def cell_table(**changes) -> pd.DataFrame:
     cells = [(step, layer, factor) for step in (0, 6, 12) for layer in range(22, 30) for factor in "AB"]
     table = pd.DataFrame(cells, columns=["step", "layer", "factor"])

@@ -121,6 +121,9 @@ def test_ways_to_share_an_adapter_are_read_from_the_ledger_without_their_runs(se
     text = readme.read_text()
     assert "conflict_map.png" in page.read_text() and "| Ortho-LoRA |" in page.read_text()
     assert "of other tasks" in text and "old" not in text and "| Ortho-LoRA |" in text
+    for name in ("recovery", "conflict_map"):
+        assert f"](figures/reference/{slug(several)}/{name}.png)" in text and f"{name}.png" in written
+    assert "The paper's 95% of the gap (arXiv 2601.09684) is " in text
     assert "--profile smoke --tasks chain_sum,word_sequence_reversal --notebooks 03_ortho_lora" in text
     # what it costs: one adapter a task, or one in all, which sees as many rows a step
     assert costs.set_index("arm")["adapters"].to_dict() == {"single": 2, "joint": 1, "ortho-lora": 1}

@@ -330,6 +330,17 @@ def test_adapters_from_elsewhere_ask_for_no_run(tmp_path):
     assert PLANS["04_interference"](settings) == [] != PLANS["04_interference"](load_settings("quick"))
 
 
+def test_a_mask_for_all_tasks_is_calibrated_on_all_of_them():
+    settings = load_settings("quick", calibration_share=0.5)
+    spec = joint(settings, "ortho-lori-s", 3)
+    check(spec)
+    dense = spec.calibration
+    assert (dense.method, dense.tasks, dense.seed) == ("lori-d", settings.tasks, 3)
+    assert (dense.steps, dense.batch_size) == (settings.joint_steps, settings.joint_batch_size)
+    assert dense.stop_after == settings.joint_steps // 2 and spec.stop_after is None
+    assert joint(load_settings("quick"), "ortho-lori-s", 3).calibration.stop_after is None
+
+
 def test_an_encoder_s_tasks_see_as_many_rows_and_steps_together_as_alone():
     settings = load_settings("standard", tasks="rte,mrpc,cola,sst2,stsb")
     assert settings.base == "all-minilm-l6-v2" and len(settings.seed) == 5

@@ -158,6 +158,19 @@ def test_equals_torchjd_pcgrad_under_its_own_orders(tasks, seed):
     assert (found - expected).norm() <= bound(gradients).sum()
 
 
+def test_which_task_comes_first_decides_for_two_only_off_projected_gradients():
+    """Two tasks have one order of the others; what is left is which of them is projected first."""
+    two = hard_inputs()["opposite"] + conflicting(2, 7, 8) * 0.3
+    assert two[0] @ two[1] < 0
+    for form in (batched, project_conflicts_reference):
+        original, projected = (
+            [form(each, fixed_orders(2), reference).sum(0) for each in (two, two.flip(0))]
+            for reference in ("original", "projected")
+        )
+        assert (original[0] - original[1]).norm() <= bound(two).sum()
+        assert (projected[0] - projected[1]).norm() > 0.1
+
+
 def test_order_decides_for_three_tasks_and_not_for_two():
     three, two = conflicting(3, 2, 4), hard_inputs()["opposite"] + conflicting(2, 7, 8) * 0.3
     forward, backward = fixed_orders(3), fixed_orders(3).flip(1)
@@ -176,6 +189,8 @@ def test_two_projected_tasks_no_longer_work_against_the_other(seed):
     projected = batched(gradients, fixed_orders(2))
     slack = bound(gradients) * gradients.norm(dim=1).flip(0)
     assert ((projected * gradients.flip(0)).sum(1) >= -slack).all()
+    assert projected[0] @ projected[1] >= -slack.sum()  # nor do the projected ones conflict with each other
+    assert gradients[0] @ gradients[1] < -slack.sum()
     assert (projected.sum(0) - gradients.sum(0)).norm() > bound(gradients).sum()
 
 
@@ -248,6 +263,23 @@ def test_without_conflict_it_is_the_plain_sum_and_with_one_it_is_not():
     assert any((combined[n] - sum(t[n] for t in task_gradients(3, 2))).norm() > 0.1 for n in SHAPES)
 
 
+@pytest.mark.parametrize("reference", ["original", "projected"])
+@pytest.mark.parametrize("order", ["fixed", "random", "mean"])
+def test_without_conflict_it_is_exactly_the_weighted_sum(order, reference):
+    """No coefficient is anything but the weight itself, so nothing is left to rounding but the sum."""
+    gradients, weights = [{n: g.abs() for n, g in task.items()} for task in task_gradients(4, 2)], [1.0, 0.3, 2.0, 0.7]
+    settings_ = {"order": order, "reference": reference, "weights": weights, "generator": seeded(0)}
+    combined, _ = combine(gradients, **settings_)
+    apart, _ = combine(task_gradients(4, 2), **settings_)
+    for name in SHAPES:
+        plain = torch.tensor(weights, dtype=torch.float64) @ torch.stack([task[name].flatten() for task in gradients])
+        assert torch.equal(combined[name].flatten(), plain)
+    assert any(
+        (apart[n] - sum(w * t[n] for w, t in zip(weights, task_gradients(4, 2), strict=True))).norm() > 0.1
+        for n in SHAPES
+    )
+
+
 def test_mean_is_the_sum_over_the_number_of_tasks():
     gradients = task_gradients(4, 0)
     total, _ = combine(gradients, reduction="sum", order="fixed")
@@ -276,11 +308,34 @@ def test_inputs_are_not_altered():
         assert all(torch.equal(task[name], old[name]) for name in SHAPES)
 
 
-def test_one_task_passes_unchanged():
+@pytest.mark.parametrize("reference", ["original", "projected"])
+@pytest.mark.parametrize("order", ["fixed", "random", "mean"])
+def test_one_task_passes_unchanged(order, reference):
     (only,) = task_gradients(1, 0)
-    combined, conflicts = combine([only], order="random", generator=seeded(0))
+    combined, conflicts = combine([only], order=order, reference=reference, generator=seeded(0))
     assert all(torch.equal(combined[name], only[name]) for name in SHAPES)
     assert conflicts.rate().isnan().all()
+
+
+ONE, OTHER, NONE = [1.0, 2.0], [-2.0, 0.0], [0.0, 0.0]
+
+
+@pytest.mark.parametrize("grouping", sorted(GROUPINGS))
+@pytest.mark.parametrize(
+    ("gradients", "original", "projected"),
+    [
+        ([ONE, NONE], ONE, ONE),  # a zero gradient neither projects nor is projected
+        ([NONE, NONE], NONE, NONE),
+        ([ONE, ONE], [2.0, 4.0], [2.0, 4.0]),  # equal ones agree
+        ([ONE, [-1.0, -2.0]], NONE, [-1.0, -2.0]),  # opposite ones: nothing is left, or the second, which found nothing
+        ([ONE, OTHER], [-1.6, 2.8], [-2.0, 2.0]),  # (0, 2) + (−1.6, 0.8), or (0, 2) + (−2, 0)
+    ],
+)
+def test_answers_by_hand(gradients, original, projected, grouping):
+    tasks = [{"m.B": torch.tensor(gradient)} for gradient in gradients]
+    for reference, expected in {"original": original, "projected": projected}.items():
+        combined, _ = combine(tasks, grouping, order="fixed", reference=reference)
+        torch.testing.assert_close(combined["m.B"], torch.tensor(expected), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1e-12, 1.0, 1e15])
@@ -293,6 +348,16 @@ def test_the_projection_does_not_depend_on_the_gradients_scale(scale, other):
     expected = scale * torch.tensor([0.5, 0.5]) + scale * other * torch.tensor([0.0, 1.0])
     torch.testing.assert_close(combined["B"], expected, rtol=1e-5, atol=0)
     assert conflicts.conflict[0, 0, 1] and conflicts.cosines[0, 0, 1].item() == pytest.approx(-(0.5**0.5))
+
+
+def test_gradients_may_differ_by_thirty_five_orders_of_magnitude():
+    """The small one is turned by the large one, and the large one gives up its part along the small one's direction."""
+    pull = [{"B": 1e15 * torch.tensor([1.0, 0.0])}, {"B": 1e-20 * torch.tensor([-1.0, 1.0])}]
+    combined, conflicts = combine(pull, order="fixed")
+    torch.testing.assert_close(combined["B"], 1e15 * torch.tensor([0.5, 0.5]), rtol=1e-5, atol=0)
+    small, _ = combine(pull, order="fixed", weights=[0.0, 1.0])
+    torch.testing.assert_close(small["B"], 1e-20 * torch.tensor([0.0, 1.0]), rtol=1e-5, atol=1e-26)
+    assert conflicts.cosines[0, 0, 1].item() == pytest.approx(-(0.5**0.5))
 
 
 def test_half_precision_gradients_are_multiplied_in_float64_even_under_autocast():

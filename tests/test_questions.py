@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -403,6 +403,10 @@ def test_every_way_to_share_an_adapter_is_a_run_of_its_own(settings):
     every = replace(settings, joint_arms=tuple(JOINT_ARMS), learning_rate={**settings.learning_rate, "pcgrad": 0.123})
     specs = {name: joint_arm_spec(every, name, 0) for name in every.joint_arms}
     assert len(set(specs.values())) == len(JOINT_ARMS)
+    its_own = {"method", "options", "rank", "alpha", "learning_rate"}
+    for name, spec in specs.items():  # the same rows in the same order, steps, batch and schedule for every way
+        differ = {f.name for f in fields(spec) if getattr(spec, f.name) != getattr(specs["joint"], f.name)}
+        assert differ <= its_own and (spec.rank == specs["joint"].rank) == (name != "joint-wide"), name
     assert {spec.tasks for spec in specs.values()} == {settings.tasks}
     assert specs["pcgrad"].learning_rate == 0.123 and specs["upgrad"].learning_rate == specs["ortho-lora"].learning_rate
     wide = specs["joint-wide"]
@@ -412,6 +416,8 @@ def test_every_way_to_share_an_adapter_is_a_run_of_its_own(settings):
         load_settings("smoke", joint_arms=["jiont"])
     with pytest.raises(ValueError, match="joint_arms must hold 'joint'.*; found ortho-lora"):
         load_settings("smoke", joint_arms=["ortho-lora"])
+    labels = {name: spec.label for name, spec in specs.items() if name != "joint-wide"}
+    assert len(set(labels.values())) == len(labels) and "solver gradvac" in labels["gradvac"]
     own = joint_arm_spec(replace(settings, joint_arms=("joint", "mgda")), "mgda", 0)  # any solver by its name
     assert dict(own.options) == {"solver": "mgda"} and own.method == "ortho-lora"
 

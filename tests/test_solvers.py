@@ -10,7 +10,7 @@ from torchjd import aggregation
 
 from lori_nb.method.conflicts import combine
 from lori_nb.method.projection import all_orders, fixed_orders, project_conflicts_reference
-from lori_nb.method.solvers import Problem, get_solver, gradient_vaccine, solver
+from lori_nb.method.solvers import Problem, get_solver, gradient_vaccine, nash_bargaining, solver
 
 TASKS, SIZE = 4, 60
 BY_TORCHJD = {
@@ -42,6 +42,49 @@ def test_torchjd_s_solvers_equal_its_aggregators(name, seed):
     expected = BY_TORCHJD[name]()(gradients)
     assert torch.allclose(coefficients[0] @ gradients, expected, rtol=1e-4, atol=1e-4 * expected.norm())
     assert (coefficients[0] @ gradients - gradients.mean(0)).norm() > 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [("cagrad", ("CAGrad", {"c": 0.4})), ("nash-mtl", ("NashMTL", {"n_tasks": TASKS, "max_norm": 0.0}))],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_solvers_that_need_more_packages_equal_torchjd_s_where_these_are(name, theirs, seed):
+    for package in ("cvxpy", "clarabel", "ecos"):
+        pytest.importorskip(package)
+    kind, settings = theirs
+    gradients = rows(seed)
+    found = get_solver(name)(problem_of(gradients))[0] @ gradients
+    expected = getattr(aggregation, kind)(**settings)(gradients)
+    found, expected = (each / each.norm() for each in (found, expected))  # Nash-MTL's has a scale of its own
+    assert (found - expected).norm() <= 1e-5
+    assert (found - gradients.mean(0) / gradients.mean(0).norm()).norm() > 1e-3
+
+
+def test_nash_mtl_is_the_bargain_in_which_every_task_gains_alike():
+    """c_i ⟨g_i, Σ_t c_t g_t⟩ is the same for every task: what G α = 1 / α says, whatever the scale of α."""
+    draws = torch.Generator().manual_seed(0)
+    problems = [torch.randn(t, n, generator=draws, dtype=torch.float64) for t in (2, 3, 5, 8) for n in (t, 60)]
+    for gradients in (*(rows(seed) for seed in range(12)), *problems):
+        gradients = gradients * 10 ** torch.linspace(-3, 3, len(gradients), dtype=torch.float64)[:, None]
+        problem = problem_of(gradients)
+        found = nash_bargaining(problem)[0]
+        assert (found > 0).all() and found.sum() == pytest.approx(1)
+        gains, without = (c * (problem.gramians[0] @ c) for c in (found, torch.full_like(found, 1 / len(found))))
+        assert (gains / gains.mean() - 1).abs().max() < 1e-6
+        assert (without / without.mean() - 1).abs().max() > 0.1
+        # as good with half the rounds: the number is no tolerance
+        assert torch.allclose(found, nash_bargaining(problem, rounds=30)[0], rtol=1e-6)
+
+
+def test_blocks_are_solved_together_as_apart():
+    blocks = [rows(seed) for seed in range(3)]
+    together = torch.stack([block @ block.T for block in blocks])
+    for name in (*BY_TORCHJD, "project", "gradvac", "nash-mtl"):
+        found = get_solver(name)(Problem(together, torch.full((TASKS,), 1 / TASKS, dtype=torch.float64)))
+        apart = torch.cat([get_solver(name)(problem_of(block)) for block in blocks])
+        assert torch.allclose(found, apart, rtol=1e-10), name
+        assert not torch.allclose(found[0], found[1], rtol=1e-3), name
 
 
 def test_without_conflict_the_cone_solvers_take_the_mean():
@@ -78,13 +121,38 @@ def test_gradvac_equals_torchjd_over_several_steps():
     assert (fresh - found).abs().max() > 1e-3  # what it remembers matters
 
 
+class Ordered(Problem):
+    """A problem whose tasks meet the others in an order (T, T − 1) that is given."""
+
+    given: torch.Tensor
+
+    def orders(self) -> torch.Tensor:
+        return self.given
+
+
+def test_gradvac_equals_torchjd_in_its_own_random_orders():
+    theirs, state = aggregation.GradVacWeighting(), {}
+    for step in range(4):
+        gradients = rows(step)
+        torch.manual_seed(step)
+        drawn = torch.stack([torch.randperm(TASKS - 1) for _ in range(TASKS)])  # places among the others, as it draws
+        torch.manual_seed(step)
+        expected = theirs(gradients @ gradients.T) / TASKS
+        about, before = problem_of(gradients), {name: each.clone() for name, each in state.items()}
+        problem = Ordered(about.gramians, about.weights, state=state)
+        object.__setattr__(problem, "given", fixed_orders(TASKS).gather(1, drawn))
+        assert torch.allclose(gradient_vaccine(problem)[0], expected, atol=1e-6)
+        ascending = gradient_vaccine(problem_of(gradients, state=before))[0]
+        assert not torch.allclose(ascending, expected, atol=1e-3), "the order matters"
+
+
 def test_gradvac_begins_as_projection():
     gradients = rows(1)
     found = gradient_vaccine(problem_of(gradients, order="fixed"))[0] @ gradients
     assert torch.allclose(found, project_conflicts_reference(gradients).mean(0), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [*BY_TORCHJD, "project", "gradvac"])
+@pytest.mark.parametrize("name", [*BY_TORCHJD, "project", "gradvac", "nash-mtl"])
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
 def test_every_solver_is_defined_on_hard_cases_and_scales_with_the_gradients(name, scale):
     for gradients in (
@@ -92,6 +160,7 @@ def test_every_solver_is_defined_on_hard_cases_and_scales_with_the_gradients(nam
         torch.cat([torch.zeros(1, SIZE, dtype=torch.float64), rows(0, 2)]),
         rows(0, 1).expand(3, -1),
         torch.cat([rows(0, 1), -rows(0, 1)]),
+        rows(0, 1),
     ):
         coefficients, at_one = (get_solver(name)(problem_of(s * gradients))[0] for s in (scale, 1.0))
         assert coefficients.isfinite().all(), (name, coefficients)
@@ -120,6 +189,7 @@ def test_one_s_own_solver_works_by_name(registries):
         get_solver("first")
 
 
-def test_unequal_weights_are_refused_where_a_solver_sets_its_own():
-    with pytest.raises(ValueError, match=r"weights must be equal for solver mgda.* found \[1.0, 2.0\]"):
-        combine([{"B": r} for r in rows(0, 2)], weights=[1.0, 2.0], solver="mgda", order="fixed")
+@pytest.mark.parametrize("name", ["mgda", "nash-mtl"])
+def test_unequal_weights_are_refused_where_a_solver_sets_its_own(name):
+    with pytest.raises(ValueError, match=rf"weights must be equal for solver {name}.* found \[1.0, 2.0\]"):
+        combine([{"B": r} for r in rows(0, 2)], weights=[1.0, 2.0], solver=name, order="fixed")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from steps import EPS, Prepared, assert_same_gradients
+from steps import Prepared, assert_same_gradients
 from tiny import tiny_spec
 from transformers import OPTConfig, OPTModel
 
@@ -153,6 +153,24 @@ SPECS = {
 }
 
 
+RELATIVE = 1e-6  # of a tensor's norm: some eight times float32's precision
+
+
+def relative_gaps(ours, apart) -> list[float]:
+    """‖ours − apart‖ / ‖apart‖ of every task's gradient of every tensor."""
+    both = zip(ours, apart, strict=True)
+    return [float((one[n] - other[n]).norm() / other[n].norm()) for (_, one), (_, other) in both for n in one]
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_tasks_together_have_the_gradients_of_a_backward_pass_each(name, base, always_together):
+    prepared = Prepared(SPECS[name](base))
+    ours, apart = prepared.gradients(), prepared.gradients(together=False)
+    assert 0 < max(relative_gaps(ours, apart)) <= RELATIVE
+    assert all(abs(one - other) <= RELATIVE * other for (one, _), (other, _) in zip(ours, apart, strict=True))
+    assert min(relative_gaps(ours, apart[::-1])) > 1e3 * RELATIVE  # the other task's are others
+
+
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("rows", [None, 3])
 def test_tasks_together_equal_tasks_apart(name, rows, base, always_together):
@@ -224,7 +242,8 @@ def test_heads_of_an_encoder_s_tasks(tiny_encoder, home, registries, always_toge
     pairs += [(ours.shared[n][t], apart.shared[n][t]) for n in ours.shared for t in range(2)]
     for one, other in pairs:
         assert other.abs().max() > 0
-        assert (one - other).abs().max() <= 400 * EPS * other.abs().max()
+        assert (one - other).norm() <= RELATIVE * other.norm()
+    assert all((ours.shared[n][0] - apart.shared[n][1]).norm() > 0.1 * apart.shared[n][1].norm() for n in ours.shared)
 
 
 # Which batches go together

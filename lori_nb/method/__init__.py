@@ -32,10 +32,12 @@ C       T × T            projection as coefficients: the projected g_i is Σ_t 
 
 In reading order:
 
-- ``adapters``: factors as plain data, A from a seed, attach and detach; ``adapter_file``: an adapter on disk.
+- ``adapters``: factors as plain data, attach and detach; ``subspaces``: A from a seed; ``adapter_file``: an adapter on
+  disk.
 - ``masks``: which entries of B are trained: by magnitude or at random, exactly k of them, at any scope.
 - ``task_gradients``: every task's gradient of A and B from one backward pass.
-- ``projection``: conflicts found and removed, for all blocks at once.
+- ``projection``: Ortho-LoRA's coefficients C from the Gramians of all blocks at once, and the literal loop.
+- ``solvers``: other coefficients by name; ``conflicts``: how much tasks conflict in a block, and one gradient out of T.
 
 This room knows torch and numpy, torchjd for other conflict solvers, and no other room.
 """

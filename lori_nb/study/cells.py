@@ -59,9 +59,14 @@ def single(settings: Settings, method: str, task: str, seed: int, **changes) -> 
     dense = get_method(method).calibration
     scored = {"evaluate": spec.evaluate, "watch": spec.watch, "watch_rows": spec.watch_rows}
     calibration = single(settings, dense, task, seed, start=_calibration_start(spec), **scored)
-    if settings.calibration_share < 1:
-        calibration = replace(calibration, stop_after=max(1, round(settings.calibration_share * calibration.steps)))
-    return replace(spec, calibration=calibration)
+    return replace(spec, calibration=_in_part(settings, calibration))
+
+
+def _in_part(settings: Settings, calibration: RunSpec) -> RunSpec:
+    """A calibration run, ended after the settings' share of its schedule."""
+    if settings.calibration_share == 1:
+        return calibration
+    return replace(calibration, stop_after=max(1, round(settings.calibration_share * calibration.steps)))
 
 
 def like_of(method: str) -> tuple[str, ...]:
@@ -80,13 +85,16 @@ def _calibration_start(spec: RunSpec) -> RunSpec | None:
 
 
 def joint(settings: Settings, method: str, seed: int) -> RunSpec:
-    """One adapter trained on all tasks at once; "lora" is plain joint training."""
+    """One adapter trained on all tasks at once; "lora" is plain joint training. A mask is calibrated on all of them."""
     rate = rate_of(settings, "joint" if method == "lora" else method, "lora")
     if settings.subspace == "orthogonal":  # one adapter for all tasks has no block of its own
         settings = replace(settings, subspace="independent")
     spec = single(settings, method, settings.tasks[0], seed, learning_rate=rate, steps=settings.joint_steps)
     weights = settings.joint_weights
-    return replace(spec, tasks=settings.tasks, batch_size=settings.joint_batch_size, task_weights=weights)
+    spec = replace(spec, tasks=settings.tasks, batch_size=settings.joint_batch_size, task_weights=weights)
+    if spec.calibration is None:
+        return spec
+    return replace(spec, calibration=_in_part(settings, joint(settings, spec.calibration.method, seed)))
 
 
 def base_runs(settings: Settings) -> list[RunSpec]:

@@ -129,8 +129,9 @@ def conflict_map(results: Results, arrangement: str = JOINT) -> pd.DataFrame:
     """Cosine between tasks by step, layer and factor, beside that within a task: one row a cell.
 
     Columns step, layer, factor, between with low and high (a t interval over seeds), within, n, and inside: whether the
-    interval reaches 0 or more, what unrelated tasks have, each cell for itself, so that one cell in forty lies outside
-    by chance. With one seed nothing is tested: no interval, and inside is False. All are means over half batches.
+    interval reaches 0 or more, what unrelated tasks have, or that of between − within does, so that two batches of one
+    task are as far apart. Each cell stands for itself: one in forty lies outside by chance. With one seed nothing is
+    tested: no interval, and inside is False. All are means over half batches.
     """
     table = recorded(results, HALVES)
     return map_of(table[table["arrangement"] == arrangement])
@@ -149,7 +150,8 @@ def map_of(table: pd.DataFrame) -> pd.DataFrame:
         cosine = t_interval(part[BETWEEN])
         about = dict(zip(("step", "layer", "factor"), key, strict=True))
         means = {BETWEEN: cosine.mean, "low": cosine.low, "high": cosine.high, WITHIN: part[WITHIN].mean()}
-        rows.append(about | means | {"n": cosine.n, "inside": cosine.high >= 0})
+        apart = t_interval(part[BETWEEN] - part[WITHIN])
+        rows.append(about | means | {"n": cosine.n, "inside": cosine.high >= 0 or apart.high >= 0})
     return pd.DataFrame(rows, columns=columns)
 
 

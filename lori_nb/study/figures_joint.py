@@ -57,7 +57,8 @@ def _percent(ax: Axes) -> Axes:
 
 
 def conflict_map(axes: Sequence[Axes], table: pd.DataFrame) -> None:
-    """Mean cosine between tasks by step and layer, a panel a factor; hatched where it is not below 0 beyond noise.
+    """Mean cosine between tasks by step and layer, a panel a factor; hatched where it is not below 0, and below that of
+    two batches of one task, beyond noise.
 
     Args:
         axes: one for A and one for B.
@@ -114,6 +115,8 @@ def recovery(ax: Axes, table: pd.DataFrame) -> Axes:
     for row in table.itertuples():
         y = -(tasks.index(row.task) + (ways.index(row.arrangement) - (len(ways) - 1) / 2) * 0.8 / len(ways))
         look = looks[row.arrangement]
+        if np.isnan(row.value):  # a gap of exactly zero
+            continue
         if not RECOVERY_LIMITS[0] < row.value < RECOVERY_LIMITS[1]:  # the ratio of a gap near zero
             _at_edge(ax, y, row.value, look["color"])
             continue

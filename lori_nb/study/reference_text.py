@@ -9,7 +9,7 @@ import pandas as pd
 from lori_nb.analysis.equivalence import ALPHA
 from lori_nb.analysis.statistics import interval_text
 from lori_nb.lab.paths import write_atomically
-from lori_nb.study import reference_merging, reference_overlap, reference_sequences
+from lori_nb.study import reference_merging, reference_overlap, reference_sequences, sharing
 from lori_nb.study.joint_arms import get_joint_arm
 
 COMPARED = ("methods", "longer", "baselines", "masks")  # tables of comparison.compared
@@ -18,11 +18,16 @@ LONGER = (
     "With twice the steps: LoRA against the LoRA above, which shows whether that had reached its plateau, then LoRI, "
     "its calibration as long, against LoRA with as many:"
 )
+CAPTIONS = {
+    "methods": "Points against tuned LoRA",
+    "recovery": "Share of the gap that each way wins back",
+    "conflict_map": "Cosine between the tasks' gradients in joint training, by step and layer",
+}
 RECOVERED = (
     "Share of what joint training loses against an adapter a task that each way wins back, with Fieller's interval "
-    "over seeds; in brackets alone where the gap's own interval contains zero, so that there was nothing to win back. "
-    "p: paired t test against joint training over seeds; detectable: the least mean difference that so many seeds "
-    "would find in four of five studies."
+    "over seeds; in brackets where the gap's own interval does not lie above zero, so that nothing is known to be there "
+    "to win back. p: paired t test against joint training over seeds; detectable: the least mean difference that so "
+    "many seeds would find in four of five studies."
 )
 
 
@@ -35,7 +40,8 @@ def headlines(folder: Path, command: str) -> str:
         parts += ["Arms, one thing changed each, against tuned LoRA on two tasks:", _means(pd.concat(others))]
     parts += [words for made in (reference_overlap, reference_merging) if (words := made.headline(folder))]
     if (recovered := _read(folder, "recovery")) is not None:
-        parts += [RECOVERED, _recovered(recovered)]
+        parts += [RECOVERED, _recovered(recovered), sharing.claimed_recovery(recovered)]
+        parts += _shown(folder, Path(PAGE.parent, folder.name), "recovery", "conflict_map")
     if (sequences := _read(folder, "sequence_metrics")) is not None:
         parts.append(reference_sequences.text(sequences))
     return "\n\n".join(parts)
@@ -55,7 +61,8 @@ def page(folder: Path, command: str) -> str:
         if words := made.text(folder):
             parts += [words, *_shown(folder, here, *figures)]
     if (recovered := _read(folder, "recovery")) is not None:
-        parts += [RECOVERED, _recovered(recovered), *_shown(folder, here, "recovery", "conflict_map")]
+        parts += [RECOVERED, _recovered(recovered), sharing.claimed_recovery(recovered)]
+        parts += _shown(folder, here, "recovery", "conflict_map")
     if (sequences := _read(folder, "sequence_metrics")) is not None:
         parts += [reference_sequences.text(sequences), *_shown(folder, here, "sequence*")]
     return "\n\n".join(parts)
@@ -75,7 +82,8 @@ def _counted(folder: Path, command: str) -> str:
 def _shown(folder: Path, shown_in: Path, *patterns: str) -> list[str]:
     """Links to the figures in ``folder`` of these names, as seen from the page."""
     found = [path for pattern in patterns for path in sorted(folder.glob(f"{pattern}.png"))]
-    return [f"![{path.stem.replace('_', ' ')}]({(shown_in / path.name).as_posix()})" for path in found]
+    titles = [CAPTIONS.get(path.stem, path.stem.replace("_", " ")) for path in found]
+    return [f"![{title}]({(shown_in / p.name).as_posix()})" for title, p in zip(titles, found, strict=True)]
 
 
 def _methods(folder: Path, shown_in: Path) -> list[str]:

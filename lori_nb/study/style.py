@@ -60,6 +60,7 @@ _LOOKS = {
     "lori-s": (GREEN, "^", "-."),
     "ortho-lora": (VERMILLION, "D", ":"),
     "ortho-lori-d": (PURPLE, "P", (0, (4, 1, 1, 1))),
+    "ortho-lori-s": (GREEN, "p", (0, (3, 1, 1, 1))),
     "lori-s-disjoint": (PURPLE, "P", (0, (4, 1, 1, 1))),
     "ewc": (VERMILLION, "D", ":"),
     "o-lora": (SKY, "v", "--"),
