@@ -17,9 +17,7 @@ from lori_nb.study import (
     comparison,
     conflict,
     conflict_records,
-    figures,
-    figures_joint,
-    figures_lori,
+    layouts,
     questions,
     reference_merging,
     reference_overlap,
@@ -108,47 +106,19 @@ def _figures(found: dict[str, Results], tables: dict[str, pd.DataFrame]) -> dict
             arms = [*methods, *arms_of(found[notebook].settings, question)]
             drawn[name] = found[notebook], _forest_of(found[notebook], tables[name], arms)
     if "sparsity" in tables:
-        drawn["sparsity"] = found["02_masks"], lambda: _sparsity(tables["sparsity"])
+        drawn["sparsity"] = found["02_masks"], lambda: layouts.sparsity(tables["sparsity"])
     if "recovery" in tables:
-        drawn["recovery"] = found["03_ortho_lora"], lambda: _recovery(tables["recovery"])
+        drawn["recovery"] = found["03_ortho_lora"], lambda: layouts.recovery(tables["recovery"])
     if "conflicts" in tables:
-        drawn["conflict_map"] = found["03_ortho_lora"], lambda: _conflict_map(tables["conflicts"])
+        drawn["conflict_map"] = found["03_ortho_lora"], lambda: layouts.conflict_map(tables["conflicts"])
     if sequences := found.get("06_forgetting"):
         drawn |= {name: (sequences, draw) for name, draw in reference_sequences.drawn(sequences, tables).items()}
     return drawn
 
 
 def _forest_of(results: Results, table: pd.DataFrame, arms: Sequence[str] | None = None) -> Callable:
-    def draw():
-        tasks = None if arms is None else results.settings.arm_tasks
-        figure, (ax,) = figures.panels(1, height=figures_lori.forest_height(table))
-        figures_lori.forest(ax, table, comparison.differences(results, arms, tasks))
-        figures.shared_legend(figure)
-        return figure
-
-    return draw
-
-
-def _sparsity(scores: pd.DataFrame):
-    tasks = list(dict.fromkeys(scores["task"]))
-    figure, axes = figures.panels(len(tasks))
-    for ax, task in zip(axes, tasks, strict=True):
-        figures.score_against_sparsity(ax, scores[scores["task"] == task])
-    figures.shared_legend(figure)
-    return figure
-
-
-def _recovery(table: pd.DataFrame):
-    figure, (ax,) = figures.panels(1, height=1.2 + 0.5 * table["task"].nunique())
-    figures_joint.recovery(ax, table)
-    figures.shared_legend(figure)
-    return figure
-
-
-def _conflict_map(table: pd.DataFrame):
-    figure, axes = figures.panels(2, height=3.2)
-    figures_joint.conflict_map(axes, table)
-    return figure
+    tasks = None if arms is None else results.settings.arm_tasks
+    return lambda: layouts.forest(table, comparison.differences(results, arms, tasks))
 
 
 def _save(results: Results, draw: Callable, folder: Path, name: str) -> list[Path]:

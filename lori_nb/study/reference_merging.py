@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from lori_nb.study import figures, figures_merging, mergeability, questions
+from lori_nb.study import layouts, mergeability, questions
 from lori_nb.study.notebook import Results
 from lori_nb.study.style import title_of
 from lori_nb.study.summary import markdown, readable, text_of
@@ -39,39 +39,16 @@ def tables(results: Results, here: Results) -> dict[str, pd.DataFrame]:
 def drawn(results: Results, found: dict[str, pd.DataFrame]) -> dict[str, Callable]:
     """Name → what draws it, of the tables that there are."""
     makers = {
-        WEIGHTS: lambda: _weights(results, found[WEIGHTS]),
-        SCALING: lambda: _scaling(found[SCALING]),
-        PAIRS: lambda: _pairs(found[PAIRS], found[CORRELATIONS]),
+        WEIGHTS: lambda: layouts.merge_weights(
+            found[WEIGHTS],
+            questions.alone_scores(results),
+            questions.best_weights(results),
+            questions.paper_scores(results),
+        ),
+        SCALING: lambda: layouts.merge_scaling(found[SCALING]),
+        PAIRS: lambda: layouts.loss_against_overlap(found[PAIRS], found[CORRELATIONS]),
     }
     return {name: make for name, make in makers.items() if name in found}
-
-
-def _weights(results: Results, merged: pd.DataFrame):
-    alone, chosen = questions.alone_scores(results), questions.best_weights(results)
-    ways = list(dict.fromkeys(merged["merge"]))
-    figure, axes = figures.panels(len(ways), height=2.6)
-    for ax, way in zip(axes, ways, strict=True):
-        part = merged[merged["merge"] == way]
-        figures_merging.score_and_choice(ax, part, alone, chosen, questions.paper_scores(results))
-    figures.shared_legend(figure)
-    return figure
-
-
-def _scaling(table: pd.DataFrame):
-    figure, axes = figures.panels(2, height=2.8)
-    for ax, measure in zip(axes, ("mean", "worst"), strict=True):
-        figures_merging.scaling(ax, table, measure)
-    figures.shared_legend(figure)
-    return figure
-
-
-def _pairs(pairs: pd.DataFrame, correlations: pd.DataFrame):
-    figure, axes = figures.panels(len(mergeability.SHOWN), columns=2, height=2.4)
-    for ax, measure in zip(axes, mergeability.SHOWN, strict=True):
-        figures_merging.loss_against_overlap(ax, pairs, correlations, measure)
-    figure.suptitle(figures_merging.correlation_title(correlations), fontsize=9)
-    figures.shared_legend(figure)
-    return figure
 
 
 def headline(folder: Path) -> str:

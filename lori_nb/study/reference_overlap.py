@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from lori_nb.study import comparison, figures, figures_lori, geometry
+from lori_nb.study import comparison, figures, geometry, layouts
 from lori_nb.study.notebook import Results
 from lori_nb.study.plans import method_specs
-from lori_nb.study.style import title_of
 from lori_nb.study.summary import markdown, readable
 
 MEASURES = tuple(figures.MEASURE_LABELS)
@@ -45,33 +44,12 @@ def drawn(results: Results, found: dict[str, pd.DataFrame]) -> dict[str, Callabl
     if "overlap" not in found:
         return {}
     pairs = found["overlap_pairs"]
-    makers = {f"overlap_{measure}": lambda measure=measure: _heat_maps(pairs, measure) for measure in MEASURES}
-    makers["angles"] = lambda: _angles(found["angles"])
-    makers["overlap_choices"] = lambda: _choices(found["overlap_choices"])
+    makers = {
+        f"overlap_{measure}": lambda measure=measure: layouts.overlap_maps(pairs, measure) for measure in MEASURES
+    }
+    makers["angles"] = lambda: layouts.angles(found["angles"])
+    makers["overlap_choices"] = lambda: layouts.overlap_by_choice(found["overlap_choices"])
     return makers
-
-
-def _heat_maps(pairs: pd.DataFrame, measure: str):
-    names = list(dict.fromkeys(pairs["method"]))
-    matrices = {title_of(name): 100 * geometry.overlap_matrix(pairs, name, measure) for name in names}
-    figure, axes = figures.panels(len(names), columns=len(names) // 2, height=2.1)
-    figures.heat_maps(axes, matrices, f"{figures.MEASURE_LABELS[measure]} (%)", figures.MEASURE_FORMS[measure])
-    return figure
-
-
-def _angles(angles: pd.DataFrame):
-    figure, axes = figures.panels(len(geometry.SIDES))
-    for ax, (side, title) in zip(axes, geometry.SIDES.items(), strict=True):
-        figures.spectra(ax, angles[angles["side"] == side]).set_title(title)
-    figures.shared_legend(figure)
-    return figure
-
-
-def _choices(table: pd.DataFrame):
-    figure, axes = figures.panels(len(MEASURES), height=0.9 + 0.16 * table["method"].nunique())
-    figures_lori.overlap_by_choice(axes, table)
-    figures.shared_legend(figure)
-    return figure
 
 
 def headline(folder: Path) -> str:

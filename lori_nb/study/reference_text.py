@@ -25,9 +25,9 @@ CAPTIONS = {
 }
 RECOVERED = (
     "Share of what joint training loses against an adapter a task that each way wins back, with Fieller's interval "
-    "over seeds; in brackets where the gap's own interval does not lie above zero, so that nothing is known to be there "
-    "to win back. p: paired t test against joint training over seeds; detectable: the least mean difference that so "
-    "many seeds would find in four of five studies."
+    "over seeds; in brackets where the gap's own interval does not lie above zero, so that nothing is known to be "
+    "there to win back. p: paired t test against joint training over seeds; detectable: the least mean difference that "
+    "so many seeds would find in four of five studies."
 )
 
 
