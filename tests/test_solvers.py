@@ -49,9 +49,7 @@ def test_torchjd_s_solvers_equal_its_aggregators(name, seed):
     [("cagrad", ("CAGrad", {"c": 0.4})), ("nash-mtl", ("NashMTL", {"n_tasks": TASKS, "max_norm": 0.0}))],
 )
 @pytest.mark.parametrize("seed", range(3))
-def test_solvers_that_need_more_packages_equal_torchjd_s_where_these_are(name, theirs, seed):
-    for package in ("cvxpy", "clarabel", "ecos"):
-        pytest.importorskip(package)
+def test_solvers_of_convex_programs_equal_torchjd_s(name, theirs, seed):
     kind, settings = theirs
     gradients = rows(seed)
     found = get_solver(name)(problem_of(gradients))[0] @ gradients
