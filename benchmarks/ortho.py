@@ -1,11 +1,11 @@
 """A step of Ortho-LoRA against joint training, against a loop over the tasks, and against torchjd.
 
-T tasks of like length share one adapter: MiniLM with adapters on query and value (r = 8) and a head a task, or
-SmolLM2-135M with adapters on all linear modules of its last 8 layers (r = 16). Every side takes the same rows, clips
-and steps AdamW. *Joint* sends one batch forward and backward. *Ours* does so too, takes every task's gradient out of
-that backward pass, projects, and records how the gradients conflict. The *loop* has a forward and a backward pass a
-task, with the same projection. *torchjd* has one forward pass, ``mtl_backward`` and its PCGrad for every tensor, on
-peft's LoRA.
+T tasks of like length, two rows each a step, share one adapter: MiniLM with adapters on query and value (r = 8) and a
+head a task, or SmolLM2-135M with adapters on all linear modules of its last 8 layers (r = 16). Every side takes the
+same rows, clips and steps AdamW. *Joint* sends one batch forward and backward. *Ours* does so too, takes every task's
+gradient out of that backward pass, projects, and records how the gradients conflict. The *loop* has a forward and a
+backward pass a task, with the same projection. *torchjd* has one forward pass, ``mtl_backward`` and its PCGrad for
+every tensor, on peft's LoRA.
 
     python benchmarks/ortho.py --pairs 30
 """
@@ -25,13 +25,13 @@ from torchjd.aggregation import PCGrad
 from torchjd.autojac import jac_to_grad, mtl_backward
 
 from lori_nb.lab.evaluation import states_at, task_loss
-from lori_nb.lab.gradients import TaskData, concatenated
+from lori_nb.lab.gradients import TaskData, concatenated, together
 from lori_nb.lab.methods import fresh_factors
 from lori_nb.lab.models import Base, load_base
 from lori_nb.lab.prefix import cached_states, split_at, suffix_body
 from lori_nb.lab.specs import RunSpec
 from lori_nb.lab.tasks import Example, get_task
-from lori_nb.lab.text import encode_decoder_rows, encode_encoder_rows
+from lori_nb.lab.text import Encoded, encode_decoder_rows, encode_encoder_rows
 from lori_nb.lab.training import Loop
 from lori_nb.method.adapters import LowRank, attach, target_linears
 from lori_nb.method.conflicts import combine, combine_stacked
@@ -41,6 +41,8 @@ MODELS = {
     "SmolLM2, last 8 layers": {"base": "smollm2-135m-instruct", "modules": "all-linear", "rank": 16, "last_layers": 8},
 }
 ROWS = 2  # of a task, a step
+MOST_TASKS = 8
+CANDIDATES = 8 * ROWS * MOST_TASKS  # rows, of which those of middling length are taken
 CLIP, RATE = 1.0, 1e-6
 
 
@@ -60,23 +62,36 @@ class Setting:
 
 
 def setting_of(model: str, tasks: int, dtype: str) -> Setting:
-    """The same rows for every number of tasks: task t has the t-th few of one generator, so that lengths are alike."""
+    """Task t has the t-th few of the same rows for every number of tasks. These are alike in length, so that all tasks
+    share one backward pass and padding is no part of the ratios.
+    """
     about = MODELS[model]
     base = copy.deepcopy(load_base(about["base"], dtype))
     names = tuple(f"task {number}" for number in range(tasks))
     spec = RunSpec("ortho-lora", names, alpha=2.0 * about["rank"], learning_rate=RATE, batch_size=ROWS * tasks, **about)
-    first, data = split_at(base, spec.last_layers), []
-    rows = get_task("family_relationships").rows("train", ROWS * tasks)
+    first, data, rows = split_at(base, spec.last_layers), [], rows_of_like_length(base)
     for number, name in enumerate(names):
-        own = rows[number * ROWS : (number + 1) * ROWS]
+        encoded = rows[number * ROWS : (number + 1) * ROWS]
         if base.kind == "decoder":
-            encoded = encode_decoder_rows(base.tokenizer, own)
             data.append(TaskData(name, encoded, cached_states(base, encoded, first) if first else None))
         else:
-            asked = [Example(row.prompt, answer="", target=place % 2) for place, row in enumerate(own)]
-            encoded = encode_encoder_rows(base.tokenizer, asked)
             data.append(TaskData(name, encoded, None, nn.Linear(base.width, 2)))
+    if len(groups := together([[len(row.ids) for row in task.rows] for task in data])) > 1:
+        raise ValueError(f"tasks must be of like length, for one backward pass; found the groups {groups}")
     return Setting(base, suffix_body(base, first), data, spec)
+
+
+def rows_of_like_length(base: Base) -> list[Encoded]:
+    """As many rows as the most tasks take in a step, those of middling length among all candidates."""
+    rows, count = get_task("family_relationships").rows("train", CANDIDATES), ROWS * MOST_TASKS
+    if base.kind == "decoder":
+        encoded = encode_decoder_rows(base.tokenizer, rows)
+    else:
+        asked = [Example(row.prompt, answer="", target=place % 2) for place, row in enumerate(rows)]
+        encoded = encode_encoder_rows(base.tokenizer, asked)
+    ordered = sorted(encoded, key=lambda row: len(row.ids))
+    start = (len(ordered) - count) // 2
+    return ordered[start : start + count]
 
 
 def low_rank(setting: Setting) -> dict[str, LowRank]:
@@ -256,14 +271,15 @@ def main() -> None:
         "--pairs", type=int, default=PAIRS, help=f"interleaved pairs of every timing; {PAIRS} are judged"
     )
     parser.add_argument("--dtype", default="auto", help="of the frozen base, on all sides")
-    parser.add_argument("--tasks", type=int, nargs="*", default=[2, 4, 8])
+    parser.add_argument("--tasks", type=int, nargs="*", default=[2, 4, MOST_TASKS], help=f"at most {MOST_TASKS}")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = projection_rows(arguments.pairs)
     for model in MODELS:
         for tasks in arguments.tasks:
             rows += step_rows(model, tasks, arguments.dtype, arguments.pairs)
-    command = f"python benchmarks/ortho.py --pairs {arguments.pairs} --dtype {arguments.dtype}"
+    asked = " ".join(map(str, arguments.tasks))
+    command = f"python benchmarks/ortho.py --pairs {arguments.pairs} --dtype {arguments.dtype} --tasks {asked}"
     publish(rows, "ortho.json", command, ("torch", "transformers", "peft", "torchjd"))
 
 

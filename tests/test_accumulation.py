@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import saved
 from hypothesis import given
 from hypothesis import strategies as st
 from steps import EPS, LAYERS, LONGEST_PRODUCT, Prepared, assert_same_gradients, saved_bytes
 from tiny import tiny_spec
+from transformers import RobertaConfig, RobertaModel
 
 from lori_nb.lab import distributed
 from lori_nb.lab.distributed import tree_partners, tree_sum
@@ -179,7 +182,16 @@ def test_a_run_in_micro_batches_is_another_run(base):
 # The mask that is made without asking the device
 
 
-@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+@pytest.fixture
+def tiny_roberta(minilm, tmp_path) -> Path:
+    """A folder with a random RoBERTa of two small layers, whose positions are counted from its input ids."""
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    pad = minilm.tokenizer.pad_token_id
+    config = RobertaConfig(vocab_size=len(minilm.tokenizer), type_vocab_size=2, pad_token_id=pad, **size)
+    return saved(RobertaModel, config, minilm.tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder", "roberta"])
 def test_the_fused_kernels_see_the_same_mask(kind, request, home):
     """torch's fused attention on the four-dimensional mask, against transformers' own from the padding mask."""
     base = load_base(str(request.getfixturevalue(f"tiny_{kind}")), "float32")

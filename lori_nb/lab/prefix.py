@@ -68,6 +68,7 @@ class _Architecture:
 _LLAMA = _Architecture(lambda body: body.layers, _llama_suffix)
 _BERT = _Architecture(lambda body: body.encoder.layer, _bert_suffix)
 SPLITTABLE = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "bert": _BERT}
+TAKES_WHOLE_MASK = (*SPLITTABLE, "roberta")  # a body that passes a mask of (b × 1 × L × L) on as it is
 
 
 def can_split(base: Base) -> bool:
@@ -126,7 +127,7 @@ def attention_mask(base: Base, batch: Batch) -> Tensor:
     """
     config, length = base.body.config, batch.mask.shape[1]
     whole = (getattr(config, "sliding_window", None) or length) >= length
-    if config._attn_implementation != "sdpa" or config.model_type not in SPLITTABLE or not whole:
+    if config._attn_implementation != "sdpa" or config.model_type not in TAKES_WHOLE_MASK or not whole:
         return batch.mask
     seen = batch.mask.bool()[:, None, None, :].expand(-1, 1, length, length)
     if base.kind == "encoder":

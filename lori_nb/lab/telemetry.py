@@ -21,7 +21,7 @@ from torch import Tensor
 from lori_nb.method.conflicts import Conflicts
 
 RECIPE = 1  # raise when the same gradients leave another record
-LOOKS = 20  # how many steps of a run split their batches in halves, evenly spread
+LOOKS = 20  # at least so many steps of a run split their batches in halves, evenly spread; all of a shorter run
 COLUMNS = ("step", "tensor", "measure", "task", "other", "value")
 COSINE, BLOCKS, HALVES = "cosine", "cosine of blocks", "cosine of halves"
 REMOVED, CHANGE = "removed", "change"

@@ -2,8 +2,8 @@
 
 A study of hours trains the methods themselves first, with joint training and Ortho-LoRA where a notebook asks for them,
 and the variants after them, each seed by seed, so that the runs that share a calibration are done together and what is
-there at any time can be read. Tables and figures are then made
-from the ledger alone, wherever the runs themselves may be.
+there at any time can be read. Tables and figures are then made from the ledger alone, wherever the runs themselves may
+be.
 """
 
 from __future__ import annotations
