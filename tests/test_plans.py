@@ -313,6 +313,17 @@ def test_what_is_compared_with_the_methods_may_have_fewer_seeds():
         load_settings("quick", arm_seeds=0)
 
 
+def test_switches_of_the_projection_follow_a_way_s_name():
+    settings = load_settings("quick", joint_arms=["joint", "ortho-lora", "ortho-lora order=fixed grouping=module"])
+    plain, changed = (joint_arm_spec(settings, name, 0) for name in settings.joint_arms[1:])
+    assert changed == replace(plain, options=(("grouping", "module"), ("order", "fixed")))
+    assert changed in PLANS["03_ortho_lora"](settings)
+    assert dict(joint_arm_spec(settings, "pcgrad reference=projected", 0).options)["grouping"] == "adapter"
+    for wrong in ("ortho-lora order=some", "ortho-lora speed=fast", "joint order=fixed", "ortho-lora fixed"):
+        with pytest.raises(ValueError, match=f"joint_arms' switches .*order=random.fixed.mean.*; found '{wrong}'"):
+            load_settings("quick", joint_arms=["joint", wrong])
+
+
 def test_an_unknown_arm():
     with pytest.raises(ValueError, match="arms must be among .*lora-longer.*; found 'lora-long'"):
         PLANS["01_lori"](load_settings("quick", arms=["lora-long"]))

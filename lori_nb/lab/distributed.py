@@ -38,10 +38,11 @@ def _state():
     from accelerate import PartialState  # imported late: it starts the process group under torchrun
 
     kind = torch.accelerator.current_accelerator(check_available=True)
+    if kind is not None and kind.type == "mps":  # it has no float64, which gradients' inner products are taken in
+        return PartialState(cpu=True, timeout=PATIENCE)
     # without one that has a library for exchange between processes, accelerate would not join them unless told "cpu"
-    alone = kind is None or kind.type == "mps" or os.environ.get("ACCELERATE_TORCH_DEVICE") == "cpu"
-    on_cpu = "LOCAL_RANK" in os.environ and alone
-    return PartialState(cpu=on_cpu, timeout=PATIENCE)
+    alone = kind is None or os.environ.get("ACCELERATE_TORCH_DEVICE") == "cpu"
+    return PartialState(cpu="LOCAL_RANK" in os.environ and alone, timeout=PATIENCE)
 
 
 def count() -> int:

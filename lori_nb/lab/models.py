@@ -42,7 +42,7 @@ hf_logging.disable_progress_bar()  # a study shows its own progress
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # On a CPU in bfloat16 the fused kernel's backward pass takes several times as long as plain matrix products at these
 # lengths.
-_ATTENTION = {"cpu": "eager", "cuda": "sdpa", "mps": "sdpa"}
+_ATTENTION = {"cpu": "eager"}
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 BESIDE_WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.model")  # configuration and tokenizer decide results too
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from lori_nb.lab.methods import get_method
+from lori_nb.lab.resolving import OPTIONS
 from lori_nb.lab.specs import RunSpec
 from lori_nb.method.solvers import SOLVERS
 from lori_nb.study.cells import joint, rate_of, single
@@ -56,13 +58,28 @@ JOINT_ARMS: dict[str, JointArm] = {
 
 
 def get_joint_arm(name: str) -> JointArm:
-    """The named way; a conflict solver's own name is that solver, tensor by tensor. ValueError lists the known ones."""
-    if name in JOINT_ARMS:
-        return JOINT_ARMS[name]
-    if name in SOLVERS:
-        return _solved(name, name, solver=name)
+    """The named way; a conflict solver's own name is that solver, tensor by tensor. Switches may follow, as in
+    "ortho-lora order=fixed grouping=module". ValueError lists the known names and switches.
+    """
+    plain, *switches = name.split()
+    if switches:
+        return _switched(get_joint_arm(plain), name, switches)
+    if plain in JOINT_ARMS:
+        return JOINT_ARMS[plain]
+    if plain in SOLVERS:
+        return _solved(plain, plain, solver=plain)
     known = dict.fromkeys((*JOINT_ARMS, *SOLVERS))
     raise ValueError(f"joint_arms must be among {', '.join(known)}; found {name!r}")
+
+
+def _switched(arm: JointArm, name: str, switches: Sequence[str]) -> JointArm:
+    """A way with switches of its conflict solver changed."""
+    chosen = dict(switch.partition("=")[::2] for switch in switches)
+    if not get_method(arm.method).projects or any(v not in OPTIONS.get(k, ()) for k, v in chosen.items()):
+        known = "; ".join(f"{key}={'|'.join(values)}" for key, values in OPTIONS.items())
+        raise ValueError(f"joint_arms' switches follow a way that projects and are {known}; found {name!r}")
+    options = tuple(sorted((dict(arm.options) | chosen).items()))
+    return replace(arm, name=name, title=f"{arm.title}, {', '.join(switches)}", options=options)
 
 
 def check_joint_arms(names: Sequence[str]) -> None:
