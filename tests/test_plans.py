@@ -352,11 +352,14 @@ def test_a_mask_for_all_tasks_is_calibrated_on_all_of_them():
     assert joint(load_settings("quick"), "ortho-lori-s", 3).calibration.stop_after is None
 
 
-def test_an_encoder_s_tasks_see_as_many_rows_and_steps_together_as_alone():
-    settings = load_settings("standard", tasks="rte,mrpc,cola,sst2,stsb")
-    assert settings.base == "all-minilm-l6-v2" and len(settings.seed) == 5
-    assert rows_per_task(settings) == (4000, 4000) and settings.steps == settings.joint_steps
-    assert settings.test_rows >= 5463, "the largest official validation part is scored whole"
-    others = len(settings.joint_arms) - 2  # beside joint training and Ortho-LoRA
-    assert len(PLANS["03_ortho_lora"](settings)) == 5 * (5 + 5 * 2) + 3 * 5 * others
-    assert len(set(PLANS["03_ortho_lora"](settings))) == 5 * (5 + 2) + 3 * others
+@pytest.mark.parametrize(("tasks", "rows"), [(None, 1920), ("rte,mrpc,cola,sst2,stsb", 4000)])
+def test_tasks_see_as_many_rows_and_steps_together_as_alone(tasks, rows):
+    settings = load_settings("standard", **({} if tasks is None else {"tasks": tasks}))
+    assert rows_per_task(settings) == (rows, rows) and settings.steps == settings.joint_steps
+    assert len(settings.seed) == 5
+    others, many = len(settings.joint_arms) - 2, len(settings.tasks)  # beside joint training and Ortho-LoRA
+    planned = PLANS["03_ortho_lora"](settings)
+    assert len(set(planned)) == 5 * (many + 2) + len(settings.arm_seed) * others
+    if tasks is not None:
+        assert settings.base == "all-minilm-l6-v2" and settings.arm_seed == settings.seed
+        assert settings.test_rows >= 5463, "the largest official validation part is scored whole"
