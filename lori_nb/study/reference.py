@@ -23,6 +23,7 @@ from lori_nb.study import (
     figures_joint,
     figures_lori,
     questions,
+    reference_interference,
     reference_merging,
     reference_overlap,
     reference_sequences,
@@ -39,7 +40,11 @@ FORESTS = {  # name → question of the arms, the notebook whose plan holds them
     "baselines": ("baseline", "01_lori", ()),
     "masks": ("mask", "02_masks", ("lori-s",)),
 }
-OF_ADAPTERS = {"04_interference": reference_overlap, "05_merging": reference_merging}  # not told by scores alone
+OF_ADAPTERS = {  # not told by scores alone
+    "04_interference": reference_overlap,
+    "05_merging": reference_merging,
+    "06_forgetting": reference_interference,
+}
 
 
 def write_reference(settings: Settings, notebooks: Sequence[str], root: Path = PROJECT) -> list[Path]:
@@ -198,7 +203,7 @@ def section(folder: Path, command: str) -> str:
     if (folder / "baseline_costs.csv").exists():
         parts.append("What training a run costs on the tasks of the baselines, and the mean score it reaches there:")
         parts.append(_costs(pd.read_csv(folder / "baseline_costs.csv")))
-    parts += [words for made in OF_ADAPTERS.values() if (words := made.text(folder))]
+    parts += [words for made in (reference_overlap, reference_merging) if (words := made.text(folder))]
     if (folder / "recovery.csv").exists():
         parts.append(
             "Share of what joint training loses against an adapter a task that each way wins back, with Fieller's "
@@ -207,8 +212,7 @@ def section(folder: Path, command: str) -> str:
             "difference that so many seeds would find in four of five studies."
         )
         parts.append(_recovered(pd.read_csv(folder / "recovery.csv")))
-    if (folder / "sequence_metrics.csv").exists():
-        parts.append(reference_sequences.text(pd.read_csv(folder / "sequence_metrics.csv")))
+    parts += [words for made in (reference_sequences, reference_interference) if (words := made.text(folder))]
     return "\n\n".join(parts)
 
 

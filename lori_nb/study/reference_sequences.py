@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pandas as pd
 
 from lori_nb.analysis.statistics import interval_text
-from lori_nb.study import figures, figures_sequences, forgetting
+from lori_nb.study import figures, figures_sequences, forgetting, sequence_effects
 from lori_nb.study.notebook import Results
+from lori_nb.study.sequence_runs import finished
+from lori_nb.study.sequences import JOINT, fitting, orders_of
 from lori_nb.study.style import GREY, title_of
 from lori_nb.study.summary import n_text
 
@@ -21,6 +24,8 @@ TABLES: dict[str, Callable[[Results], pd.DataFrame]] = {
     "sequence_safety": forgetting.safety_scores,
     "sequence_by_step": forgetting.by_step,
     "sequence_capacity": forgetting.capacity_scores,
+    "sequence_sparsity": sequence_effects.sparsity_effects,
+    "sequence_order_effects": sequence_effects.order_effects,
 }
 
 
@@ -32,11 +37,7 @@ def tables(results: Results) -> dict[str, pd.DataFrame]:
 
 def _any_whole(results: Results, seed: int) -> bool:
     settings = results.settings
-    return any(
-        forgetting.finished(results, way, order, seed)
-        for way in settings.ways
-        for order in forgetting.orders_of(settings, way)
-    )
+    return any(finished(results, way, order, seed) for way in settings.ways for order in orders_of(settings, way))
 
 
 def drawn(results: Results, tables: dict[str, pd.DataFrame]) -> dict[str, Callable]:
@@ -47,6 +48,8 @@ def drawn(results: Results, tables: dict[str, pd.DataFrame]) -> dict[str, Callab
         "sequence_plane": ("sequence_plane", _one(figures_sequences.plasticity_against_stability)),
         "sequence_safety": ("sequence_safety", _one(figures_sequences.safety_plane)),
         "sequence_by_step": ("sequence_by_step", _course),
+        "sequence_orders": ("sequence_order_effects", lambda table: _orders(tables["sequence_orders"])),
+        "sequence_capacity": ("sequence_capacity", lambda table: _capacity(table, fitting(results.settings))),
     }
     there = {name: source for name, (source, _) in makers.items() if len(tables.get(source, ()))}
     return {name: lambda name=name: makers[name][1](tables[makers[name][0]]) for name in there}
@@ -87,8 +90,35 @@ def _course(table: pd.DataFrame):
     return figure
 
 
-def text(metrics: pd.DataFrame) -> str:
-    """README's table of the sequences' metrics as Markdown, a line a way."""
+def _orders(table: pd.DataFrame):
+    return _one(figures_sequences.score_by_order)(table[table["way"] != JOINT])
+
+
+def _capacity(table: pd.DataFrame, fits: int):
+    figure, (ax,) = figures.panels(1)
+    figures_sequences.score_of_nth_task(ax, table, fits)
+    figures.shared_legend(figure)
+    return figure
+
+
+def text(folder: Path) -> str:
+    """README's part on the sequences as Markdown, from the tables in ``folder``: the metrics, a line a way, the claim
+    on sparsity with its verdicts, and what the order does; empty where there are none.
+    """
+    if not (folder / "sequence_metrics.csv").exists():
+        return ""
+    parts = [_metrics_text(pd.read_csv(folder / "sequence_metrics.csv"))]
+    if (folder / "sequence_sparsity.csv").exists():
+        effects = sequence_effects.effect_lines(pd.read_csv(folder / "sequence_sparsity.csv"))
+        if effects:
+            lines = "\n".join(f"- {line}" for line in effects)
+            parts.append(f"Claim: {sequence_effects.CLAIM} Less forgetting by, at this size, over seeds:\n\n{lines}")
+    if (folder / "sequence_order_effects.csv").exists():
+        parts += sequence_effects.order_lines(pd.read_csv(folder / "sequence_order_effects.csv"))
+    return "\n\n".join(parts)
+
+
+def _metrics_text(metrics: pd.DataFrame) -> str:
     names = list(dict.fromkeys(metrics["metric"]))
     lines = [
         "Tasks one after another, mean over orders, then seeds: "

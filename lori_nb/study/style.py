@@ -61,6 +61,7 @@ _LOOKS = {
     "ortho-lora": (VERMILLION, "D", ":"),
     "ortho-lori-d": (PURPLE, "P", (0, (4, 1, 1, 1))),
     "lori-s-disjoint": (PURPLE, "P", (0, (4, 1, 1, 1))),
+    "lori-s-masks-alone": (ORANGE, ">", ":"),
     "ewc": (VERMILLION, "D", ":"),
     "o-lora": (SKY, "v", "--"),
     "replay": (BLACK, "*", "-."),
