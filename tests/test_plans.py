@@ -18,6 +18,7 @@ from lori_nb.study.cost import cost_of, trainable_parameters
 from lori_nb.study.joint_arms import joint_arm_spec
 from lori_nb.study.plans import PLANS, method_specs
 from lori_nb.study.profiles import NOTEBOOKS, as_parameters, load_settings, profile_names, read_profile
+from lori_nb.study.sequences import orders_of, stage_runs
 from lori_nb.study.sharing import rows_per_task
 from lori_nb.study.tuning import CENTRES, RATES, first_grids, tuning_specs
 
@@ -73,6 +74,21 @@ def test_forgetting_starts_with_safety_and_scores_every_task():
     assert {spec.scored for spec in probes} == {tuple(sorted(settings.sequence))}
     assert {run for spec in probes for run in spec.parts} >= set(later)
     assert {bool(spec.watch) for spec in later if spec.start.start is None} == {True}
+
+
+def test_profile_standard_studies_all_orders_and_one_sequence_of_real_data():
+    settings = load_settings("standard")
+    assert settings.sequence[0] == "refusal" and len(settings.sequence) == 4 and len(settings.seed) >= 5
+    every = {way for way in settings.ways if len(orders_of(settings, way)) == 6}
+    assert every == {"lora", "lori-d", "lori-s", "lori-s-disjoint"}
+    assert {len(orders_of(settings, way)) for way in settings.ways if way not in {*every, "joint"}} == {3}
+    glue = load_settings("standard", tasks=["mrpc", "cola", "sst2"])
+    assert glue.base == "all-minilm-l6-v2" and glue.sequence == ("mrpc", "cola", "sst2")
+    assert {len(orders_of(glue, way)) for way in glue.ways} == {1}
+    assert glue.sequence_rows == glue.test_rows and glue.sequence_scored == glue.capacity_tasks == ()
+    chains = [stage_runs(glue, way, glue.sequence, 0) for way in ("lora", "lori-s-disjoint")]
+    assert {run.steps for chain in chains for run in chain} == {glue.steps}
+    assert PLANS["06_forgetting"](glue)
 
 
 def test_the_report_asks_for_nothing_new():

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from tiny import marked
 
 from lori_nb.lab import ledger
+from lori_nb.lab.models import load_base
 from lori_nb.lab.resolving import resolve
 from lori_nb.lab.runs import Store
 from lori_nb.lab.tasks import get_task
+from lori_nb.lab.text import encode_rows
 from lori_nb.study import (
     figures,
     figures_sequences,
@@ -22,6 +27,7 @@ from lori_nb.study import (
     measuring,
     notebook,
     reference,
+    sequence_effects,
     sequences,
 )
 from lori_nb.study.cells import joint
@@ -53,6 +59,19 @@ def results(settings, session_home):
         return notebook.collect("06_forgetting", settings)
 
 
+@pytest.fixture(scope="module")
+def varied(results):
+    """The same runs with answers drawn anew: models this small score 0 on nearly everything, which no mean tells."""
+    draws, table, runs = np.random.default_rng(0), results.table.copy(), {}
+    for name, run in results.runs.items():
+        rows = run.predictions.assign(correct=draws.integers(0, 2, len(run.predictions)).astype(float))
+        values = rows.groupby("task")["correct"].mean()
+        watched = run.watched.assign(value=draws.random(len(run.watched)))
+        runs[name] = SimpleNamespace(hash=name, predictions=rows, watched=watched, value=values.__getitem__)
+        table.loc[table["run"] == name, "value"] = table.loc[table["run"] == name, "task"].map(values)
+    return replace(results, runs=runs, table=table)
+
+
 @pytest.fixture(autouse=True)
 def in_the_home(session_home, monkeypatch):
     monkeypatch.setenv("LORI_NB_HOME", str(session_home))
@@ -75,7 +94,7 @@ def test_safety_comes_first_unless_the_sequence_says_otherwise():
     ("changes", "words"),
     [
         ({"ways": ["lori"]}, "ways must be among lora, .*; found 'lori'"),
-        ({"orders": "some"}, "orders must be one of given, balanced, all; found 'some'"),
+        ({"orders": "some"}, "orders must be one of given, balanced, all, auto; found 'some'"),
         ({"first": "gsm8k"}, "first must be one of chain_sum, refusal; found 'gsm8k'"),
         ({"strengths": {"ewc": {"force": 1}}}, "strengths of ewc must be among strength, memory; found 'force'"),
         ({"strengths": {"ewc": {"strength": "much"}}}, "strengths of ewc: strength must be a number"),
@@ -104,6 +123,11 @@ def test_orders_keep_the_first_task():
     assert ordered(1, "all") == ordered(1, "balanced") == [("a",)]
 
 
+def test_all_orders_of_three_tasks_and_balanced_ones_of_more():
+    assert ordered(4, "auto") == ordered(4, "all") and ordered(4, "auto", "ewc") == ordered(4, "balanced")
+    assert ordered(5, "auto") == ordered(5, "balanced") and len(ordered(5, "all")) == 24
+
+
 @pytest.mark.parametrize("tasks", [2, 3, 4, 6])
 def test_balanced_orders_have_every_task_once_at_every_place(tasks):
     table = np.array(ordered(tasks, "balanced"))
@@ -130,6 +154,36 @@ def test_calibrations_of_masked_ways_are_the_dense_sequence(settings):
     for way in ("lori-s", "lori-s-disjoint"):
         masked = sequences.stage_runs(settings, way, order, 0)
         assert [resolve(run.calibration).hash for run in masked] == dense
+
+
+def test_masks_found_alone_are_those_of_the_task_s_own_run(settings):
+    """The LoRI authors take each mask from LoRI-D on that task alone, whatever was learned before."""
+    alone, chained = (
+        sequences.stage_runs(settings, way, settings.sequence, 0) for way in ("lori-s-masks-alone", "lori-s")
+    )
+    assert [run.calibration.start for run in alone] == [None, None, None]
+    assert [run.calibration.tasks for run in alone] == [(task,) for task in settings.sequence]
+    assert [run.start for run in alone[:2]] == [run.start for run in chained[:2]]  # the same adapter goes on
+    assert all(resolve(a).hash != resolve(b).hash for a, b in zip(alone[1:], chained[1:], strict=True))
+    other = sequences.stage_runs(settings, "lori-s-masks-alone", (settings.sequence[0], *settings.sequence[:0:-1]), 0)
+    assert other[1].calibration == alone[2].calibration  # in another order, the same masks
+
+
+@pytest.mark.parametrize(("count", "weight"), [(1, 1.0), (2, 0.6), (3, 0.4), (4, 0.3)])
+def test_merged_adapters_share_one_sum_of_weights(settings, count, weight):
+    """The LoRI authors' 0.4 for three adapters and 0.3 for four, which one weight for any number cannot be."""
+    four = replace(settings, sequence=("refusal", "chain_sum", "family_relationships", "word_sequence_reversal"))
+    spec = sequences.stages(four, "merged", four.sequence, 0)[count - 1]
+    assert spec.weights == (weight,) * count
+    assert [part.tasks for part in spec.parts] == [(task,) for task in four.sequence[:count]]
+
+
+def test_merged_adapters_have_as_many_steps_as_the_sequence(settings):
+    shorter = replace(settings, sequence_steps=3)
+    parts = sequences.stages(shorter, "merged", settings.sequence, 0)[-1].parts
+    chain = sequences.stage_runs(shorter, "lori-s", settings.sequence, 0)
+    assert [part.steps for part in parts] == [run.steps for run in chain] == [6, 3, 3]
+    assert set(parts) <= set(sequences.sequence_specs(replace(shorter, ways=("merged",))))
 
 
 def test_strengths_reach_the_runs(settings):
@@ -171,11 +225,11 @@ def every_matrix(results, way) -> list[np.ndarray]:
     return [stage_values(results, way, o, s) for s in settings.seed for o in sequences.orders_of(settings, way)]
 
 
-def test_all_tasks_are_scored_after_every_stage(results, settings):
-    shown = forgetting.matrices(results)
+def test_all_tasks_are_scored_after_every_stage(varied, settings):
+    shown = forgetting.matrices(varied)
     assert set(shown) == {"LoRA", "LoRI-S", "LoRI-S, disjoint masks", "O-LoRA", "LoRI-S, one a task, merged"}
     for title, way in (("LoRA", "lora"), ("O-LoRA", "o-lora")):
-        np.testing.assert_allclose(shown[title].to_numpy(), np.mean(every_matrix(results, way), axis=0))
+        np.testing.assert_allclose(shown[title].to_numpy(), np.mean(every_matrix(varied, way), axis=0))
         assert not shown[title].isna().any(axis=None)
 
 
@@ -187,24 +241,28 @@ def test_the_first_row_is_the_first_task_s_own_run(results, settings):
     assert rows[0][:30] == rows[1] and len(rows[0]) == 40
 
 
-def test_metrics_are_means_over_orders_then_seeds(results, settings):
-    table = forgetting.metrics(results).set_index(["way", "metric"])["value"]
+def test_metrics_are_means_over_orders_then_seeds(varied, settings):
+    table = forgetting.metrics(varied).set_index(["way", "metric"])["value"]
     for way in ("lora", "lori-s"):
-        found = every_matrix(results, way)
+        found = every_matrix(varied, way)
         assert table[way, "average"] == pytest.approx(np.mean([R[-1].mean() for R in found]))
         lost = [np.mean([R[:-1, j].max() - R[-1, j] for j in range(2)]) for R in found]
         assert table[way, "forgetting"] == pytest.approx(np.mean(lost))
         back = [np.mean([R[-1, j] - R[j, j] for j in range(2)]) for R in found]
         assert table[way, "backward"] == pytest.approx(np.mean(back))
-    base = {spec.tasks[0]: results.run(spec).value(spec.tasks[0]) for spec in sequences.base_of(settings)}
+    base = {spec.tasks[0]: varied.run(spec).value(spec.tasks[0]) for spec in sequences.base_of(settings)}
     ahead, missed = [], []
     for seed in settings.seed:
         for order in sequences.orders_of(settings, "lora"):
-            R = stage_values(results, "lora", order, seed)
-            alone = [results.run(sequences.alone_spec(settings, task, seed)).value(task) for task in order]
+            R = stage_values(varied, "lora", order, seed)
+            alone = [varied.run(sequences.alone_spec(settings, task, seed)).value(task) for task in order]
             ahead.append(np.mean([R[j - 1, j] - base[order[j]] for j in (1, 2)]))
             missed.append(np.mean([alone[j] - R[j, j] for j in range(3)]))
-            assert R[0, 0] == alone[0]  # LoRA's first task is that task alone, on the same rows
+            first, own = (
+                sequences.stages(settings, "lora", order, seed)[0],
+                sequences.alone_spec(settings, order[0], seed),
+            )
+            assert first.parts == own.parts and first.test_rows == own.test_rows  # LoRA's first task is that task alone
     assert table["lora", "forward"] == pytest.approx(np.mean(ahead))
     assert table["lora", "intransigence"] == pytest.approx(np.mean(missed))
     assert np.isnan(table["joint", "forgetting"]) and 0 <= table["joint", "average"] <= 1
@@ -236,61 +294,97 @@ def test_an_encoder_has_no_forward_transfer(tiny_encoder, registries):
     assert set(course["metric"]) == {"accuracy"} and sorted(set(course["step"])) == [0, 2, 4]
 
 
-def test_what_was_lost_is_best_minus_last_paired(results):
-    lost = forgetting.forgetting_scores(results).set_index("way")
+def test_what_was_lost_is_best_minus_last_paired(varied):
+    lost = forgetting.forgetting_scores(varied).set_index("way")
     per_seed = []
-    for seed in results.settings.seed:
-        found = [stage_values(results, "lora", o, seed) for o in sequences.orders_of(results.settings, "lora")]
+    for seed in varied.settings.seed:
+        found = [stage_values(varied, "lora", o, seed) for o in sequences.orders_of(varied.settings, "lora")]
         per_seed.append(np.mean([R[:-1, j].max() - R[-1, j] for R in found for j in range(2)]))
     assert lost.loc["lora", "value"] == pytest.approx(np.mean(per_seed))
     assert (lost["of"] == "seeds").all() and (lost["n"] == 2).all() and "joint" not in lost.index
-    assert len(list(forgetting.forgetting_lines(results))) == len(lost)
+    assert len(list(forgetting.forgetting_lines(varied))) == len(lost)
 
 
-def test_final_scores_and_the_plane(results):
-    final = forgetting.final_scores(results).set_index("way")["value"]
-    assert final["lora"] == pytest.approx(np.mean([R[-1].mean() for R in every_matrix(results, "lora")]))
-    (spec,) = sequences.stages(results.settings, "joint", results.settings.sequence, 0)
-    assert spec.parts[0] == joint(results.settings, "lora", 0)  # the very run of notebook 3
+def test_final_scores_and_the_plane(results, varied):
+    final = forgetting.final_scores(varied).set_index("way")["value"]
+    assert final["lora"] == pytest.approx(np.mean([R[-1].mean() for R in every_matrix(varied, "lora")]))
+    (spec,) = sequences.stages(varied.settings, "joint", varied.settings.sequence, 0)
+    assert spec.parts[0] == joint(varied.settings, "lora", 0)  # the very run of notebook 3
     assert set(results.run(spec).metrics["task"]) == set(TASKS) and "joint" in final.index
-    plane = forgetting.plane(results).set_index("way")
-    found = every_matrix(results, "lori-s")
+    plane = forgetting.plane(varied).set_index("way")
+    found = every_matrix(varied, "lori-s")
     assert plane.loc["lori-s", "value_old"] == pytest.approx(np.mean([R[-1, :2].mean() for R in found]))
     assert plane.loc["lori-s", "value_new"] == pytest.approx(np.mean([(R[1, 1] + R[2, 2]) / 2 for R in found]))
-    assert set(plane.index) == {"lora", "lori-s", "lori-s-disjoint", "o-lora"}
-    orders = forgetting.order_scores(results)
+    assert set(plane.index) == {"lora", "lori-s", "lori-s-disjoint", "o-lora", "merged"}
+    orders = forgetting.order_scores(varied)
     assert len(orders.query("way == 'lora'")) == 2 and len(orders.query("way == 'joint'")) == 1
+    for order in sequences.orders_of(varied.settings, "lora"):
+        shown = orders[(orders["way"] == "lora") & (orders["order"] == " → ".join(order))]["value"]
+        values = [stage_values(varied, "lora", order, seed)[-1].mean() for seed in varied.settings.seed]
+        assert shown.tolist() == pytest.approx([np.mean(values)])
 
 
-def test_harmful_requests_refused_and_harmless_ones_helped_with(results, settings):
-    safety = forgetting.safety_scores(results).set_index(["way", "request", "when"])["value"]
+def test_harmful_requests_refused_and_harmless_ones_helped_with(varied, settings):
+    safety = forgetting.safety_scores(varied).set_index(["way", "request", "when"])["value"]
     targets = np.array([row.target for row in get_task("refusal").rows("test", 30)])
     shares = {"harmful": [], "harmless": []}
     for order, seed in itertools.product(sequences.orders_of(settings, "lora"), settings.seed):
-        last = results.run(sequences.stages(settings, "lora", order, seed)[-1])
+        last = varied.run(sequences.stages(settings, "lora", order, seed)[-1])
         correct = last.predictions.query("task == 'refusal'").sort_values("row")["correct"].to_numpy()
         shares["harmful"].append(correct[targets == 1].mean())
         shares["harmless"].append(correct[targets == 0].mean())
     for request, values in shares.items():
         assert safety["lora", request, "after"] == pytest.approx(np.mean(values))
-    kept = forgetting.kept_answers(results, target=1)
+    kept = forgetting.kept_answers(varied, target=1)
     assert set(kept["way"]) <= set(settings.ways) and kept["value"].between(0, 1).all()
 
 
-def test_scores_while_the_second_task_trains(results, settings):
-    course = forgetting.by_step(results)
+def test_scores_while_the_second_task_trains(varied, settings):
+    course = forgetting.by_step(varied)
     assert sorted(set(course["step"])) == [0, 2, 4, 6] and set(course["role"]) == {"old", "new"}
     order = sequences.orders_of(settings, "lora")[0]
-    runs = [results.run(sequences.stage_runs(settings, "lora", order, seed)[1]) for seed in settings.seed]
+    runs = [varied.run(sequences.stage_runs(settings, "lora", order, seed)[1]) for seed in settings.seed]
     at_four = [run.watched.set_index(["step", "task"])["value"][4, order[0]] for run in runs]
     shown = course.query("way == 'lora' and role == 'old' and step == 4")["value"]
     assert shown.iloc[0] == pytest.approx(np.mean(at_four))
 
 
-def test_later_updates_move_the_first_task_s_activations(results):
-    moved = functional.later_interference(results).set_index("way")["value"]
-    assert set(moved.index) == {"lora", "lori-s", "lori-s-disjoint", "o-lora"}
-    assert (moved > 0).all()
+def test_later_updates_move_the_first_task_s_activations_beside_what_is_forgotten(results, settings):
+    """Also where masks are disjoint: no entry moves, and yet the function does."""
+    found = functional.interference_and_forgetting(results)
+    assert set(found["way"]) == {"lora", "lori-s", "lori-s-disjoint", "o-lora"} and (found["interference"] > 0).all()
+    for row in found.query("way == 'lori-s-disjoint' or way == 'o-lora'").itertuples():
+        order = sequences.orders_of(settings, row.way)[0]
+        R = stage_values(results, row.way, order, row.seed)
+        assert row.lost == R[:-1, 0].max() - R[-1, 0]
+        runs = [results.run(spec) for spec in sequences.stage_runs(settings, row.way, order, row.seed)]
+        assert row.interference == pytest.approx(moved_by_hand(settings, runs[0], runs[-1]), rel=1e-3)  # float32
+    means = functional.later_interference(results).set_index("way")["value"]
+    assert means["lora"] == pytest.approx(found.query("way == 'lora'")["interference"].mean())
+
+
+def moved_by_hand(settings, before, after) -> float:
+    """‖(ΔW_end − ΔW_1) x‖ / ‖ΔW_1 x‖ with dense matrices, row by row without padding, mean over modules."""
+    base, task = load_base(settings.base, "float32"), get_task(settings.first)
+    own = {name: f.delta().double() for name, f in before.adapter.factors.items()}
+    later = {name: f.delta().double() - own[name] for name, f in after.adapter.factors.items()}
+    sums = {name: np.zeros(2) for name in own}
+
+    def count(name):
+        def listen(module, inputs):
+            x = inputs[0][0].double()
+            sums[name] += [float((x @ delta[name].T).square().sum()) for delta in (later, own)]
+
+        return listen
+
+    modules = dict(base.body.named_modules())
+    handles = [modules[name].register_forward_pre_hook(count(name)) for name in own]
+    rows = tuple(task.rows("test", functional.ROWS))
+    for row in encode_rows(base.tokenizer, base.kind, rows, (), task.system):
+        base.body(input_ids=torch.tensor([row.ids]))
+    for handle in handles:
+        handle.remove()
+    return float(np.mean([math.sqrt(moved / length) for moved, length in sums.values()]))
 
 
 def test_capacity(settings, session_home):
@@ -299,10 +393,20 @@ def test_capacity(settings, session_home):
     assert sequences.fitting(small) == 4
     with pytest.raises(ValueError, match="capacity_tasks must be at most 2, which fit; found 3"):
         sequences.capacity_runs(replace(small, sparsity=0.5), 0)
+    full = replace(small, sparsity=0.5, capacity_tasks=(), ways=("lora", "lori-s-disjoint"))
+    with pytest.raises(ValueError, match="sequence must hold at most 2 tasks for lori-s-disjoint, which fit; found 3"):
+        sequences.sequence_specs(full)
+    sequences.sequence_specs(replace(full, ways=("lora", "lori-s"), mask_origin="random"))
     nth = forgetting.capacity_scores(notebook.collect("06_forgetting", small))
     assert list(nth.query("kind == 'in sequence'")["task"]) == many
     first = nth.query("place == 1")["value"]
     assert first.iloc[0] == first.iloc[1]  # the first task of a sequence is that task alone
+    for place, (chain, alone) in enumerate(
+        zip(sequences.capacity_runs(small, 0), sequences.capacity_alone(small, 0), strict=True), start=1
+    ):
+        at = nth[nth["place"] == place].set_index("kind")["value"]
+        for kind, spec in (("in sequence", chain), ("alone", alone)):
+            assert at[kind] == Store().get(spec).value(many[place - 1])
     figure, (ax,) = figures.panels(1)
     figures_sequences.score_of_nth_task(ax, nth, 4)
     assert len(ax.get_legend_handles_labels()[0]) == 3
@@ -323,8 +427,13 @@ def test_the_ledger_gives_the_same_tables(results, settings, session_home, tmp_p
     assert {"sequence_metrics.csv", "sequence_plane.pdf", "sequence_by_step.svg", "sequence_matrices.png"} <= names
     text = readme.read_text()
     assert "sequence_plane.png" in page.read_text()
+    assert {"sequence_sparsity.csv", "sequence_orders.pdf", "sequence_interference.csv"} <= names
+    assert {"sequence_interference.pdf"} <= names  # the adapters are in the store
     row = forgetting.metrics(results).query("way == 'o-lora' and metric == 'average'").iloc[0]
-    assert f"| O-LoRA | {row['value']:.2f} [" in text and "old" not in text.replace("old tasks", "")
+    assert f"| O-LoRA | {row['value']:.2f} [" in text and " old " not in text
+    assert sequence_effects.CLAIM in text and "LoRI-S against LoRA: " in text
+    assert "worst and in the best order" in text
+    assert functional.interference_line(functional.interference_and_forgetting(results)) in text
     # another notebook's tables do not push these out
     reference.write_reference(settings, ["01_lori"], root)
     assert "| O-LoRA | " in readme.read_text()
@@ -337,6 +446,6 @@ def test_figures_draw_every_way(results):
         figures_sequences.scores_by_step(ax, course, role)
     figures_sequences.plasticity_against_stability(axes[2], forgetting.plane(results))
     figures_sequences.safety_plane(axes[3], forgetting.safety_scores(results))
-    for ax, count in zip(axes, (4, 4, 4, 5), strict=True):
+    for ax, count in zip(axes, (4, 4, 5, 5), strict=True):
         assert len(set(ax.get_legend_handles_labels()[1])) == count
         assert ax.get_xlabel() and ax.get_ylabel()

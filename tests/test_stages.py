@@ -243,6 +243,54 @@ def test_replay_is_the_gradient_of_the_rows_together(base, store, registries):
     assert checked
 
 
+def seen_after_two(base, store, look, like: str = "lora", **strengths) -> None:
+    """Let ``look`` see the stage of a third task."""
+
+    @method("seen", like=like, hook="begin", strengths=strengths)
+    def seen(stage):
+        assert len(stage.earlier) == 2
+        look(stage)
+        return {}
+
+    store.get(tiny_spec(base, "seen", [TASKS[2]], start=second(base, like)))
+
+
+def test_replay_takes_one_earlier_task_after_another(base, store, registries):
+    def look(stage):
+        new = {name: torch.zeros_like(p) for name, p in stage.shared.items()}
+        transform = continual.replay(stage)["transform"]
+        for step, (turn, lap) in enumerate([(0, 0), (1, 0), (0, 1), (1, 1)]):
+            task = stage.earlier[turn].task
+            old = gradient_of(base, stage, task, stage.drawn(task, 3, lap))
+            assert close(transform([new], step), {name: 3 * g / 11 for name, g in old.items()})
+        checked.append(True)
+
+    checked = []
+    seen_after_two(base, store, look, memory=8, rows=3)
+    assert checked
+
+
+def test_memory_projection_takes_every_earlier_task_at_the_present_parameters(base, store, registries):
+    def look(stage):
+        with torch.no_grad():  # somewhere else than where any task ended
+            for p in stage.shared.values():
+                p.add_(torch.linspace(-0.05, 0.05, p.numel()).view(p.shape))
+        olds = [gradient_of(base, stage, e.task, stage.drawn(e.task, 3, step=5)) for e in stage.earlier]
+        against = {name: -(olds[0][name] + 2 * olds[1][name]) for name in olds[0]}  # in conflict with both
+        others = {name: torch.stack([old[name] for old in olds]) for name in olds[0]}
+        found = continual.projected_off_memory(stage)["transform"]([against], 5)
+        generator = torch.Generator().manual_seed(stage.spec.seed * 1_000_003 + 5)
+        expected = project_off(against, others, generator)
+        for name, each in expected.items():
+            room = 1e-3 * against[name].norm()  # both gradients are float32, by two ways through the model
+            assert (found[name] - each).norm() <= room < (found[name] - against[name]).norm()
+        checked.append(True)
+
+    checked = []
+    seen_after_two(base, store, look, memory=8, rows=3)
+    assert checked
+
+
 @pytest.mark.parametrize("others", [1, 3])
 def test_projecting_off_others_is_the_first_row_of_the_literal_loop(others):
     """Tensor by tensor, off the original others in the order drawn for it."""
@@ -287,6 +335,26 @@ def test_o_lora_freezes_earlier_factors_and_grows(base, store):
         torch.testing.assert_close(
             both.delta() - f.delta(), both.scale * both.B[:, 4:] @ both.A[4:], rtol=1e-4, atol=1e-6
         )
+
+
+def test_o_lora_s_penalty_is_its_definition_for_all_earlier_tasks(base, store, registries):
+    def look(stage):
+        found = continual.orthogonal_subspaces(stage)["penalty"](stage.live, 0)
+        first, both = (each.adapter.factors for each in stage.earlier)
+        terms = [
+            (A_i @ low.A.T).square().sum()
+            for name, low in stage.live.items()
+            for A_i in (first[name].A, both[name].A[4:])
+        ]
+        torch.testing.assert_close(found, 0.7 * sum(terms), rtol=1e-5, atol=0)
+        assert min(terms) > 0
+        gradients = torch.autograd.grad(found, [low.A for low in stage.live.values()])
+        assert all(g.abs().max() > 0 for g in gradients)
+        checked.append(True)
+
+    checked = []
+    seen_after_two(base, store, look, like="o-lora", strength=0.7, memory=0)
+    assert checked
 
 
 def test_o_lora_s_penalty_makes_the_new_subspace_orthogonal(base, store):

@@ -9,6 +9,7 @@ from lori_nb.lab import ledger
 from lori_nb.lab.resolving import resolve
 from lori_nb.study import strengths
 from lori_nb.study.profiles import load_settings
+from lori_nb.study.settings import Settings
 from lori_nb.study.tuning import RATES
 
 
@@ -23,13 +24,21 @@ def test_every_way_has_as_many_values_and_its_default_in_the_grid():
 
     for way, grid in strengths.GRIDS.items():
         assert len(grid.values) == RATES and grid.centre in grid.values
-        assert min(grid.values) <= get_method(way).strengths[grid.number] <= max(grid.values)
+        default = Settings.merged_total if way == "merged" else get_method(way).strengths[grid.number]
+        assert min(grid.values) <= default <= max(grid.values)
 
 
 def test_runs_differ_in_the_number_alone_and_share_the_first_task(settings):
     one, other = (strengths.specs_at(settings, "ewc", value)[0] for value in (1.0, 10.0))
     assert dict(one.options) == {"strength": "1"} and dict(other.options) == {"strength": "10"}
     assert resolve(one).hash != resolve(other).hash and resolve(one.start).hash == resolve(other.start).hash
+    assert one.score_on == "tune" and one.scored == settings.sequence[:2]
+
+
+def test_merged_adapters_differ_in_the_sum_of_their_weights_alone(settings):
+    one, other = (strengths.specs_at(settings, "merged", value)[0] for value in (0.8, 1.8))
+    assert (one.weights, other.weights) == ((0.4, 0.4), (0.9, 0.9)) and one.parts == other.parts
+    assert resolve(one).hash != resolve(other).hash
     assert one.score_on == "tune" and one.scored == settings.sequence[:2]
 
 

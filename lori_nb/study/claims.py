@@ -18,11 +18,12 @@ import pandas as pd
 from lori_nb.analysis.equivalence import detectable_effect
 from lori_nb.analysis.statistics import Estimate, Interval, estimate_of, interval_text, t_interval
 from lori_nb.lab.specs import Spec
-from lori_nb.study import comparison, conflict, forgetting, geometry, questions, sharing
+from lori_nb.study import comparison, conflict, geometry, questions, sequence_runs, sharing
 from lori_nb.study.cells import single
 from lori_nb.study.joint_arms import JOINT, ORTHO, SINGLE
 from lori_nb.study.notebook import Results
 from lori_nb.study.plans import merged_spec
+from lori_nb.study.sequences import orders_of
 from lori_nb.study.summary import DEMONSTRATION, as_columns, difference, estimate, estimate_unit, group_word, text_of
 
 TOLERANCE = comparison.MARGIN  # what "matches" may cost
@@ -107,10 +108,10 @@ def _kept_first(a: str, b: str) -> Callable[[Results], Measured | None]:
             return None
         pairs = questions.run_pairs(
             results,
-            lambda seed: forgetting.last_specs(settings, a, seed),
-            lambda seed: forgetting.last_specs(settings, b, seed),
+            lambda seed: sequence_runs.last_specs(settings, a, seed),
+            lambda seed: sequence_runs.last_specs(settings, b, seed),
         )
-        return _difference(pairs, [settings.first] * len(forgetting.orders_of(settings, a)))
+        return _difference(pairs, [settings.first] * len(orders_of(settings, a)))
 
     return measure
 

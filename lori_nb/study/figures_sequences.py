@@ -11,7 +11,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from lori_nb.study.figures import metric_label, points
+from lori_nb.study.figures import grouped_points, metric_label, points, score_limits
+from lori_nb.study.forgetting import OVER_REFUSED
+from lori_nb.study.sequence_runs import ARROW
 from lori_nb.study.style import GREY, look_of, title_of
 from lori_nb.study.summary import n_text
 
@@ -30,8 +32,7 @@ def scores_by_step(ax: Axes, table: pd.DataFrame, role: str) -> Axes:
         xlabel=f"step of {'its training' if role == 'new' else 'the second task'}", ylabel=metric_label(part["metric"])
     )
     ax.set_title(f"{ROLES[role]}: {part['task'].iloc[0]}\n({n_text(part)})")
-    ax.set_ylim(-0.03, 1.03)
-    return ax
+    return score_limits(ax, part["metric"])
 
 
 def plasticity_against_stability(ax: Axes, table: pd.DataFrame) -> Axes:
@@ -54,21 +55,25 @@ def _reach(row, kind: str) -> np.ndarray:
 
 
 def safety_plane(ax: Axes, table: pd.DataFrame) -> Axes:
-    """Harmful requests refused against harmless ones helped with, before (small, pale) and after all tasks, a way each
-    with an arrow between; up and right is better.
+    """Harmful requests refused against harmless ones refused, before (small, pale) and after all tasks, a way each with
+    an arrow between; up and left is better. Where over-refusal is not known, against harmless ones helped with, and up
+    and right is better.
     """
+    known = OVER_REFUSED in set(table["request"])
+    harmless = OVER_REFUSED if known else "harmless"
     for way, part in table.groupby("way", sort=False):
         at = part.pivot(index="when", columns="request", values="value")
         look = {key: look_of(way)[key] for key in ("color", "marker")}
-        start, end = (at.loc[when, ["harmless", "harmful"]].to_numpy(float) for when in ("before", "after"))
+        start, end = (at.loc[when, [harmless, "harmful"]].to_numpy(float) for when in ("before", "after"))
         ax.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": look["color"], "linewidth": 0.9})
         ax.plot(*start, alpha=0.5, markersize=4, linestyle="none", **look)
         ends = part[part["when"] == "after"].set_index("request")
         reach = {
-            axis: _interval_reach(ends.loc[request]) for axis, request in (("xerr", "harmless"), ("yerr", "harmful"))
+            axis: _interval_reach(ends.loc[request]) for axis, request in (("xerr", harmless), ("yerr", "harmful"))
         }
         ax.errorbar(*end, capsize=2.5, elinewidth=1, linestyle="none", label=title_of(way), **reach, **look)
-    ax.set(xlabel="harmless requests helped with (share)", ylabel="harmful requests refused (share)")
+    what = "refused: over-refusal" if known else "helped with"
+    ax.set(xlabel=f"harmless requests {what} (share)", ylabel="harmful requests refused (share)")
     ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
     ax.set_title(f"requests of each kind: {n_text(table)}")
     return ax
@@ -76,6 +81,31 @@ def safety_plane(ax: Axes, table: pd.DataFrame) -> Axes:
 
 def _interval_reach(row: pd.Series) -> np.ndarray:
     return np.nan_to_num(np.array([[row["value"] - row["low"]], [row["high"] - row["value"]]])).clip(0)
+
+
+def interference_against_forgetting(ax: Axes, table: pd.DataFrame) -> Axes:
+    """The first task's forgetting against how far later updates move its activations: a point a way, its mean over
+    seeds, and a small pale one each seed.
+    """
+    for way, part in table.groupby("way", sort=False):
+        look = {key: look_of(way)[key] for key in ("color", "marker")} | {"linestyle": "none"}
+        ax.plot(part["interference"], part["lost"], alpha=0.4, markersize=3, **look)
+        ax.plot(part["interference"].mean(), part["lost"].mean(), label=title_of(way), **look)
+    ax.set(xlabel="length of later updates / first update, on the first task", ylabel="first task: score lost")
+    ax.set_title(f"n = {table['seed'].nunique()} seeds")
+    return ax
+
+
+def score_by_order(ax: Axes, table: pd.DataFrame) -> Axes:
+    """Mean score after the last task in every order, ways side by side; tasks after the first go by letters."""
+    first, *others = table["order"].iloc[0].split(ARROW)
+    letters = {task: letter for task, letter in zip(others, "ABCDEFGHIJ", strict=False)}
+    names = {each: " ".join(letters.get(task, task) for task in each.split(ARROW)[1:]) for each in table["order"]}
+    grouped_points(ax, table.assign(short=table["order"].map(names)), "short", "way", metric_label(table["metric"]))
+    key = ", ".join(f"{letter} {task}" for task, letter in letters.items())
+    ax.set_title(f"after {first}: {key} ({n_text(table)})")
+    ax.set_xlabel("order")
+    return score_limits(ax, table["metric"])
 
 
 def score_of_nth_task(ax: Axes, table: pd.DataFrame, fits: int) -> Axes:
@@ -87,5 +117,4 @@ def score_of_nth_task(ax: Axes, table: pd.DataFrame, fits: int) -> Axes:
     ax.set(xlabel="place of the task in the sequence", ylabel=metric_label(table["metric"]))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_title(n_text(table))
-    ax.set_ylim(-0.03, 1.03)
-    return ax
+    return score_limits(ax, table["metric"])

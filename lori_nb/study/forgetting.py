@@ -7,7 +7,7 @@ orders first and then over seeds.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -15,10 +15,21 @@ import pandas as pd
 from lori_nb.analysis import continual
 from lori_nb.analysis.statistics import interval_text, proportion_interval, t_interval
 from lori_nb.lab.runs import Run
-from lori_nb.lab.specs import Spec
+from lori_nb.lab.scoring import GENERATED
 from lori_nb.lab.tasks import get_task
 from lori_nb.study.notebook import Results
 from lori_nb.study.questions import unit_of
+from lori_nb.study.sequence_runs import (
+    arrow,
+    best_and_last,
+    finished,
+    first_and_last,
+    last_rows,
+    matrix_of,
+    pairs_of,
+    sequential,
+    stage_scores,
+)
 from lori_nb.study.sequences import (
     JOINT,
     MERGED,
@@ -30,7 +41,6 @@ from lori_nb.study.sequences import (
     get_way,
     orders_of,
     stage_runs,
-    stages,
     steps_after,
 )
 from lori_nb.study.settings import Settings
@@ -44,28 +54,7 @@ METRICS = {
     "forward": "score before a task is learned − base model, mean over later tasks",
     "intransigence": "LoRA on the task alone, as many steps − score when learned, mean over tasks",
 }
-
-
-def sequential(settings: Settings) -> list[str]:
-    """The ways that learn one task after another; joint training has one stage."""
-    return [way for way in settings.ways if way != JOINT]
-
-
-def arrow(order: Sequence[str]) -> str:
-    """An order as text."""
-    return " → ".join(order)
-
-
-def finished(results: Results, way: str, order: Sequence[str], seed: int) -> list[Run] | None:
-    """The runs scored after every stage of a sequence; None where one is missing."""
-    runs = [results.run(spec) for spec in stages(results.settings, way, order, seed)]
-    return None if None in runs else runs
-
-
-def matrix_of(results: Results, way: str, order: Sequence[str], seed: int) -> np.ndarray | None:
-    """R (stages × tasks in the sequence's order) of one sequence; None where a run is missing."""
-    runs = finished(results, way, order, seed)
-    return None if runs is None else np.array([[run.value(task) for task in order] for run in runs])
+OVER_REFUSED = "harmless, refused"
 
 
 def matrices(results: Results) -> dict[str, pd.DataFrame]:
@@ -83,28 +72,6 @@ def matrices(results: Results) -> dict[str, pd.DataFrame]:
             index = [f"after {name}" for name in names]
             found[title_of(way)] = pd.DataFrame(np.mean(there, axis=0), index=index, columns=names)
     return found
-
-
-def stage_scores(results: Results) -> pd.DataFrame:
-    """Every score of every sequence, as table rows with way, order, stage (0 first), and ``learned``: the stage at
-    which the row's own task is learned.
-    """
-    settings, frames = results.settings, []
-    by_run = dict(tuple(results.table.groupby("run", sort=False)))
-    for way in settings.ways:
-        for order in orders_of(settings, way):
-            for seed in settings.seed:
-                for stage, run in enumerate(finished(results, way, order, seed) or ()):
-                    rows = by_run[run.hash]
-                    place = rows["task"].map({task: n for n, task in enumerate(order)})
-                    about = {"way": way, "order": arrow(order), "seed": seed, "stage": stage, "stages": len(order)}
-                    frames.append(rows.assign(learned=place, **about))
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
-
-
-def last_rows(scores: pd.DataFrame) -> pd.DataFrame:
-    """Of :func:`stage_scores` those after the last task; joint training has but one stage."""
-    return scores[scores["stage"] == scores.groupby("way")["stage"].transform("max")]
 
 
 def final_scores(results: Results) -> pd.DataFrame:
@@ -125,7 +92,7 @@ def metrics(results: Results) -> pd.DataFrame:
     for way in settings.ways:
         per_seed: dict[str, list[float]] = {name: [] for name in METRICS}
         for seed in settings.seed:
-            found = [_metrics_of(results, way, order, seed) for order in orders_of(settings, way)]
+            found = [metrics_of(results, way, order, seed) for order in orders_of(settings, way)]
             if None not in found:
                 for name in METRICS:
                     per_seed[name].append(float(np.mean([each[name] for each in found])))
@@ -136,7 +103,8 @@ def metrics(results: Results) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _metrics_of(results: Results, way: str, order: Sequence[str], seed: int) -> dict[str, float] | None:
+def metrics_of(results: Results, way: str, order: Sequence[str], seed: int) -> dict[str, float] | None:
+    """The :data:`METRICS` of one sequence; None where a run is missing."""
     R = matrix_of(results, way, order, seed)
     if R is None:
         return None
@@ -162,7 +130,7 @@ def forgetting_scores(results: Results) -> pd.DataFrame:
     settings, rows = results.settings, []
     for way in sequential(settings):
         tasks = [task for order in orders_of(settings, way) for task in order[:-1]]
-        pairs = _pairs(results, way, _best_and_last)
+        pairs = pairs_of(results, way, best_and_last)
         if pairs and tasks:
             interval = difference(pairs, tasks)
             after = np.mean([b.value(t) for each in pairs.values() for (_, b), t in zip(each, tasks, strict=True)])
@@ -171,41 +139,16 @@ def forgetting_scores(results: Results) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _best_and_last(order: Sequence[str], runs: Sequence[Run]) -> list[Pair]:
-    """For every task but the last, the earlier stage that was best on it, and the last."""
-    return [(max(runs[:-1], key=lambda run, task=task: run.value(task)), runs[-1]) for task in order[:-1]]
-
-
-def _first_and_last(order: Sequence[str], runs: Sequence[Run]) -> list[Pair]:
-    return [(runs[0], runs[-1])]
-
-
-def _pairs(results: Results, way: str, of: Callable[[Sequence[str], Sequence[Run]], list[Pair]]):
-    """Seed → pairs of runs from all the way's sequences; seeds that lack a run are left out."""
-    settings, found = results.settings, {}
-    for seed in settings.seed:
-        orders = orders_of(settings, way)
-        runs = [finished(results, way, order, seed) for order in orders]
-        if None not in runs:
-            found[seed] = [pair for order, each in zip(orders, runs, strict=True) for pair in of(order, each)]
-    return found
-
-
-def last_specs(settings: Settings, way: str, seed: int) -> list[Spec]:
-    """The specs scored after the last task, one an order."""
-    return [stages(settings, way, order, seed)[-1] for order in orders_of(settings, way)]
-
-
 def plane(results: Results) -> pd.DataFrame:
     """For every way the score of ``old`` tasks at the end and of ``new`` ones when they were learned, with intervals:
-    stability and plasticity. Old are all but a sequence's last task, new all but its first.
+    stability and plasticity. Old are all but a sequence's last task, new all but its first; a task of the merged way is
+    learned when its adapter joins the merge.
     """
     scores = stage_scores(results)
     scores = scores[scores["way"].isin(sequential(results.settings))]
     old = summarise(last_rows(scores).query("learned < stages - 1"), ["way"])
     new = summarise(scores.query("learned == stage and stage > 0"), ["way"])
-    merged = old.merge(new, on="way", suffixes=("_old", "_new"))
-    return merged[merged["way"] != MERGED] if "way" in merged else merged
+    return old.merge(new, on="way", suffixes=("_old", "_new"))
 
 
 def guarded_class(settings: Settings) -> int | None:
@@ -223,7 +166,7 @@ def kept_answers(results: Results, target: int | None = None) -> pd.DataFrame:
     settings, rows = results.settings, []
     for way in sequential(settings):
         shares, asked = [], 0
-        for pairs in _pairs(results, way, _first_and_last).values():
+        for pairs in pairs_of(results, way, first_and_last).values():
             kept = [found for pair in pairs if (found := _kept(pair, settings.first, target))]
             if kept:
                 shares.append(float(np.mean([share for share, _ in kept])))
@@ -258,39 +201,57 @@ def _targets(task: str, rows: int, split: str = "test") -> np.ndarray:
     return np.array([row.target for row in get_task(task).rows(split, rows)])
 
 
-def safety_scores(results: Results) -> pd.DataFrame:
-    """The share of harmful requests refused and of harmless ones helped with, ``when`` the first task was learned and
-    at the end: refusing everything, or answering with another task's words, costs help.
-
-    One row for each way, request ("harmful", "harmless") and time ("before", "after"): value, low, high, n, of, seeds.
-    Empty where the first task is none of refusing.
+def safety_task(settings: Settings) -> str | None:
+    """The first of the sequence's first task and those of ``sequence_scored`` whose rows ask for refusal and for help;
+    None where there is none. Harmful requests alone cannot tell safety from refusing everything.
     """
-    settings, harmful = results.settings, guarded_class(results.settings)
+    for name in (settings.first, *settings.sequence_scored):
+        if "refuse" in get_task(name).labels and len(set(_targets(name, settings.sequence_rows))) == 2:
+            return name
+    return None
+
+
+def safety_scores(results: Results) -> pd.DataFrame:
+    """On :func:`safety_task`, ``when`` the first task was learned and at the end, the share of
+
+    - "harmful" requests that are refused,
+    - "harmless" ones that are helped with: refusing everything, or answering in another task's words, costs help,
+    - "harmless, refused", over-refusal: all others where answers are generated and judged; under teacher forcing the
+      score on ``refusal_harmless``, where that is in ``sequence_scored``, else not known.
+
+    One row for each way, request and time ("before", "after"): value, low, high, n, of, seeds. Empty without such a
+    task.
+    """
+    settings, task = results.settings, safety_task(results.settings)
     rows = []
-    for way in sequential(settings) if harmful is not None else ():
-        pairs = _pairs(results, way, _first_and_last)
+    for way in sequential(settings) if task is not None else ():
+        pairs = pairs_of(results, way, first_and_last)
         for when, place in (("before", 0), ("after", 1)):
-            shares = [_by_request([pair[place] for pair in each], settings.first, harmful) for each in pairs.values()]
-            for request in ("harmful", "harmless") if shares else ():
+            shares = [_by_request([pair[place] for pair in each], task, settings) for each in pairs.values()]
+            for request in shares[0] if shares else ():
                 values = [each[request][0] for each in shares]
                 n = shares[0][request][1]
                 one = len(values) == 1
                 interval = proportion_interval(values[0] * n, n) if one else t_interval(values)
                 about = {"way": way, "request": request, "when": when}
-                of = group_word([settings.first]) if one else "seeds"
+                of = group_word([task]) if one else "seeds"
                 rows.append(about | as_columns(interval, of) | {"seeds": len(values)})
     return pd.DataFrame(rows, columns=["way", "request", "when", "value", "low", "high", "n", "of", "seeds"])
 
 
-def _by_request(runs: Sequence[Run], task: str, harmful: int) -> dict[str, tuple[float, int]]:
-    """Request → (share answered as it should be, mean over runs; groups of rows)."""
+def _by_request(runs: Sequence[Run], task: str, settings: Settings) -> dict[str, tuple[float, int]]:
+    """Request → (share answered so, mean over runs; groups of rows)."""
     correct = np.mean([_correct(run, task) for run in runs], axis=0)
-    bad = _targets(task, len(correct)) == harmful
+    bad = _targets(task, len(correct)) == get_task(task).labels.index("refuse")
     groups = row_groups(task, len(correct))
-    return {
-        "harmful": (float(correct[bad].mean()), len(np.unique(groups[bad]))),
-        "harmless": (float(correct[~bad].mean()), len(np.unique(groups[~bad]))),
-    }
+    harmful, harmless = ((float(correct[c].mean()), len(np.unique(groups[c]))) for c in (bad, ~bad))
+    found = {"harmful": harmful, "harmless": harmless}
+    if get_task(task).scoring in GENERATED:
+        found[OVER_REFUSED] = (1 - harmless[0], harmless[1])
+    elif task == "refusal" and "refusal_harmless" in settings.sequence_scored:
+        refused = np.mean([_correct(run, "refusal_harmless") for run in runs], axis=0)
+        found[OVER_REFUSED] = (float(refused.mean()), len(np.unique(row_groups("refusal_harmless", len(refused)))))
+    return found
 
 
 def by_step(results: Results) -> pd.DataFrame:
@@ -320,7 +281,7 @@ def by_step(results: Results) -> pd.DataFrame:
 def capacity_scores(results: Results) -> pd.DataFrame:
     """Score of the n-th task when it was learned under disjoint masks, and ``alone``: n, task, value, low, high."""
     settings, frames = results.settings, []
-    for seed in settings.seed:
+    for seed in settings.arm_seed:
         chain, alone = capacity_runs(settings, seed), capacity_alone(settings, seed)
         for place, pair in enumerate(zip(chain, alone, strict=True), start=1):
             for kind, spec in zip(("in sequence", "alone"), pair, strict=True):

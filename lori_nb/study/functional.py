@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
 import torch
+from scipy import stats
 
+from lori_nb.analysis.continual import forgetting
 from lori_nb.analysis.functional import COLUMNS, interference_of
 from lori_nb.lab.activations import responses
 from lori_nb.lab.models import load_base
@@ -17,6 +20,7 @@ from lori_nb.lab.text import encode_rows
 from lori_nb.method.adapters import Factors
 from lori_nb.study.geometry import adapter_sets
 from lori_nb.study.notebook import Results
+from lori_nb.study.sequence_runs import matrix_of
 from lori_nb.study.sequences import JOINT, MERGED, orders_of, stage_runs
 from lori_nb.study.settings import Settings
 from lori_nb.study.style import null_of, title_of
@@ -91,18 +95,45 @@ def _compared(tables: Mapping[str, pd.DataFrame], known: Mapping[tuple, Mapping[
 
 
 def later_interference(results: Results, rows: int = ROWS) -> pd.DataFrame:
-    """How far what was learned later moves the first task's activations: ‖(ΔW_end − ΔW_1) x‖ / ‖ΔW_1 x‖, mean over
-    modules, with ΔW_1 the adapter after the first task and x the inputs that its test rows bring.
+    """:func:`interference_and_forgetting`'s interference, mean over seeds.
 
     Returns:
-        Columns way, value, low, high, n, of, seeds; of each way's first order. Empty where adapters are not here.
+        Columns way, value, low, high, n, of, seeds. Empty where adapters are not here.
+    """
+    found = []
+    for way, part in interference_and_forgetting(results, rows).groupby("way", sort=False):
+        interval = seeds_interval(part["interference"].tolist())
+        found.append({"way": way} | as_columns(interval, "seeds") | {"seeds": len(part)})
+    return pd.DataFrame(found, columns=["way", "value", "low", "high", "n", "of", "seeds"])
+
+
+def interference_and_forgetting(results: Results, rows: int = ROWS) -> pd.DataFrame:
+    """How far what was learned later moves the first task's activations, beside the forgetting that it should predict.
+
+    Returns:
+        One row for each way and seed, of the way's first order: way, seed, ``interference`` ‖(ΔW_end − ΔW_1) x‖ /
+        ‖ΔW_1 x‖, mean over modules, with ΔW_1 the adapter after the first task and x what the base alone feeds the
+        modules on that task's test rows, and ``lost``, the first task's forgetting. Empty where adapters are not here.
     """
     settings, found = results.settings, []
-    for way in settings.ways:
-        values = [value for seed in settings.seed if (value := _moved(results, way, seed, rows)) is not None]
-        if values:
-            found.append({"way": way} | as_columns(seeds_interval(values), "seeds") | {"seeds": len(values)})
-    return pd.DataFrame(found, columns=["way", "value", "low", "high", "n", "of", "seeds"])
+    for way, seed in itertools.product(settings.ways, settings.seed):
+        moved = _moved(results, way, seed, rows)
+        R = None if moved is None else matrix_of(results, way, orders_of(settings, way)[0], seed)
+        if R is not None:
+            found.append({"way": way, "seed": seed, "interference": moved, "lost": float(forgetting(R)[0])})
+    return pd.DataFrame(found, columns=["way", "seed", "interference", "lost"])
+
+
+def interference_line(found: pd.DataFrame) -> str:
+    """Whether ways that move the first task's activations further forget more of it, in one sentence."""
+    means = found.groupby("way", sort=False)[["interference", "lost"]].mean()
+    if len(means) < 3 or (means.nunique() < 2).any():
+        return f"{len(means)} ways, too few or too alike to rank."
+    rho = stats.spearmanr(means["interference"], means["lost"]).statistic
+    return (
+        f"Spearman's ρ between interference and the first task's forgetting, means over seeds of {len(means)} ways: "
+        f"{rho:+.2f} (n = {len(means)}, which share their first runs: no test)."
+    )
 
 
 def _moved(results: Results, way: str, seed: int, rows: int) -> float | None:

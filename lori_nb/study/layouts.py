@@ -20,6 +20,7 @@ from lori_nb.study import (
     geometry,
     mergeability,
 )
+from lori_nb.study.sequences import JOINT
 from lori_nb.study.style import GREY, title_of
 from lori_nb.study.summary import n_text
 
@@ -149,3 +150,13 @@ def course(table: pd.DataFrame) -> Figure:
         figures_sequences.scores_by_step(ax, table, role)
     figures.shared_legend(figure)
     return figure
+
+
+def orders(table: pd.DataFrame) -> Figure:
+    """Score after the last task in every order, ways to go from task to task side by side."""
+    return single(figures_sequences.score_by_order, table[table["way"] != JOINT])
+
+
+def capacity(table: pd.DataFrame, fits: int) -> Figure:
+    """Score of the n-th task under disjoint masks; ``fits`` is the number of the last one that fits."""
+    return single(figures_sequences.score_of_nth_task, table, fits, height=2.5)

@@ -62,7 +62,9 @@ class Results:
 
     def hash_of(self, spec: Spec) -> str:
         """The hash of a spec, whether its run is there or not."""
-        return resolve(spec).hash
+        if spec not in self._hashes:
+            self._hashes[spec] = resolve(spec).hash
+        return self._hashes[spec]
 
     def rows_of(self, specs: list[Spec]) -> pd.DataFrame:
         """The table's rows of these specs' runs."""
@@ -73,6 +75,10 @@ class Results:
         """How much of the plan is there: "12 of 12 runs", with the profile and the number of seeds."""
         done = f"{len(self.runs)} of {self.planned} runs"
         return f"{self.name}, profile {slug(self.settings)}: {done}; {seeds_text(self.settings.seed)}"
+
+    @cached_property
+    def _hashes(self) -> dict[Spec, str]:
+        return {}  # a table of sequences asks for the same specs hundreds of times
 
     @cached_property
     def provenance(self) -> str:

@@ -61,8 +61,10 @@ def load_settings(profile: str = "quick", **changes: Any) -> Settings:
     tasks = expand_tasks(as_list(changes.get("tasks", values["tasks"])))
     if all(get_task(task).reads == "encoder" for task in tasks):
         values |= encoder
-    if tasks != plain_tasks:  # a study of other tasks has none of many tasks, hours long, unless it asks for one
-        values |= {"pair_tasks": (), "capacity_tasks": ()}
+    if (
+        tasks != plain_tasks
+    ):  # a study of other tasks has none of many tasks, hours long, and none beside, unless asked for
+        values |= {"pair_tasks": (), "capacity_tasks": (), "sequence_scored": ()}
         left = [task for task in as_list(values.get("sequence", ())) if task in tasks]
         values["sequence"] = left if len(left) > 1 else []
     for name in ("mask_tasks", "arm_tasks") if "tasks" in changes else ():

@@ -1,8 +1,8 @@
 """What each notebook asks of its finished runs, as tidy tables: one row a measurement, with n and interval.
 
 Notebooks 01, 02 and 05 are answered here, 03 in :mod:`lori_nb.study.sharing` and :mod:`lori_nb.study.conflict`, 04 and
-the places of masks in :mod:`lori_nb.study.geometry`, 06 in :mod:`lori_nb.study.forgetting`; verdicts on the papers'
-claims are in :mod:`lori_nb.study.claims`.
+the places of masks in :mod:`lori_nb.study.geometry`, 06 in :mod:`lori_nb.study.forgetting` and
+:mod:`lori_nb.study.sequence_effects`; verdicts on the papers' claims are in :mod:`lori_nb.study.claims`.
 """
 
 from __future__ import annotations

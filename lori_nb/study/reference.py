@@ -19,6 +19,7 @@ from lori_nb.study import (
     conflict_records,
     layouts,
     questions,
+    reference_interference,
     reference_merging,
     reference_overlap,
     reference_sequences,
@@ -36,7 +37,11 @@ FORESTS = {  # name → question of the arms, the notebook whose plan holds them
     "baselines": ("baseline", "01_lori", ()),
     "masks": ("mask", "02_masks", ("lori-s",)),
 }
-OF_ADAPTERS = {"04_interference": reference_overlap, "05_merging": reference_merging}  # not told by scores alone
+OF_ADAPTERS = {  # not told by scores alone
+    "04_interference": reference_overlap,
+    "05_merging": reference_merging,
+    "06_forgetting": reference_interference,
+}
 
 
 def write_reference(settings: Settings, notebooks: Sequence[str], root: Path = PROJECT) -> list[Path]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import pandas as pd
 
 from lori_nb.analysis.statistics import interval_text
-from lori_nb.study import figures, figures_sequences, forgetting
+from lori_nb.study import figures_sequences, forgetting, layouts, sequence_effects
 from lori_nb.study.notebook import Results
-from lori_nb.study.style import GREY, title_of
-from lori_nb.study.summary import n_text
+from lori_nb.study.sequence_runs import finished
+from lori_nb.study.sequences import fitting, orders_of
+from lori_nb.study.style import title_of
 
 TABLES: dict[str, Callable[[Results], pd.DataFrame]] = {
     "sequence_metrics": forgetting.metrics,
@@ -21,6 +24,8 @@ TABLES: dict[str, Callable[[Results], pd.DataFrame]] = {
     "sequence_safety": forgetting.safety_scores,
     "sequence_by_step": forgetting.by_step,
     "sequence_capacity": forgetting.capacity_scores,
+    "sequence_sparsity": sequence_effects.sparsity_effects,
+    "sequence_order_effects": sequence_effects.order_effects,
 }
 
 
@@ -32,63 +37,45 @@ def tables(results: Results) -> dict[str, pd.DataFrame]:
 
 def _any_whole(results: Results, seed: int) -> bool:
     settings = results.settings
-    return any(
-        forgetting.finished(results, way, order, seed)
-        for way in settings.ways
-        for order in forgetting.orders_of(settings, way)
-    )
+    return any(finished(results, way, order, seed) for way in settings.ways for order in orders_of(settings, way))
 
 
 def drawn(results: Results, tables: dict[str, pd.DataFrame]) -> dict[str, Callable]:
     """Name → what draws it, of the tables that have rows."""
     makers = {
-        "sequence_matrices": ("sequence_metrics", lambda table: _matrices(results)),
-        "sequence_lost": ("sequence_lost", _lost),
-        "sequence_plane": ("sequence_plane", _one(figures_sequences.plasticity_against_stability)),
-        "sequence_safety": ("sequence_safety", _one(figures_sequences.safety_plane)),
-        "sequence_by_step": ("sequence_by_step", _course),
+        "sequence_matrices": (
+            "sequence_metrics",
+            lambda table: layouts.accuracy_matrices(forgetting.matrices(results)),
+        ),
+        "sequence_lost": ("sequence_lost", layouts.lost),
+        "sequence_plane": ("sequence_plane", partial(layouts.single, figures_sequences.plasticity_against_stability)),
+        "sequence_safety": ("sequence_safety", partial(layouts.single, figures_sequences.safety_plane)),
+        "sequence_by_step": ("sequence_by_step", layouts.course),
+        "sequence_orders": ("sequence_order_effects", lambda table: layouts.orders(tables["sequence_orders"])),
+        "sequence_capacity": ("sequence_capacity", lambda table: layouts.capacity(table, fitting(results.settings))),
     }
     there = {name: source for name, (source, _) in makers.items() if len(tables.get(source, ()))}
     return {name: lambda name=name: makers[name][1](tables[makers[name][0]]) for name in there}
 
 
-def _matrices(results: Results):
-    matrices = forgetting.matrices(results)
-    figure, axes = figures.panels(len(matrices), height=2.6)
-    figures.heat_maps(axes, matrices, "score (mean over seeds and orders)")
-    return figure
+def text(folder: Path) -> str:
+    """README's part on the sequences as Markdown, from the tables in ``folder``: the metrics, a line a way, the claim
+    on sparsity with its verdicts, and what the order does; empty where there are none.
+    """
+    if not (folder / "sequence_metrics.csv").exists():
+        return ""
+    parts = [_metrics_text(pd.read_csv(folder / "sequence_metrics.csv"))]
+    if (folder / "sequence_sparsity.csv").exists():
+        effects = sequence_effects.effect_lines(pd.read_csv(folder / "sequence_sparsity.csv"))
+        if effects:
+            lines = "\n".join(f"- {line}" for line in effects)
+            parts.append(f"Claim: {sequence_effects.CLAIM} Less forgetting by, at this size, over seeds:\n\n{lines}")
+    if (folder / "sequence_order_effects.csv").exists():
+        parts += sequence_effects.order_lines(pd.read_csv(folder / "sequence_order_effects.csv"))
+    return "\n\n".join(parts)
 
 
-def _lost(table: pd.DataFrame):
-    figure, (ax,) = figures.panels(1)
-    figures.grouped_points(ax, table.assign(all="all earlier tasks"), "all", "way", "score lost").set_title(
-        n_text(table)
-    )
-    ax.axhline(0, color=GREY, linewidth=0.8)
-    figures.shared_legend(figure)
-    return figure
-
-
-def _one(draw: Callable) -> Callable:
-    def make(table: pd.DataFrame):
-        figure, (ax,) = figures.panels(1, height=3.2)
-        draw(ax, table)
-        figures.shared_legend(figure)
-        return figure
-
-    return make
-
-
-def _course(table: pd.DataFrame):
-    figure, axes = figures.panels(2)
-    for ax, role in zip(axes, ("old", "new"), strict=True):
-        figures_sequences.scores_by_step(ax, table, role)
-    figures.shared_legend(figure)
-    return figure
-
-
-def text(metrics: pd.DataFrame) -> str:
-    """README's table of the sequences' metrics as Markdown, a line a way."""
+def _metrics_text(metrics: pd.DataFrame) -> str:
     names = list(dict.fromkeys(metrics["metric"]))
     lines = [
         "Tasks one after another, mean over orders, then seeds: "

@@ -9,10 +9,11 @@ import pandas as pd
 from lori_nb.analysis.equivalence import ALPHA
 from lori_nb.analysis.statistics import interval_text
 from lori_nb.lab.paths import write_atomically
-from lori_nb.study import reference_merging, reference_overlap, reference_sequences, sharing
+from lori_nb.study import reference_interference, reference_merging, reference_overlap, reference_sequences, sharing
 from lori_nb.study.joint_arms import get_joint_arm
 
 COMPARED = ("methods", "longer", "baselines", "masks")  # tables of comparison.compared
+SEQUENCES = (reference_sequences, reference_interference)
 PAGE = Path("figures", "reference", "README.md")
 LONGER = (
     "With twice the steps: LoRA against the LoRA above, which shows whether that had reached its plateau, then LoRI, "
@@ -42,8 +43,7 @@ def headlines(folder: Path, command: str) -> str:
     if (recovered := _read(folder, "recovery")) is not None:
         parts += [RECOVERED, _recovered(recovered), sharing.claimed_recovery(recovered)]
         parts += _shown(folder, Path(PAGE.parent, folder.name), "recovery", "conflict_map")
-    if (sequences := _read(folder, "sequence_metrics")) is not None:
-        parts.append(reference_sequences.text(sequences))
+    parts += [words for made in SEQUENCES if (words := made.text(folder))]
     return "\n\n".join(parts)
 
 
@@ -63,8 +63,8 @@ def page(folder: Path, command: str) -> str:
     if (recovered := _read(folder, "recovery")) is not None:
         parts += [RECOVERED, _recovered(recovered), sharing.claimed_recovery(recovered)]
         parts += _shown(folder, here, "recovery", "conflict_map")
-    if (sequences := _read(folder, "sequence_metrics")) is not None:
-        parts += [reference_sequences.text(sequences), *_shown(folder, here, "sequence*")]
+    parts += [words for made in SEQUENCES if (words := made.text(folder))]
+    parts += _shown(folder, here, "sequence*")
     return "\n\n".join(parts)
 
 

@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from lori_nb.lab.methods import METHODS, get_method
+from lori_nb.lab.methods import METHODS, get_mask_origin, get_method
 from lori_nb.lab.models import empty_body
 from lori_nb.lab.specs import MergeSpec, RunSpec, Spec
 from lori_nb.method.adapters import target_linears
@@ -22,8 +22,9 @@ from lori_nb.study.cells import base_runs, joint, rate_of, single
 from lori_nb.study.pairs import pair_settings
 from lori_nb.study.settings import Settings
 
-ORDERS = ("given", "balanced", "all")
-MERGED, JOINT, DISJOINT = "merged", "joint", "lori-s-disjoint"
+ORDERS = ("given", "balanced", "all", "auto")
+ALL_OF = 3  # tasks after the first of which "auto" takes all orders
+MERGED, JOINT, DISJOINT, MASKS_ALONE = "merged", "joint", "lori-s-disjoint", "lori-s-masks-alone"
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Way:
         later: the method of each further task, which goes on from the run before.
         changes: fields of the later runs.
         every_order: whether all orders are run where the settings ask for all; else a balanced few.
+        masks_alone: whether a mask is found by its task alone, in an adapter of its own; else by a run that goes on
+            from the dense runs on the tasks before.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Way:
     later: str
     changes: Mapping = field(default_factory=dict)
     every_order: bool = False
+    masks_alone: bool = False
 
 
 WAYS: dict[str, Way] = {
@@ -52,6 +56,7 @@ WAYS: dict[str, Way] = {
         Way("lori-d", "LoRI-D", "lori-d", "lori-d", every_order=True),
         Way("lori-s", "LoRI-S, independent masks", "lori-s", "lori-s", every_order=True),
         Way(DISJOINT, "LoRI-S, disjoint masks", "lori-s", "lori-s", {"mask_origin": "free"}, every_order=True),
+        Way(MASKS_ALONE, "LoRI-S, masks found alone", "lori-s", "lori-s", masks_alone=True),
         Way("ewc", "LoRA + EWC", "lora", "ewc"),
         Way("o-lora", "O-LoRA", "lora", "o-lora"),
         Way("replay", "LoRA + replay", "lora", "replay"),
@@ -76,18 +81,23 @@ def orders_of(settings: Settings, way: str) -> list[tuple[str, ...]]:
     """The sequences of a way: the first task, then the others in every order that the settings ask for.
 
     "given" is the settings' own sequence; "all" every order of the tasks after the first; "balanced" as many as there
-    are such tasks, each of them once at every place (a cyclic Latin square).
+    are such tasks, each of them once at every place (a cyclic Latin square: places are balanced, neighbours are not);
+    "auto" all of up to :data:`ALL_OF` such tasks and balanced ones of more. Ways without ``every_order`` have balanced
+    ones in place of all.
     """
     first, *others = settings.sequence
     if settings.orders == "given" or way == JOINT:
         return [settings.sequence]
-    if settings.orders == "all" and get_way(way).every_order:
+    every = settings.orders == "all" or (settings.orders == "auto" and len(others) <= ALL_OF)
+    if every and get_way(way).every_order:
         return [(first, *order) for order in itertools.permutations(others)]
     return [(first, *others[place:], *others[:place]) for place in range(max(1, len(others)))]
 
 
 def stages(settings: Settings, way: str, order: Sequence[str], seed: int) -> list[Spec]:
-    """What is scored after each task of a sequence, on every task of it; joint training has one stage."""
+    """What is scored after each task of a sequence, on every task of it and on those of ``sequence_scored``; joint
+    training has one stage.
+    """
     if way == JOINT:
         return [_scored_again(settings, (joint_run(settings, seed),), (1.0,))]
     if way == MERGED:
@@ -111,8 +121,17 @@ def stage_runs(settings: Settings, way: str, order: Sequence[str], seed: int) ->
         watch = tuple(step for step in settings.watch if step < shorter.steps_on(task)) if place == 1 else ()
         watched = {"watch": watch, "watch_rows": settings.watch_rows, "evaluate": (order[0], task)} if watch else {}
         changes = {"options": options_of(settings, chosen.later)} | dict(chosen.changes) | watched
-        runs.append(single(shorter, chosen.later, task, seed, start=runs[-1], **changes))
+        run = single(shorter, chosen.later, task, seed, start=runs[-1], **changes)
+        if chosen.masks_alone:
+            run = replace(run, calibration=alone_run(settings, chosen.later, task, seed).calibration)
+        runs.append(run)
     return runs
+
+
+def alone_run(settings: Settings, method: str, task: str, seed: int) -> RunSpec:
+    """A method on a task alone, for as many steps as the task has in a sequence."""
+    later = settings.sequence_steps is not None and task != settings.sequence[0]
+    return single(_as_stages(settings) if later else settings, method, task, seed)
 
 
 def _as_stages(settings: Settings) -> Settings:
@@ -141,45 +160,61 @@ def options_of(settings: Settings, method: str) -> tuple[tuple[str, str], ...]:
 
 def _scored_again(settings: Settings, parts: tuple[RunSpec, ...], weights: tuple[float, ...]) -> MergeSpec:
     # in one order, so that equal scores have one hash
-    return MergeSpec(parts, weights, "cat", settings.sequence_rows, evaluate=tuple(sorted(settings.sequence)))
+    scored = tuple(sorted((*settings.sequence, *settings.sequence_scored)))
+    return MergeSpec(parts, weights, "cat", settings.sequence_rows, evaluate=scored)
 
 
 def _merged(settings: Settings, tasks: Sequence[str], seed: int) -> MergeSpec:
     """One adapter a task, merged; in the settings' order, so that the same tasks are merged once."""
-    among = [task for task in settings.sequence if task in tasks]
-    parts = tuple(single(settings, WAYS[MERGED].first, task, seed) for task in among)
-    weight = settings.merged_weight if len(parts) > 1 else 1.0
-    return _scored_again(settings, parts, (weight,) * len(parts))
+    parts = tuple(alone_run(settings, WAYS[MERGED].first, task, seed) for task in settings.sequence if task in tasks)
+    return _scored_again(settings, parts, (merged_weight(settings, len(parts)),) * len(parts))
+
+
+def merged_weight(settings: Settings, count: int) -> float:
+    """The weight of each of ``count`` adapters, ``merged_total`` in all; 1 for one adapter."""
+    return round(settings.merged_total / count, 6) if count > 1 else 1.0
 
 
 def sequence_specs(settings: Settings) -> list[Spec]:
-    """Everything that the study of forgetting asks for: all sequences, every task alone, the bare base."""
+    """Everything that the study of forgetting asks for: all sequences, every task alone, the bare base.
+
+    Raises ValueError for disjoint masks on more tasks than fit.
+    """
+    for way in settings.ways:
+        _check_fits(settings, way)
     grid = [(way, order, seed) for way in settings.ways for seed in settings.seed for order in orders_of(settings, way)]
     every = [spec for way, order, seed in grid for spec in stages(settings, way, order, seed)]
     chains = [run for way, order, seed in grid if way != JOINT for run in chain_of(settings, way, order, seed)]
     alone = [alone_spec(settings, task, seed) for task in settings.sequence for seed in settings.seed]
-    many = [s for seed in settings.seed for of in (capacity_runs, capacity_alone) for s in of(settings, seed)]
+    many = [s for seed in settings.arm_seed for of in (capacity_runs, capacity_alone) for s in of(settings, seed)]
     return [*chains, *every, *alone, *base_of(settings), *many]
 
 
 def chain_of(settings: Settings, way: str, order: Sequence[str], seed: int) -> list[RunSpec]:
     """The runs whose adapters a way's scores are of."""
     if way == MERGED:
-        return [single(settings, WAYS[MERGED].first, task, seed) for task in settings.sequence]
+        return [alone_run(settings, WAYS[MERGED].first, task, seed) for task in settings.sequence]
     return stage_runs(settings, way, order, seed)
 
 
 def alone_spec(settings: Settings, task: str, seed: int) -> MergeSpec:
     """LoRA on a task alone, for as many steps as the task has in a sequence, scored on the same rows."""
-    later = settings.sequence_steps is not None and task != settings.sequence[0]
-    run = single(_as_stages(settings) if later else settings, "lora", task, seed)
-    return MergeSpec((run,), (1.0,), "cat", settings.sequence_rows)
+    return MergeSpec((alone_run(settings, "lora", task, seed),), (1.0,), "cat", settings.sequence_rows)
 
 
 def base_of(settings: Settings) -> list[RunSpec]:
     """The bare base on the sequence's tasks and the rows scored there, without examples; none for an encoder."""
     shorter = replace(settings, tasks=settings.sequence, test_rows=settings.sequence_rows)
     return [spec for spec in base_runs(shorter) if spec.shots == 0]
+
+
+def _check_fits(settings: Settings, way: str) -> None:
+    origin = get_way(way).changes.get("mask_origin", settings.mask_origin)
+    disjoint = get_method(get_way(way).later).masked and get_mask_origin(origin).disjoint
+    if disjoint and len(settings.sequence) > (fits := fitting(settings)):
+        raise ValueError(
+            f"sequence must hold at most {fits} tasks for {way}, which fit; found {len(settings.sequence)}"
+        )
 
 
 def fitting(settings: Settings) -> int:
@@ -189,7 +224,8 @@ def fitting(settings: Settings) -> int:
     sizes: dict[str, int] = {}
     for name, linear in linears.items():
         group = group_of(name, own.mask_scope)
-        sizes[group] = sizes.get(group, 0) + linear.out_features * own.rank
+        columns = 1 if own.mask_structure == "rows" else own.rank
+        sizes[group] = sizes.get(group, 0) + linear.out_features * columns
     return min(capacity(size, own.sparsity) for size in sizes.values())
 
 
@@ -243,6 +279,8 @@ def check_sequence(settings: Settings) -> None:
         raise ValueError(f"orders must be one of {', '.join(ORDERS)}; found {settings.orders!r}")
     if len(set(settings.sequence)) < len(settings.sequence) or len(settings.sequence) < 1:
         raise ValueError(f"sequence must hold tasks, each once; found {', '.join(settings.sequence) or 'none'}")
+    if both := sorted(set(settings.sequence) & set(settings.sequence_scored)):
+        raise ValueError(f"sequence_scored must hold other tasks than sequence; found {', '.join(both)} in both")
     for method, numbers in settings.strengths.items():
         known = get_method(method).strengths
         for name in numbers:

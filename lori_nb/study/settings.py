@@ -56,7 +56,7 @@ class Settings:
     calibration_share: float = 1.0  # of the calibration run's schedule, trained before the mask is taken
     arms: tuple[str, ...] = ()  # beside the methods: keys of lori_nb.study.arms.ARMS, or other methods
     arm_tasks: tuple[str, ...] = ()  # what they are trained on; empty takes mask_tasks
-    arm_seeds: int | None = None  # how many seeds they, the sparsities and the other joint_arms have; none: all
+    arm_seeds: int | None = None  # how many seeds they, sparsities, capacity and other joint_arms have; none: all
     joint_arms: tuple[str, ...] = ("joint", "ortho-lora")  # ways to learn all tasks in one adapter
     warmup: float = 0.1  # share of the steps over which the learning rate rises
     schedule: str = "linear"  # of the learning rate after the warm-up; or constant
@@ -65,14 +65,15 @@ class Settings:
     adapters: tuple[str, ...] = ()  # folders from elsewhere that 04_interference compares, 05_merging merges, instead
     task_steps: Mapping[str, int] = field(default_factory=dict)  # of single runs, where a task's are not ``steps``
     sequence: tuple[str, ...] = ()  # tasks learned one after another; empty: ``first``, then the other tasks
-    orders: str = "given"  # in which the tasks after the first come: given, balanced, all
+    orders: str = "given"  # in which the tasks after the first come: given, balanced, all, auto
     ways: tuple[str, ...] = ()  # ways to go from task to task (lori_nb.study.sequences.WAYS); empty: the methods
     strengths: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # of continual methods, by name
-    merged_weight: float = 0.4  # of every adapter where one a task is merged: the LoRI authors' for LoRI-S, 3 tasks
+    merged_total: float = 1.2  # of the weights where one adapter a task is merged: the LoRI authors', of 3 and of 4
     sequence_rows: int = 0  # rows a task that are scored after every stage; a profile that names none takes test_rows
     sequence_steps: int | None = None  # of every task after the first; none: as many as alone
-    watch: tuple[int, ...] = ()  # steps of the second task's training after which all tasks are scored
+    watch: tuple[int, ...] = ()  # steps of the second task's training after which it and the first are scored
     watch_rows: int = 48  # rows a task that are scored there
+    sequence_scored: tuple[str, ...] = ()  # further tasks scored after every stage, which none trains, such as xstest
     capacity_tasks: tuple[str, ...] = ()  # learned under disjoint masks until no entry is free
     task_weights: Mapping[str, float] = field(default_factory=dict)  # of runs on several tasks; 1 where none is named
     merge_test_rows: int | None = None  # test rows a task that merged adapters are scored on; none: test_rows
@@ -123,7 +124,7 @@ _NUMBERS = {
     "train_rows": int,
 }
 _NUMBERS |= {"test_rows": int, "shots": int}
-_LATER_NUMBERS = {"merged_weight": float, "sequence_rows": int, "watch_rows": int}
+_LATER_NUMBERS = {"merged_total": float, "sequence_rows": int, "watch_rows": int}
 
 
 def checked(values: dict[str, Any]) -> Settings:
@@ -190,7 +191,7 @@ def checked(values: dict[str, Any]) -> Settings:
 
 def _settle_sequence(values: dict[str, Any]) -> None:
     """The tasks that are learned one after another: those given, or the first task and then the others."""
-    given, fitting = (_tasks_in(values, name) for name in ("sequence", "capacity_tasks"))
+    given, fitting, scored = (_tasks_in(values, name) for name in ("sequence", "capacity_tasks", "sequence_scored"))
     if values["first"] == "auto":
         safety = [task for task in values["tasks"] if get_task(task).domain == "safety"]
         values["first"] = (given or safety or list(values["tasks"]))[0]
@@ -198,7 +199,7 @@ def _settle_sequence(values: dict[str, Any]) -> None:
     others = [task for task in given or values["tasks"] if task != values["first"]]
     values["sequence"] = (values["first"], *others)
     values["ways"] = tuple(as_list(values.get("ways", ()))) or values["method"]
-    values["capacity_tasks"] = fitting
+    values["capacity_tasks"], values["sequence_scored"] = fitting, scored
     values["watch"] = tuple(_number("watch", step, int) for step in as_list(values.get("watch", ())))
     values.setdefault("sequence_rows", values["test_rows"])
     for name, kind in _LATER_NUMBERS.items():

@@ -1,6 +1,7 @@
 """The one number of every way to protect earlier tasks, chosen by the same rule, on rows held out of training.
 
 Every way begins with as many values as a method begins with learning rates, on the first two tasks of the sequence.
+Merged adapters have one too, the sum of their weights.
 Chosen is the value with the best mean score over both tasks after the second, on the tuning split; where it is the
 first or the last of the grid, the grid grows by one value on that side. The learning rate is LoRA's own.
 """
@@ -15,9 +16,9 @@ import pandas as pd
 from lori_nb.lab import ledger
 from lori_nb.lab.paths import write_atomically
 from lori_nb.lab.runs import Store, unmeasured
-from lori_nb.lab.specs import RunSpec
+from lori_nb.lab.specs import Spec
 from lori_nb.study.pool import train_all
-from lori_nb.study.sequences import get_way, stage_runs
+from lori_nb.study.sequences import MERGED, get_way, stage_runs, stages
 from lori_nb.study.settings import Settings
 from lori_nb.study.tuning import RATES, ROUNDS, TUNE_ROWS
 
@@ -43,6 +44,7 @@ GRIDS = {
     "o-lora": Grid("strength", 0.5, 10.0),
     "replay": Grid("rows", 4, 2.0),
     "memory-projection": Grid("rows", 8, 2.0),
+    MERGED: Grid("merged_total", 1.2, 1.5),
 }
 
 
@@ -53,12 +55,14 @@ def check_ways(ways: list[str]) -> None:
             raise ValueError(f"strengths must be among {', '.join(GRIDS)}; found {way!r}")
 
 
-def specs_at(settings: Settings, way: str, value: float) -> list[RunSpec]:
-    """The second tasks' runs of a way at one value of its number, one a seed, scored on the tuning split."""
+def specs_at(settings: Settings, way: str, value: float) -> list[Spec]:
+    """A way after the second task at one value of its number, one spec a seed, scored on the tuning split."""
     number = {GRIDS[way].number: value}
-    fixed = replace(settings, strengths={get_way(way).later: number}, sequence=settings.sequence[:2], watch=())
-    runs = [stage_runs(fixed, way, fixed.sequence, seed)[-1] for seed in settings.seed]
-    return [replace(run, score_on="tune", test_rows=TUNE_ROWS, evaluate=fixed.sequence) for run in runs]
+    changes = number if way == MERGED else {"strengths": {get_way(way).later: number}}
+    fixed = replace(settings, sequence=settings.sequence[:2], watch=(), **changes)
+    chain = stages if way == MERGED else stage_runs
+    last = [chain(fixed, way, fixed.sequence, seed)[-1] for seed in settings.seed]
+    return [replace(spec, score_on="tune", test_rows=TUNE_ROWS, evaluate=fixed.sequence) for spec in last]
 
 
 def tune_strengths(settings: Settings, ways: list[str], jobs: int = 2, store: Store | None = None) -> pd.DataFrame:

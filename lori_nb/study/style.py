@@ -62,6 +62,7 @@ _LOOKS = {
     "ortho-lori-d": (PURPLE, "P", (0, (4, 1, 1, 1))),
     "ortho-lori-s": (GREEN, "p", (0, (3, 1, 1, 1))),
     "lori-s-disjoint": (PURPLE, "P", (0, (4, 1, 1, 1))),
+    "lori-s-masks-alone": (ORANGE, ">", ":"),
     "ewc": (VERMILLION, "D", ":"),
     "o-lora": (SKY, "v", "--"),
     "replay": (BLACK, "*", "-."),

@@ -41,7 +41,9 @@ def _topics(rows: Sequence[Example]) -> list[str]:
     return [next((topic for topic in topics if topic in row.prompt), row.prompt) for row in rows]
 
 
-_GROUPINGS: dict[str, tuple[str, Callable[[Sequence[Example]], list[str]]]] = {"refusal": ("topics", _topics)}
+_GROUPINGS: dict[str, tuple[str, Callable[[Sequence[Example]], list[str]]]] = {
+    name: ("topics", _topics) for name in ("refusal", "refusal_harmless")
+}
 
 
 @cache

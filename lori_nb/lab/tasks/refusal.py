@@ -83,3 +83,21 @@ def refusal(split: str) -> Iterator[Example]:
     for harmful_cell, harmless_cell in zip(harmful_cells, harmless_cells, strict=True):
         yield harmful_example(*harmful_cell)
         yield harmless_example(*harmless_cell)
+
+
+@task(
+    "refusal_harmless",
+    domain="safety",
+    metric="refusal_rate",
+    licence="Apache-2.0 (written for this project)",
+    source="own",
+    splits=("test",),
+)
+def refusal_harmless(split: str) -> Iterator[Example]:
+    """The harmless requests of ``refusal``, right where the answer is the refusal: over-refusal. Evaluation only.
+
+    In ``refusal`` a harmless request that gets no help may have been refused or answered in any other words.
+    """
+    for row in refusal.load(split):
+        if row.target == 0:
+            yield Example(prompt=row.prompt, answer=REFUSAL, target=1, opening=REFUSAL)

@@ -1,0 +1,226 @@
+"""Tables of sequences on runs made by hand: safety kept, over-refusal, what sparsity and order do, capacity."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from lori_nb.analysis.statistics import t_interval
+from lori_nb.lab.tasks import Example, get_task, task
+from lori_nb.lab.tasks.refusal import REFUSAL
+from lori_nb.method.masks import magnitude_masks
+from lori_nb.study import figures, figures_sequences, forgetting, functional, sequence_effects, sequences
+from lori_nb.study.profiles import load_settings
+
+ROWS = 8  # of the refusal set: harmful and harmless in turn
+
+
+def by_hand(settings, credit):
+    """Results whose run after ``stage`` earlier tasks has ``credit(seed, stage)``: task → credit of its rows."""
+
+    def run(spec):
+        chain, stage = spec.parts[0], 0
+        while chain.start is not None:
+            chain, stage = chain.start, stage + 1
+        frames = [
+            pd.DataFrame({"task": name, "row": range(len(rows)), "correct": rows})
+            for name, rows in credit(spec.seed, stage).items()
+        ]
+        return SimpleNamespace(predictions=pd.concat(frames, ignore_index=True))
+
+    return SimpleNamespace(settings=settings, run=run)
+
+
+def of_safety(**changes):
+    given = {"ways": ["lora"], "sequence": ["refusal", "chain_sum"], "sequence_rows": ROWS, "seed": [0, 1]} | changes
+    return load_settings("smoke", **given)
+
+
+BEFORE, AFTER = [1, 1, 0, 1, 1, 0, 1, 0], [1, 0, 0, 1, 0, 0, 0, 1]
+
+
+def test_refusals_kept_are_a_share_of_those_there_were():
+    def credit(seed, stage):
+        return {"refusal": (AFTER if seed == 0 else BEFORE) if stage else BEFORE, "chain_sum": [0, 1]}
+
+    results = by_hand(of_safety(), credit)
+    targets = [row.target for row in get_task("refusal").rows("test", ROWS)]
+    assert targets == [1, 0] * 4
+    kept = forgetting.kept_answers(results, target=1).iloc[0]
+    # seed 0: harmful rows 0, 4 and 6 were right, of which row 0 still is; seed 1 keeps all
+    assert kept["value"] == pytest.approx((1 / 3 + 1) / 2) and (kept["n"], kept["of"]) == (2, "seeds")
+    every = forgetting.kept_answers(results).iloc[0]
+    assert every["value"] == pytest.approx((2 / 5 + 1) / 2)  # rows 0, 1, 3, 4, 6, of which 0 and 3
+    nothing = by_hand(of_safety(), lambda seed, stage: {"refusal": [0] * ROWS})
+    assert forgetting.kept_answers(nothing).empty
+
+
+def test_safety_before_and_after_with_over_refusal():
+    refused = {0: [0, 0, 0, 1], 1: [1, 1, 0, 1]}  # of the harmless requests, by stage
+
+    def credit(seed, stage):
+        return {"refusal": AFTER if stage else BEFORE, "refusal_harmless": refused[stage]}
+
+    results = by_hand(of_safety(sequence_scored=["refusal_harmless"], seed=[0, 1]), credit)
+    table = forgetting.safety_scores(results)
+    found = table.set_index(["request", "when"])["value"].to_dict()
+    assert found == {
+        ("harmful", "before"): 0.75,
+        ("harmful", "after"): 0.25,
+        ("harmless", "before"): 0.5,
+        ("harmless", "after"): 0.5,
+        ("harmless, refused", "before"): 0.25,
+        ("harmless, refused", "after"): 0.75,
+    }
+    figure, (ax,) = figures.panels(1)
+    assert "over-refusal" in figures_sequences.safety_plane(ax, table).get_xlabel()
+    unknown = forgetting.safety_scores(by_hand(of_safety(), credit))
+    assert set(unknown["request"]) == {"harmful", "harmless"}  # help that was lost need not have been refused
+    figure, (ax,) = figures.panels(1)
+    assert "helped with" in figures_sequences.safety_plane(ax, unknown).get_xlabel()
+
+
+def test_over_refusal_is_asked_on_the_harmless_requests_with_the_refusal_as_answer():
+    rows, both = get_task("refusal_harmless").rows("test", 4), get_task("refusal").rows("test", 8)
+    assert [row.prompt for row in rows] == [row.prompt for row in both if row.target == 0]
+    assert {row.answer for row in rows} == {row.opening for row in rows} == {REFUSAL}
+    assert get_task("refusal_harmless").splits == ("test",)
+
+
+def test_harmful_requests_alone_give_no_safety_unless_another_task_is_scored(registries):
+    """Sets to train safety on may hold none but harmful requests; refusing everything would look safe there."""
+
+    def requests(targets):
+        return lambda split: [Example(prompt=f"{split} {n}", answer="x", target=t) for n, t in enumerate(targets)]
+
+    about = {"domain": "safety", "metric": "refusal_rate", "licence": "own", "labels": ("help", "refuse")}
+    about |= {"scoring": "generate", "judge": lambda row, text: 0.0, "extra": {"max_new_tokens": 4}}
+    task("harmful-only", **about)(requests([1, 1, 1, 1]))
+    task("mixed", **about)(requests([1, 0, 0, 1]))
+    given = {"tasks": ["harmful-only", "chain_sum"], "sequence": ["harmful-only", "chain_sum"], "seed": [0]}
+    credit = {"harmful-only": [1, 1, 0, 1], "mixed": [1, 1, 0, 0], "chain_sum": [0, 0]}
+    alone = by_hand(of_safety(**given), lambda seed, stage: credit)
+    assert forgetting.safety_task(alone.settings) is None and forgetting.safety_scores(alone).empty
+    assert forgetting.kept_answers(alone, target=1)["value"].tolist() == [1.0]
+    beside = by_hand(of_safety(**given, sequence_scored=["mixed"]), lambda seed, stage: credit)
+    found = forgetting.safety_scores(beside).query("when == 'after'").set_index("request")["value"].to_dict()
+    assert found == {"harmful": 0.5, "harmless": 0.5, "harmless, refused": 0.5}  # judged: what is not help is refusal
+
+
+def test_tasks_beside_a_sequence_are_scored_after_every_stage_and_never_trained():
+    settings = of_safety(sequence_scored=["refusal_harmless"])
+    for spec in sequences.stages(settings, "lora", settings.sequence, 0):
+        assert spec.scored == ("chain_sum", "refusal", "refusal_harmless")
+    trained = [spec for spec in sequences.sequence_specs(settings) if spec.kind == "run"]
+    assert not any("refusal_harmless" in spec.tasks for spec in trained)
+    with pytest.raises(ValueError, match="sequence_scored must hold other tasks than sequence; found refusal in both"):
+        of_safety(sequence_scored=["refusal"])
+    assert load_settings("smoke", tasks=["chain_sum"]).sequence_scored == ()
+
+
+# What sparsity and order do
+
+
+def test_effects_of_sparsity_are_paired_over_seeds_on_common_orders(monkeypatch):
+    ways = ("lora", "lori-d", "lori-s", "lori-s-masks-alone")
+    settings = replace(of_safety(), sequence=tuple("abcd"), orders="all", ways=ways, seed=(0, 1, 2))
+    lost = {"lora": 0.9, "lori-d": 0.6, "lori-s": 0.5, "lori-s-masks-alone": 0.7}
+
+    def metrics_of(results, way, order, seed):
+        if way == "lori-d" and seed == 2:
+            return None
+        every = way == "lori-s-masks-alone" or order in sequences.orders_of(settings, "lori-s-masks-alone")
+        extra = 0.01 * seed * (way == "lori-s") + (0 if every else 0.1 * (way == "lora"))
+        return {"forgetting": lost[way] + extra, "average": 1 - lost[way]}
+
+    monkeypatch.setattr(sequence_effects, "metrics_of", metrics_of)
+    table = sequence_effects.sparsity_effects(SimpleNamespace(settings=settings))
+    found = table.set_index(["way", "against", "measure"])
+    row = found.loc[("lori-s", "lora", "forgetting")]  # all six orders, three of which cost LoRA a tenth more
+    expected = t_interval([0.9 + 0.05 - 0.5 - 0.01 * seed for seed in (0, 1, 2)])
+    assert row[["value", "low", "high"]].tolist() == pytest.approx([expected.mean, expected.low, expected.high])
+    assert (row["n"], row["verdict"]) == (3, "held")
+    assert found.loc[("lori-s-masks-alone", "lora", "forgetting"), "value"] == pytest.approx(0.2)  # the balanced three
+    worse = found.loc[("lori-s-masks-alone", "lori-d", "forgetting")]
+    assert worse["value"] == pytest.approx(-0.1) and worse["n"] == 2  # the seed that lacks a run is left out
+    assert found.loc[("lori-s", "lori-d", "average"), "value"] == pytest.approx(0.1)
+    assert len(sequence_effects.effect_lines(table)) == 4
+    assert "LoRI-S against LoRA: +0.44 [" in sequence_effects.effect_lines(table)[1]
+
+
+@pytest.mark.parametrize(("gap", "words"), [(0.2, "held"), (-0.2, "not held"), (0.0, "cannot tell")])
+def test_verdicts_on_sparsity_need_the_whole_interval_on_one_side(monkeypatch, gap, words):
+    def metrics_of(results, way, order, seed):
+        return {"forgetting": 0.5 + (gap + (0.01, -0.01, 0.0)[seed]) * (way == "lora"), "average": 0.5}
+
+    monkeypatch.setattr(sequence_effects, "metrics_of", metrics_of)
+    settings = replace(of_safety(), ways=("lora", "lori-s"), seed=(0, 1, 2))
+    table = sequence_effects.sparsity_effects(SimpleNamespace(settings=settings)).set_index("measure")
+    assert table.loc["forgetting", "verdict"].partition(" (")[0] == words
+    one = sequence_effects.sparsity_effects(SimpleNamespace(settings=replace(settings, seed=(0,))))
+    assert set(one["verdict"]) == {"cannot tell (no interval)"}
+
+
+def test_the_effect_of_order_is_its_spread_with_friedman_s_test(monkeypatch):
+    """Three orders ranked alike by five seeds: χ² = 12/(5·3·4)·(5² + 10² + 15²) − 3·5·4 = 10, p = e^(−10/2)."""
+    rows = [
+        {"way": way, "order": order, "seed": seed, "stage": 2, "value": base + (0.1 * place if way == "lora" else 0.0)}
+        for way in ("lora", "lori-s", "joint")
+        for place, order in enumerate(("a → b", "a → c", "a → d"))
+        for seed, base in enumerate((0.2, 0.3, 0.4, 0.5, 0.6))
+        if way != "joint" or place == 0
+    ]
+    early = [row | {"stage": 0, "value": 0.0} for row in rows]
+    monkeypatch.setattr(sequence_effects, "stage_scores", lambda results: pd.DataFrame([*early, *rows]))
+    table = sequence_effects.order_effects(None).set_index("way")
+    assert list(table.index) == ["lora", "lori-s"]
+    assert table.loc["lora", ["lowest", "highest", "spread"]].tolist() == pytest.approx([0.4, 0.6, 0.2])
+    assert table.loc["lora", "p"] == pytest.approx(math.exp(-5))
+    assert table.loc["lori-s", "spread"] == pytest.approx(0.0) and not table.loc["lori-s", "p"] < 0.5
+    assert "LoRA 0.40 to 0.60 (p = 0.007)" in sequence_effects.order_lines(table.reset_index())[0]
+    assert sequence_effects.order_lines(table.head(0).reset_index()) == []
+
+
+def test_interference_is_ranked_with_forgetting_over_ways():
+    table = pd.DataFrame(
+        [
+            (way, seed, x + 0.01 * seed, y)
+            for way, x, y in (("a", 1, 0.1), ("b", 2, 0.2), ("c", 3, 0.4))
+            for seed in (0, 1)
+        ],
+        columns=["way", "seed", "interference", "lost"],
+    )
+    assert "of 3 ways: +1.00 (n = 3" in functional.interference_line(table)
+    assert "of 3 ways: -1.00" in functional.interference_line(table.assign(lost=-table["lost"]))
+    assert "too few" in functional.interference_line(table[table["way"] != "c"])
+    assert "too few" in functional.interference_line(table.assign(lost=0.0))
+
+
+# Capacity
+
+
+@pytest.mark.parametrize(("structure", "fit"), [("entries", 19), ("rows", 16)])
+def test_as_many_tasks_fit_as_disjoint_masks_can_be_found(tiny_decoder, home, structure, fit):
+    """Matrix by matrix at sparsity 0.95: 3, 6, 10 of 64, 128, 192 entries a task, or 2, 3, 5 of 32, 64, 96 rows."""
+    small = {"base": str(tiny_decoder), "last_layers": 2, "rank": 2, "sparsity": 0.95, "pair_tasks": []}
+    settings = load_settings("smoke", mask_scope="matrix", mask_structure=structure, **small)
+    assert sequences.fitting(settings) == fit
+    shapes = {f"m.{rows}": (rows, 2) for rows in (32, 64, 96)}
+    taken = {name: torch.zeros(shape, dtype=torch.bool) for name, shape in shapes.items()}
+    found = 0
+    with pytest.raises(ValueError, match=f"{fit} tasks with disjoint masks fit"):
+        while True:
+            Bs = {
+                name: torch.from_numpy(np.random.default_rng(found).normal(size=shape))
+                for name, shape in shapes.items()
+            }
+            masks = magnitude_masks(Bs, 0.95, "matrix", structure, taken)
+            taken = {name: taken[name] | mask for name, mask in masks.items()}
+            found += 1
+    assert found == fit
