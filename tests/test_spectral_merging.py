@@ -205,6 +205,18 @@ def test_nothing_leaves_the_spaces_of_the_factors():
             assert (delta - delta @ common.rows @ common.rows.T).norm() <= 1e-12 * delta.norm(), name
 
 
+@pytest.mark.parametrize("name", ["iso-c", "tsv-m"])
+def test_directions_that_rounding_made_do_not_enter(name):
+    """B's of two adapters are in proportion but for rounding to float32: flattened, that rounding would weigh as much."""
+    one, other = random_factors(0), random_factors(1)
+    exact = [one, Factors(other.A, 0.3 * one.B, 1.0)]
+    stored = [Factors(f.A.float(), f.B.float(), f.scale) for f in exact]
+    assert not torch.equal(stored[1].B.double(), 0.3 * stored[0].B.double())
+    expected, found = (MERGE_METHODS[name](each, [1.0, 1.0]).delta().double() for each in (exact, stored))
+    assert len(MERGE_METHODS[name](stored, [1.0, 1.0]).A) <= 6
+    assert (found - expected).norm() <= 1e-5 * expected.norm()  # some u of float32 times the factors' condition
+
+
 def test_zero_updates_merge_to_zero():
     zero = Factors(random_factors(0).A, torch.zeros(D_OUT, 3, dtype=torch.float64), 1.0)
     for name in METHODS:

@@ -46,9 +46,9 @@ class Cores:
 
 
 def cores_of(factors: Sequence[Factors]) -> Cores:
-    """The updates of one module in common bases, at their numerical rank."""
-    columns, _ = orthonormal(torch.cat([f.B.detach().double() for f in factors], dim=1), "B")
-    rows, _ = orthonormal(torch.cat([f.A.detach().double() for f in factors], dim=0).T, "A")
+    """The updates of one module in common bases, at the rank that is more than rounding to the factors' dtype."""
+    columns, _ = orthonormal(torch.cat([f.B.detach() for f in factors], dim=1), "B")
+    rows, _ = orthonormal(torch.cat([f.A.detach() for f in factors], dim=0).T, "A")
     cores = [f.scale * (columns.T @ f.B.double()) @ (f.A.double() @ rows) for f in factors]
     return Cores(columns, torch.stack(cores), rows, factors[0])
 
