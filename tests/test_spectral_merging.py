@@ -207,7 +207,7 @@ def test_nothing_leaves_the_spaces_of_the_factors():
 
 @pytest.mark.parametrize("name", ["iso-c", "tsv-m"])
 def test_directions_that_rounding_made_do_not_enter(name):
-    """B's of two adapters are in proportion but for rounding to float32: flattened, that rounding would weigh as much."""
+    """B's of two adapters are in proportion but for rounding to float32, which would weigh as much once flattened."""
     one, other = random_factors(0), random_factors(1)
     exact = [one, Factors(other.A, 0.3 * one.B, 1.0)]
     stored = [Factors(f.A.float(), f.B.float(), f.scale) for f in exact]

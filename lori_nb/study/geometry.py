@@ -8,7 +8,7 @@ overlap of rows from near r / d_in to 1.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lori_nb.analysis.interference import similarity_curve
 from lori_nb.analysis.nulls import null_set
-from lori_nb.analysis.overlap import met, overlap_table
+from lori_nb.analysis.overlap import MEASURES, met, overlap_table
 from lori_nb.analysis.statistics import t_interval
 from lori_nb.lab.folders import read_folders
 from lori_nb.lab.methods import FACTORED, get_method
@@ -185,17 +185,21 @@ def choice_sets(results: Results, seed: int) -> dict[str, dict[str, dict[str, Fa
     return _beside_nulls(found, seed)
 
 
-def overlaps(results: Results, sets_of: Callable[[Results, int], dict] = adapter_sets) -> pd.DataFrame:
+def overlaps(
+    results: Results,
+    sets_of: Callable[[Results, int], dict] = adapter_sets,
+    measures: Sequence[str] = MEASURES,
+) -> pd.DataFrame:
     """Overlap of every pair of tasks' adapters, module by module.
 
     Args:
         sets_of: :func:`adapter_sets` or :func:`choice_sets`.
+        measures: names of registered measures.
 
-    Columns method (or the null of one), seed, adapter_a and adapter_b (tasks), module, measure (a name of
-    ``MEASURES``), value.
+    Columns method (or the null of one), seed, adapter_a and adapter_b (tasks), module, measure, value.
     """
     frames = [
-        overlap_table(adapters).assign(method=method, seed=seed)
+        overlap_table(adapters, measures).assign(method=method, seed=seed)
         for seed in results.settings.seed
         for method, adapters in sets_of(results, seed).items()
     ]
@@ -212,6 +216,27 @@ def overlap_matrix(overlaps: pd.DataFrame, method: str, measure: str) -> pd.Data
     for (a, b), value in means.items():
         matrix.loc[a, b] = matrix.loc[b, a] = value
     return matrix
+
+
+def overlap_places(overlaps: pd.DataFrame) -> pd.DataFrame:
+    """Mean magnitude over pairs of tasks and seeds by method, measure, layer and kind of module: ``value``, and
+    ``null``, that of the method's null.
+    """
+    magnitudes = with_places(overlaps).assign(value=overlaps["value"].abs())
+    keys = ["method", "measure", "layer", "kind"]
+    means = magnitudes.groupby(keys, sort=False, dropna=False)["value"].mean().reset_index()
+    of_null = {null_of(method): method for method in means["method"]}
+    chance = means[means["method"].isin(of_null)].rename(columns={"value": "null"})
+    return means.merge(chance.assign(method=chance["method"].map(of_null)), on=keys)
+
+
+def mask_overlaps(results: Results) -> pd.DataFrame:
+    """:func:`overlap_summary` of the share of a mask's entries that another task's has too, of methods with masks and
+    of their nulls, the same rows of B in other places. Empty without such a method.
+    """
+    masked = [name for name in results.settings.method if get_method(name).masked]
+    found = overlaps(results, measures=("mask_overlap",))
+    return overlap_summary(found[found["method"].isin([*masked, *map(null_of, masked)])])
 
 
 def overlap_summary(overlaps: pd.DataFrame) -> pd.DataFrame:
@@ -232,7 +257,12 @@ def overlap_summary(overlaps: pd.DataFrame) -> pd.DataFrame:
 
 def overlap_lines(overlaps: pd.DataFrame) -> list[str]:
     """One sentence a measure: every method's mean overlap beside its null's."""
-    table = overlap_summary(overlaps).pivot(index="measure", columns="method", values="value")
+    return summary_lines(overlap_summary(overlaps))
+
+
+def summary_lines(summary: pd.DataFrame) -> list[str]:
+    """:func:`overlap_lines` of a table of :func:`overlap_summary`."""
+    table = summary.pivot(index="measure", columns="method", values="value")
     methods = [name for name in table.columns if null_of(name) in table.columns]
     return [
         f"{measure.replace('_', ' ')}: "

@@ -34,18 +34,20 @@ from lori_nb.study.joint_arms import JOINT, get_joint_arm
 from lori_nb.study.measuring import command_of, results_of
 from lori_nb.study.notebook import Results, collect, slug
 from lori_nb.study.settings import Settings
+from lori_nb.study.summary import latex
 
 FORESTS = {  # name → question of the arms, the notebook whose plan holds them, and the methods that stand with them
     "baselines": ("baseline", "01_lori", ()),
     "masks": ("mask", "02_masks", ("lori-s",)),
 }
+PRINTED = 200  # rows of the longest table that is written as LaTeX too
 OF_ADAPTERS = {"04_interference": reference_overlap, "05_merging": reference_merging}  # not told by scores alone
 
 
 def write_reference(settings: Settings, notebooks: Sequence[str], root: Path = PROJECT) -> list[Path]:
-    """Tables (CSV) and figures of the notebooks' runs that the ledger holds, below ``figures/reference/<slug>/``, which
-    names the profile and other tasks than its own, and README's section on them, where it has marks for one; returns
-    the files. What an earlier call wrote of other notebooks stays.
+    """Tables (CSV, and LaTeX up to ``PRINTED`` rows) and figures of the notebooks' runs that the ledger holds, below
+    ``figures/reference/<slug>/``, which names the profile and other tasks than its own, and README's section on them,
+    where it has marks for one; returns the files. What an earlier call wrote of other notebooks stays.
     """
     folder = root / "figures" / "reference" / slug(settings)
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,6 +59,8 @@ def write_reference(settings: Settings, notebooks: Sequence[str], root: Path = P
     tables["runs"] = _with_others(tables["runs"], folder / "runs.csv")
     for name, table in tables.items():
         write_atomically(folder / f"{name}.csv", table.to_csv(index=False, float_format="%.10g"))
+        if len(table) <= PRINTED:
+            write_atomically(folder / f"{name}.tex", latex(table))
     figures_of = _figures(found, tables)
     for name in here:
         makers = OF_ADAPTERS[name].drawn(found[name], tables)
@@ -64,7 +68,8 @@ def write_reference(settings: Settings, notebooks: Sequence[str], root: Path = P
     drawn = [path for name, (result, draw) in figures_of.items() for path in _save(result, draw, folder, name)]
     readme = root / "README.md"
     write_section(readme, folder, command_of(settings, tuple(tables["runs"]["notebook"])))
-    return [*(folder / f"{name}.csv" for name in tables), *drawn, readme]
+    printed = [folder / f"{name}.tex" for name, table in tables.items() if len(table) <= PRINTED]
+    return [*(folder / f"{name}.csv" for name in tables), *printed, *drawn, readme]
 
 
 def _with_others(counts: pd.DataFrame, path: Path) -> pd.DataFrame:

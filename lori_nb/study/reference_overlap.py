@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from lori_nb.study import comparison, figures, figures_lori, geometry
+from lori_nb.study import comparison, figures, figures_lori, foreign, functional, geometry
 from lori_nb.study.notebook import Results
 from lori_nb.study.plans import method_specs
 from lori_nb.study.style import title_of
@@ -37,6 +37,11 @@ def tables(results: Results, here: Results) -> dict[str, pd.DataFrame]:
         found["overlap"] = pd.concat([geometry.overlap_summary(overlaps), geometry.seed_summary(here)])
         found["overlap_choices"] = geometry.overlap_summary(geometry.overlaps(here, geometry.choice_sets))
         found["angles"] = geometry.angle_spectra(here)
+        found["mask_overlap"] = geometry.mask_overlaps(here)
+        found["overlap_places"] = geometry.overlap_places(overlaps)
+        moved = functional.functional_interference(here)
+        keys = ["method", "seed", "task", "adapter"]
+        found["functional"] = moved.groupby(keys, sort=False)[["value", "null"]].mean().reset_index()
     return {name: table for name, table in found.items() if len(table)}
 
 
@@ -47,6 +52,10 @@ def drawn(results: Results, found: dict[str, pd.DataFrame]) -> dict[str, Callabl
     pairs = found["overlap_pairs"]
     makers = {f"overlap_{measure}": lambda measure=measure: _heat_maps(pairs, measure) for measure in MEASURES}
     makers["angles"] = lambda: _angles(found["angles"])
+    makers["functional"] = lambda: _functional(found["functional"])
+    makers |= {
+        f"depth_{measure}": lambda measure=measure: _depth(found["overlap_places"], measure) for measure in MEASURES
+    }
     makers["overlap_choices"] = lambda: _choices(found["overlap_choices"])
     return makers
 
@@ -67,6 +76,28 @@ def _angles(angles: pd.DataFrame):
     return figure
 
 
+def _functional(moved: pd.DataFrame):
+    names = list(dict.fromkeys(moved["method"]))
+    figure, axes = figures.panels(len(names), columns=3, height=2.6)
+    matrices = {title_of(name): functional.functional_matrix(moved, name) for name in names}
+    figures.heat_maps(axes, matrices, "‖ΔWⱼ x‖ / ‖ΔWᵢ x‖")
+    figure.supxlabel("adapter j", fontsize=9)
+    figure.supylabel("activations of task i", fontsize=9)
+    return figure
+
+
+def _depth(places: pd.DataFrame, measure: str):
+    """A panel a method: a measure by layer, a line a kind of module, beside its null."""
+    chosen = places[places["measure"] == measure]
+    names = list(dict.fromkeys(chosen["method"]))
+    figure, axes = figures.panels(len(names), columns=1, height=2.1)
+    for ax, name in zip(axes, names, strict=True):
+        foreign.by_depth(ax, chosen[chosen["method"] == name]).set_title(title_of(name))
+        ax.set_ylabel(figures.MEASURE_LABELS[measure])
+    figures.shared_legend(figure)
+    return figure
+
+
 def _choices(table: pd.DataFrame):
     figure, axes = figures.panels(len(MEASURES), height=0.9 + 0.16 * table["method"].nunique())
     figures_lori.overlap_by_choice(axes, table)
@@ -82,6 +113,11 @@ def text(folder: Path) -> str:
         means[BOUNDS] *= 100
         table = readable(means.replace({"measure": figures.MEASURE_LABELS}), "method", "measure")
         parts += ["Overlap of two tasks' adapters in percent, mean over modules and pairs of tasks:", markdown(table)]
+    masks = folder / "mask_overlap.csv"
+    words = geometry.summary_lines(pd.read_csv(masks)) if masks.exists() else []
+    if (folder / "functional.csv").exists():
+        words += functional.functional_lines(pd.read_csv(folder / "functional.csv"))
+    parts += [" ".join(words)] if words else []
     if (folder / "choices.csv").exists():
         parts += [
             "What the draw of A and the structure of masks buy, on the tasks of the arms; the merge is the plain sum:",
