@@ -120,22 +120,20 @@ def concatenate(factors: Sequence[Factors], weights: Sequence[float]) -> Factors
 
 @merge_method("linear")
 def add_factors(factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
-    """ΔW = (Σ_i √(w_i s_i) B_i)(Σ_j √(w_j s_j) A_j), scale 1: PEFT's "linear".
+    """ΔW = (Σ_i √|w_i s_i| B_i)(Σ_j ±√|w_j s_j| A_j) with the sign of w_j s_j, scale 1: PEFT's "linear".
 
-    An approximation: beside the wanted Σ w_i s_i B_i A_i it holds every cross term √(w_i s_i w_j s_j) B_i A_j, i ≠ j,
+    An approximation: beside the wanted Σ w_i s_i B_i A_i it holds every cross term ±√|w_i s_i w_j s_j| B_i A_j, i ≠ j,
     which for unrelated adapters are as large as the wanted ones. With one shared A and equal w s it gives T times the
     wanted sum.
 
-    Raises ValueError when ranks differ or a w_i s_i is negative.
+    Raises ValueError when ranks differ.
     """
     ranks = [len(f.A) for f in factors]
     if len(set(ranks)) > 1:
         raise ValueError(f"ranks must be equal to add factors; found {ranks}")
     shares = [w * f.scale for f, w in zip(factors, weights, strict=True)]
-    if min(shares) < 0:
-        raise ValueError(f"weight times scale must be at least 0, its square root is taken; found {shares}")
-    A = sum(math.sqrt(share) * f.A for f, share in zip(factors, shares, strict=True))
-    B = sum(math.sqrt(share) * f.B for f, share in zip(factors, shares, strict=True))
+    A = sum(math.copysign(math.sqrt(abs(share)), share) * f.A for f, share in zip(factors, shares, strict=True))
+    B = sum(math.sqrt(abs(share)) * f.B for f, share in zip(factors, shares, strict=True))
     return Factors(A, B, 1.0)
 
 
