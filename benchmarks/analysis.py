@@ -112,7 +112,8 @@ def overlap_rows(pairs: int) -> list[dict]:
     wide = {d: least(overlap_work({"m": (d, d)})) for d in (1024, 2048, 4096)}
     grown = {"adapters 2 → 8, time / n²": (many, 2, 8, 16), "d 1024 → 4096, time / d": (wide, 1024, 4096, 4)}
     for label, (times, low, high, allowed) in grown.items():
-        rows.append(judged(f"growth, {label}", 1.0, counted_ratio(times[high], allowed * times[low], "s")))
+        measured = counted_ratio(times[high], allowed * times[low], "s") | {"times": times}
+        rows.append(judged(f"growth, {label}", 1.0, measured))
     return rows
 
 

@@ -75,15 +75,16 @@ def test_an_adapter_at_work_changes_the_activations_and_nothing_stays_behind(cas
 
 
 def test_another_factorization_moves_activations_as_much():
-    f, x = Factors(gaussian(3, 8, seed=0), gaussian(6, 3, seed=1), 2.0), gaussian(20, 8, seed=2)
-    R = torch.linalg.qr(gaussian(3, 3, seed=3))[0] * torch.tensor([1.0, 2.0, 4.0])
+    parts = [gaussian(*shape, seed=n, dtype=torch.float64) for n, shape in enumerate([(3, 8), (6, 3), (20, 8), (3, 3)])]
+    f, x = Factors(parts[0], parts[1], 2.0), parts[2]
+    R = torch.linalg.qr(parts[3])[0] * torch.tensor([1.0, 2.0, 4.0])
     other = Factors(torch.linalg.inv(R) @ f.A, f.B @ R, f.scale)
     sums = ResponseSum({"a": {"m": f}, "b": {"m": other}, "c": {"m": Factors(f.A, f.B, 1.0)}})
     sums.add("m", x[:5])
     sums.add("m", x[5:])
     a, b, c = sums.table()["response"]
-    assert a == pytest.approx(float((x @ f.delta().T).square().sum(1).mean().sqrt()), rel=1e-5)
-    assert a == pytest.approx(b, rel=1e-5) and a == pytest.approx(2 * c)
+    assert a == pytest.approx(float((x @ f.delta().T).square().sum(1).mean().sqrt()), rel=1e-10)
+    assert a == pytest.approx(b, rel=1e-10) and a == pytest.approx(2 * c, rel=1e-10)
 
 
 def test_interference_by_hand():

@@ -58,6 +58,8 @@ def test_mantel_takes_every_permutation_of_few_adapters():
     assert found.permutations == 24
     assert found.correlation == pytest.approx(observed, abs=1e-12)
     assert found.p == pytest.approx(np.mean(np.abs(permuted) >= abs(observed) - 1e-12))
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(permuted, [0.025, 0.975])))
+    assert found.low < 0 < found.high
 
 
 def by_loops(X: np.ndarray, Y: np.ndarray) -> tuple[float, float]:

@@ -10,7 +10,6 @@ import pytest
 from tiny import marked
 
 from lori_nb.lab import ledger
-from lori_nb.lab.runs import Store
 from lori_nb.study import choices, comparison, figures, figures_lori, geometry, measuring, notebook, reference
 from lori_nb.study.arms import arm_spec
 from lori_nb.study.plans import PLANS
@@ -82,11 +81,47 @@ def test_overlaps_are_written_where_the_adapters_are(results, settings, tmp_path
     written = {path.name: path for path in reference.write_reference(settings, ["04_interference"], tmp_path)}
     assert {"overlap.csv", "choices.csv", "overlap_cosine.svg", "angles.pdf", "overlap_choices.png"} <= set(written)
     assert "| null of LoRA |" in readme.read_text() and "| null of LoRA |" in page.read_text()
-    assert "LoRI-D, shared A" in page.read_text() and "overlap_choices.png" in page.read_text()
+    text = page.read_text()
+    assert "LoRI-D, shared A" in text and "overlap_choices.png" in text and "depth_cosine.png" in text
+    for shown in (text, readme.read_text()):
+        assert "LoRI-S: another task's adapter moves a task's activations" in shown
+        assert "mask overlap: LoRI-S " in shown
+    assert {"overlap.tex", "mask_overlap.csv", "functional.csv", "functional.png", "depth_row_overlap.svg"} <= set(
+        written
+    )
+    assert r"null of lora & cosine &" in written["overlap.tex"].read_text()
     kept, overlaps = pd.read_csv(written["overlap_pairs.csv"]), geometry.overlaps(results)
     drawn, wanted = (geometry.overlap_matrix(table, "lora", "cosine") for table in (kept, overlaps))
     assert drawn.to_numpy() == pytest.approx(wanted.to_numpy(), nan_ok=True)
     overlap = written["overlap.csv"].read_bytes()
-    empty = Store(tmp_path / "nothing")
-    assert geometry.overlaps(notebook.collect("04_interference", settings, empty, train=False)).empty
-    assert written["overlap.csv"].read_bytes() == overlap and len(pd.read_csv(written["choices.csv"])) > 0
+    monkeypatch.setenv("LORI_NB_HOME", str(tmp_path / "elsewhere"))  # without the adapters
+    again = {path.name for path in reference.write_reference(settings, ["04_interference"], tmp_path)}
+    assert "choices.csv" in again and not again & {"overlap.csv", "overlap.tex", "functional.csv", "angles.pdf"}
+    assert written["overlap.csv"].read_bytes() == overlap and page.read_text() == text
+
+
+def test_masks_of_two_tasks_overlap_as_their_entries_do(results, settings):
+    table = geometry.mask_overlaps(results).set_index("method")
+    assert set(table.index) == {"lori-s", null_of("lori-s")}
+    one, two = (results.run(arm_spec(settings, "lori-s", task, 0)).adapter.factors for task in TASKS)
+    shares = [
+        ((f.B != 0) & (two[m].B != 0)).sum() / min((f.B != 0).sum(), (two[m].B != 0).sum()) for m, f in one.items()
+    ]
+    assert table.loc["lori-s", "value"] == pytest.approx(float(sum(shares)) / len(shares))
+    density = [
+        max((each[m].B != 0).double().mean() for each in (one, two)) for m in one
+    ]  # what independent masks share
+    assert table.loc[null_of("lori-s"), "value"] == pytest.approx(float(sum(density)) / len(density), abs=0.05)
+    plain = replace(results, settings=replace(settings, method=("lora",)))
+    assert geometry.mask_overlaps(plain).empty
+
+
+def test_places_are_means_of_their_modules_beside_the_null_s(results):
+    overlaps = geometry.overlaps(results)
+    table = geometry.overlap_places(overlaps)
+    assert set(table["method"]) == set(results.settings.method), "a null stands beside, not below"
+    row = table.set_index(["method", "measure", "kind"]).loc[[("lora", "cosine", "up_proj")]]
+    here = overlaps[(overlaps["measure"] == "cosine") & overlaps["module"].str.endswith("up_proj")]
+    means = here["value"].abs().groupby(here["method"]).mean()
+    assert len(row) == 1 and row["value"].iloc[0] == pytest.approx(means["lora"])
+    assert row["null"].iloc[0] == pytest.approx(means[null_of("lora")]) and means["lora"] != means[null_of("lora")]

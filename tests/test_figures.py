@@ -174,6 +174,23 @@ def test_heat_map_keeps_missing_cells_empty_and_writes_the_others():
     assert len(ax.texts) == 6 and ax.texts[0].get_text() == f"{matrix(3).iloc[0, 1]:.3f}"
 
 
+def test_numbers_of_a_large_heat_map_do_not_touch():
+    names = [f"task_{n}" for n in range(16)]
+    figure, (ax,) = figures.panels(1, height=5)
+    figures.heat_map(ax, pd.DataFrame(np.full((16, 16), 0.123), index=names, columns=names), (0, 1), ".3f")
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in ax.texts[:16]]  # of the first row
+    assert all(left.x1 < right.x0 for left, right in zip(boxes, boxes[1:], strict=False))
+
+
+def test_the_similarity_map_has_i_upwards_and_j_to_the_right():
+    table = pd.DataFrame([(i, j, i / 10 + j / 100) for i in (1, 2) for j in (1, 2, 3)], columns=["i", "j", "value"])
+    _, (ax,) = figures.panels(1)
+    image = figures.similarity(ax, table).images[0]
+    np.testing.assert_allclose(image.get_array(), [[0.11, 0.12, 0.13], [0.21, 0.22, 0.23]])
+    assert image.origin == "lower" and image.get_extent() == [0.5, 3.5, 0.5, 2.5] and image.get_clim() == (0, 1)
+
+
 def test_heat_maps_share_one_scale():
     figure, axes = figures.panels(2)
     figures.heat_maps(axes, {"small": matrix(3), "large": 2 * matrix(3)}, "overlap")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -16,11 +18,14 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from lori_nb import cli
-from lori_nb.analysis.merging import merge
+from lori_nb.analysis.interference import similarity_curve
+from lori_nb.analysis.merging import MERGE_METHODS, merge
 from lori_nb.analysis.overlap import total_cosine
+from lori_nb.analysis.reduced import reduced
 from lori_nb.lab.folders import not_shared, read_folders, short_names, unwrapped, write_merged
 from lori_nb.lab.interop import export_peft, import_peft
 from lori_nb.lab.peft_writing import portability
+from lori_nb.method.adapter_file import load_adapter
 from lori_nb.method.adapters import Factors
 from lori_nb.study import foreign
 
@@ -188,7 +193,7 @@ def test_names_that_lead_nowhere(pair, monkeypatch):
         read_folders([str(pair[0]), str(pair[0])])
 
 
-def test_a_hub_id_s_cached_copy_is_read_without_a_network(pair, monkeypatch, tmp_path):
+def test_a_hub_id_s_cached_copy_is_read_without_a_network(pair, tiny_decoder, monkeypatch, tmp_path, home):
     """A published LoRI-S adapter is a PEFT folder whose masks are the zeros of B; this folder stands in for one."""
     commit = "ab" * 20
     repository = tmp_path / "hub" / "models--somebody--LoRI-S_math"
@@ -203,6 +208,14 @@ def test_a_hub_id_s_cached_copy_is_read_without_a_network(pair, monkeypatch, tmp
     assert list(found) == ["LoRI-S_math", "two"]
     kept = torch.cat([f.B.flatten() != 0 for f in found["LoRI-S_math"].factors.values()]).float().mean()
     assert 0.1 < kept < 0.4
+    file = tmp_path / "adapter.safetensors"
+    said = invoke("import", "somebody/LoRI-S_math", file, "--base", tiny_decoder)
+    assert said.exit_code == 0, said.output
+    back = load_adapter(file)
+    for name, f in found["LoRI-S_math"].factors.items():
+        assert torch.equal(back.masks[name], f.B != 0) and torch.equal(back.factors[name].B, f.B)
+    refused = invoke("import", "somebody/LoRI-S_code", tmp_path / "other", "--base", tiny_decoder)
+    assert refused.exit_code == 2 and "is no folder here, and the hub cannot be reached" in refused.stderr
 
 
 def test_what_is_not_shared_is_said(pair, tiny_decoder):
@@ -233,6 +246,22 @@ def test_peft_reads_a_merge_as_the_sum_that_it_is(pair, tiny_decoder, tmp_path, 
     assert close(logits_of(tiny_decoder, out), expected)
     assert not close(logits_of(tiny_decoder), expected)
     assert all(portability(out).values()) == portable
+
+
+@pytest.mark.parametrize("method", [name for name in MERGE_METHODS if name not in ("cat", "linear")])
+def test_peft_reads_what_every_method_makes(pair, tiny_decoder, tmp_path, home, method):
+    """Of any rank, module by module; linear refuses two ranks, cat is above."""
+    found = read_folders([str(path) for path in pair])
+    merged = merge([folder.factors for folder in found.values()], [0.7, -0.4], method)
+    out = write_merged(tmp_path / "merged", merged, found)
+    model = decoder(tiny_decoder)
+    modules = dict(model.named_modules())
+    with torch.no_grad():
+        for module, f in merged.items():
+            modules[f"model.{module}"].weight.add_(f.delta())
+        expected = model(input_ids=TOKENS).logits
+    assert close(logits_of(tiny_decoder, out), expected)
+    assert not close(logits_of(tiny_decoder), expected)
 
 
 def test_a_merge_in_a_narrower_dtype(pair, tmp_path):
@@ -358,18 +387,77 @@ def test_overlap_from_the_command_line(pair, tmp_path, home):
     assert set(pairs.index) == {*foreign.ALL, "total_cosine"}
     assert pairs.loc["row_overlap", "modules"] == 8 and pairs.loc["total_cosine", "null_low"] < 0
     modules = pd.read_parquet(tmp_path / "report" / "modules.parquet")
-    assert len(modules) == 8 * (len(foreign.ALL) + 1) and modules[["null", "null_low", "null_high"]].notna().any(
-        axis=None
-    )
+    assert len(modules) == 8 * (len(foreign.ALL) + 1)
+    known = modules[modules["measure"] != "mask_overlap"]  # undefined for B of different ranks
+    assert known[["value", "null", "null_low", "null_high"]].notna().all(axis=None)
     about = json.loads((tmp_path / "report" / "about.json").read_text())
     assert about["adapters"] == {name: folder.digest for name, folder in found.items()} and about["draws"] == 3
+    assert about["notes"] == not_shared(found) and "ranks differ: one 4, two 3" in about["notes"]
     assert pairs.loc["row_overlap", "excess"] == pytest.approx(
         pairs.loc["row_overlap", "value"] - pairs.loc["row_overlap", "null"]
     )
     written = {path.name for path in (tmp_path / "report").iterdir()}
-    assert written == {"about.json", "pairs.tex"} | {
-        f"{s}.{e}" for s in ("maps", "spectra", "depth") for e in ("pdf", "svg", "png")
-    } | {f"{s}.{e}" for s in ("modules", "pairs", "angles") for e in ("csv", "parquet")}
+    maps = [f"map_{measure}" for measure in foreign.MAPPED]
+    drawn = {f"{s}.{e}" for s in (*maps, "spectra", "similarity", "depth") for e in ("pdf", "svg", "png")}
+    tables = {f"{s}.{e}" for s in foreign.TABLES for e in ("csv", "parquet")} | {f"{s}.tex" for s in foreign.PRINTED}
+    assert written == {"about.json"} | drawn | tables
+    for stem in foreign.PRINTED:
+        rows = len(pd.read_csv(tmp_path / "report" / f"{stem}.csv"))
+        assert (tmp_path / "report" / f"{stem}.tex").read_text().count(r"\\") == rows + 1
+
+
+def adapters_by_hand(ranks=(3, 3, 2)) -> dict[str, dict[str, Factors]]:
+    """Three adapters on two kinds of module in two layers, and one on an embedding."""
+    names = ["layers.0.attn.q_proj", "layers.0.attn.v_proj", "layers.1.attn.q_proj", "layers.1.attn.v_proj", "embed"]
+    return {
+        adapter: {m: Factors(gaussian(r, 20, seed=50 * n + p), gaussian(16, r, seed=50 * n + p + 20), 1.0)
+                  for p, m in enumerate(names)}
+        for n, (adapter, r) in enumerate(zip("abc", ranks, strict=True))
+    }  # fmt: skip
+
+
+def test_layers_kinds_and_totals_are_means_of_their_modules():
+    found = foreign.measured(adapters_by_hand(), draws=4)
+    of = {(r.adapter_a, r.adapter_b, r.measure, r.module): r for r in found.modules.itertuples()}
+    for table, place, members in (
+        (found.layers, "layer", lambda module, where: module.startswith(f"layers.{where}.")),
+        (found.kinds, "kind", lambda module, where: module.endswith(where)),
+    ):
+        assert set(table["measure"]) == {name for name in foreign.ALL if name not in foreign.ELEMENTWISE}
+        assert set(table[place]) == ({0, 1} if place == "layer" else {"q_proj", "v_proj", "embed"})
+        for row in table[table["measure"].isin(["cosine", "row_overlap", "alignment"])].itertuples():
+            pair = (row.adapter_a, row.adapter_b, row.measure)
+            own = [each for key, each in of.items() if key[:3] == pair and members(key[3], getattr(row, place))]
+            assert len(own) == (1 if getattr(row, place) == "embed" else 2)
+            assert row.value == pytest.approx(sum(each.value for each in own) / len(own))
+            assert row.null == pytest.approx(sum(each.null for each in own) / len(own))
+            assert row.null_low < row.null < row.null_high
+    total = found.pairs.set_index(["adapter_a", "adapter_b", "measure"])["value"]
+    assert total["a", "b", "inner_product"] == pytest.approx(
+        found.modules.set_index(["adapter_a", "adapter_b", "measure"]).loc[("a", "b", "inner_product"), "value"].mean()
+    )
+    depth = foreign.by_place(found.modules, "row_overlap").set_index(["layer", "kind"])
+    assert len(depth) == 5
+    own = [each.value for key, each in of.items() if key[2:] == ("row_overlap", "layers.1.attn.v_proj")]
+    assert depth.loc[(1, "v_proj"), "value"] == pytest.approx(sum(own) / 3) and len(own) == 3
+
+
+def test_the_similarity_of_several_adapters_is_the_mean_of_their_curves():
+    adapters = {name: {m: modules[m] for m in ("layers.0.attn.q_proj", "embed")} for name, modules in
+                adapters_by_hand().items()}  # fmt: skip
+    found = foreign.measured(adapters, draws=2).similarity
+    value = found[found["method"] == "adapters"].set_index(["side", "i", "j"])["value"]
+    curves = {"A": [], "B": []}
+    for one, two in itertools.combinations(adapters.values(), 2):
+        for module, f in one.items():
+            for side, name in (("A", "rows"), ("B", "columns")):
+                curves[side].append(similarity_curve(reduced(f), reduced(two[module]), name))
+    for side, own in curves.items():
+        for i, j in itertools.product(range(3), range(3)):
+            with_both = [float(curve[i, j]) for curve in own if i < curve.shape[0] and j < curve.shape[1]]
+            assert value[side, i + 1, j + 1] == pytest.approx(sum(with_both) / len(with_both))
+    null = found[found["method"] == "random"].set_index(["side", "i", "j"])["value"]
+    assert null.index.equals(value.index) and not np.allclose(null, value)
 
 
 def test_a_report_overwrites_nothing_but_itself(pair, tmp_path, home):
@@ -418,7 +506,7 @@ def test_the_null_may_keep_each_adapter_s_own_A(pair, tmp_path, home):
 
 def test_merge_from_the_command_line(pair, tiny_decoder, tmp_path, home):
     out = tmp_path / "merged"
-    said = invoke("merge", *pair, "--method", "svd", "--weights", "0.4,0.4", "--out", out)
+    said = invoke("merge", *pair, "--method", "knots", "--weights", "0.4,0.4", "--out", out)
     assert said.exit_code == 0 and said.stdout.strip().splitlines()[-1] == str(out), said.output
     assert not close(logits_of(tiny_decoder, out), logits_of(tiny_decoder))
     cut = invoke("merge", *pair, "--weights", "0.4", "--rank", "2", "--out", tmp_path / "cut", "--portable")

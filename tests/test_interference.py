@@ -89,6 +89,7 @@ def dense_magnitude_overlap(f, g) -> float:
 
 
 DEFINITIONS = {
+    "inner_product": lambda f, g: np.vdot(dense(f), dense(g)),
     "row_grassmann": lambda f, g: np.linalg.norm(angles(f.A.T, g.A.T)),
     "column_grassmann": lambda f, g: np.linalg.norm(angles(f.B, g.B)),
     "row_chordal": lambda f, g: np.linalg.norm(np.sin(angles(f.A.T, g.A.T))),
@@ -164,7 +165,7 @@ def test_masks_overlap_by_their_supports_alone():
 @pytest.mark.parametrize("name", ALL)
 def test_what_a_zero_update_leaves_undefined_is_nan(name):
     zero = Factors(ONE.A, torch.zeros_like(ONE.B), 1.0)
-    defined = {"row_overlap", "row_grassmann", "row_chordal"} | ({"singular_interference"})
+    defined = {"row_overlap", "row_grassmann", "row_chordal", "inner_product", "singular_interference"}
     assert math.isnan(value(name, zero, ONE)) == (name not in defined)
     assert math.isnan(value(name, zero, zero)) == (name not in defined - {"singular_interference"})
 
@@ -172,16 +173,23 @@ def test_what_a_zero_update_leaves_undefined_is_nan(name):
 # The curve of subspace similarity
 
 
-def test_the_curve_is_its_definition_on_dense_matrices():
-    f, g = BANK["plain"]
+@pytest.mark.parametrize("pair", BANK)
+def test_the_curve_is_its_definition_on_dense_matrices(pair):
+    f, g = BANK[pair]
     for side, place in (("columns", 0), ("rows", 2)):
-        left, right = dense_svd(dense(f))[place], dense_svd(dense(g))[place]
+        (left, s_f), (right, s_g) = ((each[place], each[1]) for each in map(dense_svd, map(dense, (f, g))))
         curve = similarity_curve(reduced(f), reduced(g), side).numpy()
-        assert curve.shape == (4, 3)
-        for i in range(1, 5):
-            for j in range(1, 4):
+        assert curve.shape == (len(s_f), len(s_g))
+        # Leading singular vectors turn by u·s_1 over the gap that follows them.
+        gap = max(s[0] / np.diff(-s).min(initial=s[-1]) for s in (s_f, s_g))
+        for i in range(1, len(s_f) + 1):
+            for j in range(1, len(s_g) + 1):
                 expected = np.linalg.norm(left[:, :i].T @ right[:, :j]) ** 2 / min(i, j)
-                assert curve[i - 1, j - 1] == pytest.approx(expected, abs=1e-10)
+                assert curve[i - 1, j - 1] == pytest.approx(expected, abs=1e-12 * gap)
+
+
+def test_the_curve_of_nested_spaces_is_one_and_bad_calls_are_named():
+    f, g = BANK["plain"]
     itself = similarity_curve(reduced(f), reduced(f)).numpy()
     assert np.allclose(itself, 1)  # nested subspaces
     with pytest.raises(ValueError, match="side must be rows or columns; found 'left'"):
@@ -248,6 +256,22 @@ def test_a_null_update_of_a_sparse_one_keeps_its_zeros_and_its_singular_values()
         assert value("row_overlap", null, f) < 0.6
         if A is not None:
             assert value("row_overlap", null, Factors(A, f.B, 1.0)) == pytest.approx(1, abs=1e-10)
+
+
+@pytest.mark.parametrize(
+    "A",
+    [noise(30, D_IN, 50), torch.cat([noise(4, D_IN, 51)] * 2)],
+    ids=["rank above a dimension", "rank deficient"],
+)
+def test_a_sparse_update_of_any_rank_has_a_null(A):
+    B = noise(D_OUT, len(A), 52)
+    f = Factors(A, B * (B.abs() > 1.3), 1.5)
+    assert (f.B == 0).double().mean() > 0.5
+    for own in (None, A):
+        null = null_update(f, torch.Generator().manual_seed(0), own)
+        assert torch.allclose(spectrum(null), spectrum(f), rtol=1e-10)
+        assert torch.equal(null.B.sort(0).values, (1.5 * f.B[:, f.B.any(0)]).sort(0).values)
+        assert value("cosine", null, f) < 0.9
 
 
 def test_one_zero_or_padded_ranks_do_not_change_the_null():
@@ -329,5 +353,21 @@ def test_directions_that_rounding_made_do_not_count(dtype):
     """A rank-2 B of 6 columns, stored in less than float64: the other four directions are rounding."""
     exact = noise(200, 2, 0) @ noise(2, 6, 1)
     stored = Factors(noise(6, 300, 2).to(dtype), exact.to(dtype), 1.0)
-    assert reduced(stored).columns.shape[1] == 2 and reduced(stored).rows.shape[1] == 6
-    assert reduced(Factors(stored.A.double(), stored.B.double(), 1.0)).columns.shape[1] == 6
+    found = reduced(stored)
+    assert (found.written, found.read) == (2, 6) and len(found.singular[1]) == 2
+    assert len(Pair(found, found).column_angles) == 2 and len(Pair(found, found).row_angles) == 6
+    assert reduced(Factors(stored.A.double(), stored.B.double(), 1.0)).written == 6
+    assert found.norm == pytest.approx(np.linalg.norm(dense(Factors(stored.A.double(), stored.B.double(), 1.0))))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_directions_that_training_made_count_in_every_dtype(dtype):
+    """A trained B's singular values fall by a decade or two; that is far more than rounding can make."""
+    left, right = torch.linalg.qr(noise(2000, 16, 3))[0], torch.linalg.qr(noise(16, 16, 4))[0]
+    B = left * torch.logspace(0, -1.5, 16, dtype=torch.float64) @ right
+    stored = [Factors(noise(16, 300, 5 + n).to(dtype), B.roll(n, 0).to(dtype), 1.0) for n in range(2)]
+    found = [reduced(f) for f in stored]
+    assert {(each.written, each.read, len(each.singular[1])) for each in found} == {(16, 16, 16)}
+    one, two = (dense(Factors(f.A.double(), f.B.double(), 1.0)) for f in stored)
+    expected = np.vdot(one, two) / np.linalg.norm(one) / np.linalg.norm(two)
+    assert REGISTERED["cosine"].value(Pair(*found)) == pytest.approx(expected, abs=1e-10)

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lori_nb.analysis.merging import MERGE_METHODS, compress, merge, merge_method
+from lori_nb.analysis.merging import ALSO_CALLED, MERGE_METHODS, compress, merge, merge_method
 from lori_nb.method.adapters import Factors
 
 D_OUT, D_IN = 12, 20
@@ -133,21 +133,40 @@ def from_peft(model, adapter: str) -> dict[str, Factors]:
 
 
 @pytest.mark.parametrize("method", ["cat", "linear"])
-def test_equals_peft(peft_model, method):
-    names, weights = list(PEFT_ADAPTERS), [0.5, 0.75, 0.3]
+@pytest.mark.parametrize("weights", [[0.5, 0.75, 0.3], [0.5, -0.75, 0.3]], ids=["above zero", "one below"])
+def test_equals_peft(peft_model, method, weights):
+    names, merged = list(PEFT_ADAPTERS), f"merged_{method}"
     adapters = [from_peft(peft_model, name) for name in names]
-    peft_model.add_weighted_adapter(names, weights, f"merged_{method}", combination_type=method)
-    expected, found = from_peft(peft_model, f"merged_{method}"), merge(adapters, weights, method)
+    peft_model.add_weighted_adapter(names, weights, merged, combination_type=method)
+    expected, found = from_peft(peft_model, merged), merge(adapters, weights, method)
+    peft_model.delete_adapter(merged)
     assert set(found) == set(expected)
     assert len(found) == 2 * 3
     for module, factors_ in found.items():
-        parts = [(a[module], w * a[module].scale) for a, w in zip(adapters, weights, strict=True) if module in a]
+        parts = [(a[module], abs(w) * a[module].scale) for a, w in zip(adapters, weights, strict=True) if module in a]
         B = sum(math.sqrt(share) * f.B.double().abs() for f, share in parts)
         A = sum(math.sqrt(share) * f.A.double().abs() for f, share in parts)
         # A factor entry takes at most T products and T sums: 2T roundings for each of two factors on two sides.
         room = 2 * 2 * 2 * len(parts) * torch.finfo(torch.float32).eps * (B @ A)
         assert ((dense(factors_) - dense(expected[module])).abs() <= room).all()
         assert dense(factors_).norm() > 0
+
+
+def test_svd_equals_peft(peft_model):
+    """PEFT decomposes the dense sum in float32; ours never forms it. Their scales are 2, 0.5 and 1."""
+    names, weights = list(PEFT_ADAPTERS), [0.5, 0.75, 0.3]
+    adapters = [from_peft(peft_model, name) for name in names]
+    peft_model.add_weighted_adapter(names, weights, "merged_svd", combination_type="svd")
+    expected, found = from_peft(peft_model, "merged_svd"), merge(adapters, weights, "svd")
+    assert set(found) == set(expected) and len(found) == 2 * 3
+    for module, factors_ in found.items():
+        whole = sum(w * dense(a[module]) for a, w in zip(adapters, weights, strict=True) if module in a)
+        values = torch.linalg.svdvals(whole)
+        # The truncated sum moves by an error E of the sum, and its subspaces by |E| / gap of what they hold.
+        error = 2 * max(whole.shape) * torch.finfo(torch.float32).eps * float(values[0])
+        room = 2 * error * (1 + float(values[0] / (values[3] - values[4])))
+        assert float((dense(factors_) - dense(expected[module])).norm()) <= room < 1e-3 * float(values[0])
+        assert float((dense(factors_) - whole).norm()) > 0.01 * float(values[0])  # something was cut
 
 
 def test_linear_and_cat_differ_on_the_model(peft_model):
@@ -177,6 +196,31 @@ def test_compress_keeps_dtype_and_a_zero_update():
     assert compress(single, 2).B.dtype == torch.float32
     zero = Factors(single.A, torch.zeros_like(single.B), 2.0)
     assert torch.equal(dense(compress(zero, 2)), torch.zeros(D_OUT, D_IN, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("method", ["cat", "linear", "svd", "tsv-m", "iso-c", "ties", "dare"])
+def test_one_adapter_of_weight_one_is_itself_where_nothing_is_flattened_or_dropped(method):
+    f = factors(0)
+    found = dense(merge([{"m": f}], [1.0], method)["m"])
+    kept = method in ("cat", "linear", "svd", "tsv-m")
+    # an SVD of the factors and back, at their size
+    assert (float((found - dense(f)).norm()) <= 100 * D_IN * torch.finfo(torch.float64).eps * size(f).norm()) == kept
+
+
+@pytest.mark.parametrize(("name", "method"), ALSO_CALLED.items())
+def test_other_names_of_a_method(name, method):
+    adapters = [{"m": factors(0)}, {"m": factors(1)}]
+    assert torch.equal(dense(merge(adapters, [0.5, 0.5], name)["m"]), dense(merge(adapters, [0.5, 0.5], method)["m"]))
+
+
+@pytest.mark.parametrize("method", MERGE_METHODS)
+def test_a_module_that_is_zero_in_every_adapter_is_merged_to_zeros_of_rank_one_at_least(method):
+    """A sparse mask may leave a module nothing; no folder holds an adapter of rank 0."""
+    zero = Factors(factors(0).A, torch.zeros(D_OUT, 3, dtype=torch.float64), 2.0)
+    for rank in (None, 2):
+        found = merge([{"m": zero, "n": factors(1)}, {"m": zero}], [0.5, 0.5], method, rank)
+        assert len(found["m"].A) == found["m"].B.shape[1] >= 1 and not dense(found["m"]).any()
+        assert dense(found["n"]).any()
 
 
 def test_inputs_are_not_altered():
@@ -212,7 +256,6 @@ def test_a_method_of_ones_own_is_registered_by_name():
             lambda: merge([{"m": factors(0)}, {"m": factors(1, rank=2)}], [1, 1], "linear"),
             r"'linear' cannot merge module 'm': ranks must be equal to add factors; found \[3, 2\]",
         ),
-        (lambda: merge([{"m": factors(0)}], [-1], "linear"), r"weight times scale must be at least 0.*found \[-2.0\]"),
         (
             lambda: merge([{"m": factors(0)}, {"m": Factors(matrix(3, 5, 0), matrix(D_OUT, 3, 0), 1.0)}], [1, 1]),
             r"module 'm' must have one shape d_out × d_in; found \[\(12, 20\), \(12, 5\)\]",

@@ -22,6 +22,7 @@ from lori_nb.analysis.overlap import (
     overlap_table,
     principal_angles,
     subspace_overlap,
+    total_cosine,
 )
 from lori_nb.method.adapters import Factors
 
@@ -113,6 +114,14 @@ def test_every_angle_is_found_to_the_last_digits(angle):
     assert subspace_overlap(Q[:, :2], Y) == pytest.approx(expected, abs=C * 30 * U)
 
 
+@pytest.mark.parametrize("angle", [math.pi / 4 - 1e-9, math.pi / 4 + 1e-9, 1.2, math.pi / 2 - 1e-10, math.pi / 2])
+def test_large_angles_are_found_to_the_last_digits_without_their_sines(angle):
+    """Above 45° nothing but cosines is computed; just below it sines are, and both agree."""
+    Q = torch.linalg.qr(matrix(30, 4, 9))[0]
+    Y = math.cos(angle) * Q[:, :2] + math.sin(angle) * Q[:, 2:]
+    assert (principal_angles(Q[:, :2], Y) - angle).abs().max() <= C * 30 * U
+
+
 def test_arccos_alone_would_have_lost_the_small_angle():
     cosine = np.cos(1e-10)
     assert np.arccos(cosine) == 0  # why sines are needed
@@ -162,6 +171,18 @@ def test_table_is_tidy_and_holds_each_shared_module_of_each_pair_once():
     assert value["nlu", "math", "layers.0.q", "row_overlap"] < 0.5
     assert math.isnan(value["nlu", "math", "layers.0.v", "cosine"])
     assert math.isnan(value["nlu", "math", "layers.0.v", "column_overlap"])
+
+
+def test_the_whole_cosine_is_over_the_modules_that_both_have():
+    a = {"q": factors(0), "v": factors(1), "only": factors(2)}
+    b = {"v": Factors(factors(1).A, factors(7).B, 1.0), "q": factors(4), "other": factors(5)}
+    whole = [np.concatenate([dense(own[m]).ravel() for m in "qv"]) for own in (a, b)]
+    expected = whole[0] @ whole[1] / np.linalg.norm(whole[0]) / np.linalg.norm(whole[1])
+    assert total_cosine(a, b) == pytest.approx(expected, abs=C * D_IN * U * 100)  # condition of random 4-column factors
+    assert abs(expected) > 1e-3
+    assert total_cosine(a, a) == pytest.approx(1, abs=C * D_IN * U * 100)
+    assert math.isnan(total_cosine(a, {"elsewhere": factors(0)}))
+    assert math.isnan(total_cosine(a, {"q": Factors(factors(0).A, torch.zeros(D_OUT, 4), 1.0)}))
 
 
 def test_inputs_are_not_altered():

@@ -32,7 +32,7 @@ class ResponseSum:
             for module, f in modules.items():
                 of_module.setdefault(module, {})[name] = f
         # All A of a module as one matrix, and every adapter's s² BᵀB.
-        self._A = {m: torch.cat([f.A.detach().float() for f in own.values()]) for m, own in of_module.items()}
+        self._A = {m: torch.cat([f.A.detach().double() for f in own.values()]) for m, own in of_module.items()}
         self._grams = {
             m: {name: (f.scale**2 * f.B.detach().double().T @ f.B.detach().double()) for name, f in own.items()}
             for m, own in of_module.items()
@@ -46,8 +46,8 @@ class ResponseSum:
         return list(self._A)
 
     def add(self, module: str, x: Tensor) -> None:
-        """Count inputs x (n × d_in) of a module: A x in float32, squares in float64, on the device of x."""
-        h = (x.detach().float() @ self._A[module].to(x.device).T).double()  # (n × Σ r)
+        """Count inputs x (n × d_in) of a module; in float64, on the device of x."""
+        h = x.detach().double() @ self._A[module].to(x.device).T  # (n × Σ r)
         self._count[module] = self._count.get(module, 0) + len(x)
         grams = self._grams[module]
         parts = h.split([len(gram) for gram in grams.values()], dim=1)

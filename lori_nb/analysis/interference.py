@@ -16,7 +16,8 @@ mask_overlap             share of the smaller support of B that lies in the othe
 
 ``alignment`` is the subspace alignment ratio of Iso-C (arXiv 2502.04959) and not symmetric: f seen from g.
 ``singular_interference`` is that of task singular vectors (arXiv 2412.00081), with the entrywise 1-norm; unlike the
-others it grows with the size of the updates. The sign and magnitude measures need the dense ΔW, one module at a time.
+others, but for ⟨ΔW_f, ΔW_g⟩ itself (``inner_product``), it grows with the size of the updates. The sign and magnitude
+measures need the dense ΔW, one module at a time.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from lori_nb.analysis.overlap import Pair, measure
 from lori_nb.analysis.reduced import Reduced
 
 ALL = (
+    "inner_product",
     "cosine",
     "cosine_size",
     "row_overlap",

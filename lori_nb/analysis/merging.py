@@ -27,6 +27,7 @@ MergeMethod = Callable[[Sequence[Factors], Sequence[float]], Factors]
 
 RECIPE = 1  # raise when the same input gives another result
 MERGE_METHODS: dict[str, MergeMethod] = {}
+ALSO_CALLED = {"task-arithmetic": "cat", "knots": "knots-ties", "core-space": "core-ties"}  # by :func:`merge` alone
 
 
 def merge_method(name: str) -> Callable[[MergeMethod], MergeMethod]:
@@ -55,11 +56,12 @@ def merge(
             counts as ΔW = 0 there.
         weights: one finite w_i an adapter, which may be below zero; or, for an adapter whose modules differ, a mapping
             module → w_i of every module that it has.
-        method: a key of :data:`MERGE_METHODS`.
+        method: a key of :data:`MERGE_METHODS`, or another name of one in :data:`ALSO_CALLED`.
         rank: cut each merged module to at most this rank, as soon as it is made (:func:`compress`).
 
     Returns:
-        module name → merged factors, for every module of any adapter.
+        module name → merged factors, for every module of any adapter; of rank 1 at least, of zeros where the merge is
+        zero.
 
     Raises:
         ValueError: no adapter, unknown method, weights of another number, not finite or without a module, a rank below
@@ -67,6 +69,7 @@ def merge(
     """
     if not adapters:
         raise ValueError("adapters must hold at least one adapter; found none")
+    method = ALSO_CALLED.get(method, method)
     if method not in MERGE_METHODS:
         raise ValueError(f"method must be one of {', '.join(sorted(MERGE_METHODS))}; found {method!r}")
     if rank is not None and rank < 1:
@@ -81,6 +84,8 @@ def merge(
             found = MERGE_METHODS[method](factors, own_weights)
         except ValueError as error:
             raise ValueError(f"method {method!r} cannot merge module {module!r}: {error}") from error
+        if not len(found.A):  # a merge of zeros at its numerical rank; no folder holds an adapter of rank 0
+            found = Factors(found.A.new_zeros(1, found.A.shape[1]), found.B.new_zeros(len(found.B), 1), 1.0)
         merged[module] = found if rank is None else compress(found, min(rank, *found.A.shape, len(found.B)))
     return merged
 
@@ -115,22 +120,20 @@ def concatenate(factors: Sequence[Factors], weights: Sequence[float]) -> Factors
 
 @merge_method("linear")
 def add_factors(factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
-    """ΔW = (Σ_i √(w_i s_i) B_i)(Σ_j √(w_j s_j) A_j), scale 1: PEFT's "linear".
+    """ΔW = (Σ_i √|w_i s_i| B_i)(Σ_j ±√|w_j s_j| A_j) with the sign of w_j s_j, scale 1: PEFT's "linear".
 
-    An approximation: beside the wanted Σ w_i s_i B_i A_i it holds every cross term √(w_i s_i w_j s_j) B_i A_j, i ≠ j,
+    An approximation: beside the wanted Σ w_i s_i B_i A_i it holds every cross term ±√|w_i s_i w_j s_j| B_i A_j, i ≠ j,
     which for unrelated adapters are as large as the wanted ones. With one shared A and equal w s it gives T times the
     wanted sum.
 
-    Raises ValueError when ranks differ or a w_i s_i is negative.
+    Raises ValueError when ranks differ.
     """
     ranks = [len(f.A) for f in factors]
     if len(set(ranks)) > 1:
         raise ValueError(f"ranks must be equal to add factors; found {ranks}")
     shares = [w * f.scale for f, w in zip(factors, weights, strict=True)]
-    if min(shares) < 0:
-        raise ValueError(f"weight times scale must be at least 0, its square root is taken; found {shares}")
-    A = sum(math.sqrt(share) * f.A for f, share in zip(factors, shares, strict=True))
-    B = sum(math.sqrt(share) * f.B for f, share in zip(factors, shares, strict=True))
+    A = sum(math.copysign(math.sqrt(abs(share)), share) * f.A for f, share in zip(factors, shares, strict=True))
+    B = sum(math.sqrt(abs(share)) * f.B for f, share in zip(factors, shares, strict=True))
     return Factors(A, B, 1.0)
 
 

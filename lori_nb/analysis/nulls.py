@@ -13,7 +13,6 @@ places at random, and A's rows are turned as above with their inner products kep
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -22,13 +21,13 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from lori_nb.analysis.overlap import MEASURES, overlap_table, total_cosine
+from lori_nb.analysis.overlap import MEASURES, overlap_table, total_cosines
 from lori_nb.analysis.reduced import orthonormal, reduced
 from lori_nb.method.adapters import Factors
 
 Adapters = Mapping[str, Mapping[str, Factors]]
 SPARSE = 0.5  # share of zeros in B above which they are kept
-TOTAL = "total_cosine"  # of whole adapters, where all other measures are means over modules
+TOTAL = "total_cosine"  # over all modules of both, where all other measures are means over modules
 
 
 def null_update(f: Factors, generator: torch.Generator, A: Tensor | None = None) -> Factors:
@@ -44,10 +43,9 @@ def null_update(f: Factors, generator: torch.Generator, A: Tensor | None = None)
     own_A, own_B = f.A[used].double(), f.scale * f.B[:, used].double()
     if own_B.numel() and (own_B == 0).double().mean() > SPARSE:
         rows = torch.randperm(len(own_B), generator=generator)
-        turned = _turned(own_A.shape[1], len(own_A), generator, A).T  # orthonormal rows (r × d_in)
-        values, vectors = torch.linalg.eigh(own_A @ own_A.T)
-        root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # (A Aᵀ)^½ keeps the inner products of A's rows
-        return Factors(root @ turned, own_B[rows], 1.0)
+        _, root = orthonormal(own_A.T, "A")  # (k × r): rootᵀ root = A Aᵀ keeps the inner products of A's rows
+        turned = _turned(own_A.shape[1], len(root), generator, A)  # orthonormal columns (d_in × k)
+        return Factors(root.T @ turned.T, own_B[rows], 1.0)
     _, singular, _ = reduced(f).singular
     inside = _turned(f.A.shape[1], len(singular), generator, A)
     return Factors(inside.T.contiguous(), _haar(len(f.B), len(singular), generator) * singular, 1.0)
@@ -95,16 +93,11 @@ def null_draws(
 
 
 def by_pair(table: pd.DataFrame, adapters: Adapters) -> pd.DataFrame:
-    """One row for each pair and measure: the mean over modules, those undefined left out; and "total_cosine", of the
-    two whole adapters.
+    """One row for each pair and measure: the mean over modules, those undefined left out; and "total_cosine", over all
+    modules of both.
     """
     means = table.groupby(["adapter_a", "adapter_b", "measure"], sort=False)["value"].mean().reset_index()
-    met = set(zip(means["adapter_a"], means["adapter_b"], strict=True))
-    totals = [
-        (a, b, TOTAL, total_cosine(adapters[a], adapters[b]))
-        for a, b in itertools.combinations(adapters, 2)
-        if (a, b) in met
-    ]
+    totals = [(a, b, TOTAL, value) for (a, b), value in total_cosines(adapters).items()]
     return pd.concat([means, pd.DataFrame(totals, columns=means.columns)], ignore_index=True)
 
 

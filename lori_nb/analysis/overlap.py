@@ -24,10 +24,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -55,12 +56,12 @@ class Pair:
     @cached_property
     def row_angles(self) -> Tensor:
         """Principal angles of the row spaces of A, ascending, in radians."""
-        return _angles(self.f.rows, self.g.rows)
+        return _angles(*(each.rows[:, : each.read] for each in (self.f, self.g)))
 
     @cached_property
     def column_angles(self) -> Tensor:
         """Principal angles of the column spaces of B, ascending, in radians."""
-        return _angles(self.f.columns, self.g.columns)
+        return _angles(*(each.columns[:, : each.written] for each in (self.f, self.g)))
 
 
 @dataclass(frozen=True)
@@ -103,25 +104,35 @@ def frobenius_cosine(f: Factors, g: Factors) -> float:
 
 
 def total_cosine(f: Mapping[str, Factors], g: Mapping[str, Factors]) -> float:
-    """Frobenius cosine of two whole adapters, all modules' ΔW side by side; one that lacks a module is zero there.
+    """Frobenius cosine of two adapters over all modules that both have, their ΔW side by side.
 
-    In [−1, 1]; NaN where either adapter is zero. ValueError as in :func:`frobenius_cosine`.
+    In [−1, 1]; NaN where they share no module or either is zero in all of these. ValueError as in
+    :func:`frobenius_cosine`.
     """
-    inner = sum(inner_product(f[module], g[module]) for module in f if module in g)
-    squares = [sum(norm(each) ** 2 for each in modules.values()) for modules in (f, g)]
-    return inner / math.sqrt(squares[0] * squares[1]) if all(squares) else float("nan")
+    return total_cosines({"f": f, "g": g}).get(("f", "g"), float("nan"))
+
+
+def total_cosines(adapters: Mapping[str, Mapping[str, Factors]]) -> dict[tuple[str, str], float]:
+    """:func:`total_cosine` of every pair with a module in common, one module in memory at a time."""
+    sums: dict[tuple[str, str], np.ndarray] = {}  # ⟨ΔW, ΔW'⟩, ‖ΔW‖² and ‖ΔW'‖² over the modules of both
+    for _, a, b, pair in met(adapters):
+        terms = np.array([pair.inner, pair.f.norm**2, pair.g.norm**2])
+        sums[a, b] = sums.get((a, b), 0.0) + terms
+    order = [pair for pair in itertools.combinations(adapters, 2) if pair in sums]
+    products = {pair: math.sqrt(sums[pair][1] * sums[pair][2]) for pair in order}
+    return {pair: float(sums[pair][0]) / products[pair] if products[pair] else float("nan") for pair in order}
 
 
 def principal_angles(X: Tensor, Y: Tensor, rtol: float | None = None) -> Tensor:
     """Principal angles between the column spaces of X (d × p) and Y (d × q), ascending, in radians.
 
     For row spaces of A pass ``A.T``. With orthonormal bases U, V (V of the smaller space), cosines are the singular
-    values of UᵀV and sines those of V − U UᵀV; each angle is the atan2 of its sine and cosine, because arccos alone
-    loses half the digits of a small angle and arcsin of a large one.
+    values of UᵀV and sines those of V − U UᵀV (where no angle is below 45°, √(1 − cosine²)); each angle is the atan2 of
+    its sine and cosine, because arccos alone loses half the digits of a small angle and arcsin of a large one.
 
     Args:
         X, Y: any rank; directions with singular values up to ``rtol`` times the largest are left out.
-        rtol: default max(d, p)·ε of float64: the rank of the matrix as stored.
+        rtol: default: what rounding to the matrix's dtype makes (:func:`lori_nb.analysis.reduced.real_rank`).
 
     Returns:
         min(rank X, rank Y) angles in [0, π/2], float64; none where either matrix is zero.
@@ -167,14 +178,18 @@ def overlap_table(adapters: Mapping[str, Mapping[str, Factors]], measures: Seque
     for name in measures:
         if name not in REGISTERED:
             raise ValueError(f"measures must be among {', '.join(REGISTERED)}; found {name!r}")
-    rows = []
+    rows = [row for module, a, b, pair in met(adapters) for row in _measured(a, b, module, pair, measures)]
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def met(adapters: Mapping[str, Mapping[str, Factors]]) -> Iterator[tuple[str, str, str, Pair]]:
+    """(module, adapter a, adapter b, the two updates) of every pair in every module that both have, each update
+    reduced once; ValueError as in :func:`overlap_table`.
+    """
     for module in dict.fromkeys(name for modules in adapters.values() for name in modules):
         present = {a: reduced(m[module], f" of {a!r}, {module!r}") for a, m in adapters.items() if module in m}
         for a, b in itertools.combinations(present, 2):
-            rows += _measured(
-                a, b, module, _checked(present[a], present[b], f"{module!r} in {a!r} and {b!r}"), measures
-            )
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+            yield module, a, b, _checked(present[a], present[b], f"{module!r} in {a!r} and {b!r}")
 
 
 def _measured(a: str, b: str, module: str, pair: Pair, measures: Sequence[str]) -> list[tuple]:
@@ -196,6 +211,8 @@ def _angles(U: Tensor, V: Tensor) -> Tensor:
         return U.new_zeros(0)
     inside = U.T @ V
     cosines = torch.linalg.svdvals(inside)
+    if cosines[0].square() <= 0.5:  # no angle below 45°: the sines follow from the cosines without loss
+        return torch.atan2((1 - cosines.square()).sqrt(), cosines)
     sines = torch.linalg.svdvals(V - U @ inside).flip(0)  # ascending: the largest cosine belongs to the smallest sine
     return torch.atan2(sines, cosines)
 
@@ -209,6 +226,11 @@ def _cosine(pair: Pair) -> float:
     if pair.f.norm == 0 or pair.g.norm == 0:
         return float("nan")
     return min(1.0, max(-1.0, pair.inner / pair.f.norm / pair.g.norm))
+
+
+@measure("inner_product")
+def _inner_product(pair: Pair) -> float:
+    return pair.inner
 
 
 @measure("cosine_size")

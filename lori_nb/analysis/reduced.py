@@ -20,13 +20,17 @@ from lori_nb.method.adapters import Factors
 class Reduced:
     """ΔW = columns · core · rowsᵀ with orthonormal ``columns`` (d_out × p) and ``rows`` (d_in × q), core (p × q).
 
-    ``factors`` are those that it was made of.
+    The first ``written`` columns and ``read`` rows are more than rounding of B and A to their dtypes makes
+    (:func:`real_rank`): what is about subspaces takes these, norms and inner products take all. ``factors`` are those
+    that it was made of.
     """
 
     columns: Tensor
     core: Tensor
     rows: Tensor
     factors: Factors
+    written: int
+    read: int
 
     @cached_property
     def norm(self) -> float:
@@ -41,9 +45,10 @@ class Reduced:
     @cached_property
     def singular(self) -> tuple[Tensor, Tensor, Tensor]:
         """U (d_out × ρ), Σ (ρ) descending and V (d_in × ρ) of ΔW = U Σ Vᵀ at its numerical rank ρ."""
-        U, values, Vh = torch.linalg.svd(self.core, full_matrices=False)
-        rank = numerical_rank(values, max(self.core.shape))
-        return self.columns @ U[:, :rank], values[:rank], self.rows @ Vh[:rank].T
+        core = self.core[: self.written, : self.read]
+        U, values, Vh = torch.linalg.svd(core, full_matrices=False)
+        rank = numerical_rank(values, max(core.shape))
+        return self.columns[:, : self.written] @ U[:, :rank], values[:rank], self.rows[:, : self.read] @ Vh[:rank].T
 
     def dense(self) -> Tensor:
         """ΔW itself (d_out × d_in), float64, made anew at each call: for what is elementwise."""
@@ -52,26 +57,40 @@ class Reduced:
 
 def reduced(f: Factors, where: str = "") -> Reduced:
     """A module's update in orthonormal bases; ValueError when a factor is not finite, ``where`` names it."""
-    columns, from_b = orthonormal(f.B, f"B{where}")
-    rows, from_a = orthonormal(f.A.T, f"A{where}")
-    return Reduced(columns, f.scale * from_b @ from_a.T, rows, f)
+    columns, from_b, written = _decomposed(f.B, f"B{where}")
+    rows, from_a, read = _decomposed(f.A.T, f"A{where}")
+    return Reduced(columns, f.scale * from_b @ from_a.T, rows, f, written, read)
 
 
 def orthonormal(X: Tensor, name: str = "X", rtol: float | None = None) -> tuple[Tensor, Tensor]:
     """X (d × p) = U·rest: U (d × rank) orthonormal, rest (rank × p), in float64, rank counted numerically.
 
-    Directions with singular values up to ``rtol`` times the largest are left out; None takes what rounding to the dtype
-    of X makes: max(d, p)·ε in float64, √max(d, p)·ε in less, whose entries were rounded apart. Raises ValueError when
-    an entry is not finite.
+    Directions with singular values up to ``rtol`` times the largest are left out; None takes :func:`real_rank`. Raises
+    ValueError when an entry is not finite.
     """
+    U, rest, rank = _decomposed(X, name)
+    if rtol is not None:
+        rank = numerical_rank(torch.linalg.vector_norm(rest, dim=1), max(X.shape), rtol)
+    return U[:, :rank], rest[:rank]
+
+
+def _decomposed(X: Tensor, name: str) -> tuple[Tensor, Tensor, int]:
+    """X = U·rest at its rank in float64, largest directions first, and how many of them are real."""
     if not torch.isfinite(X).all():
         raise ValueError(f"{name} must be finite; found NaN or infinity")
     Q, triangle = torch.linalg.qr(X.detach().to(torch.float64))  # then the decomposition is of p × p, many times faster
     U, singular, Vh = torch.linalg.svd(triangle, full_matrices=False)
-    if rtol is None and X.dtype != torch.float64:
-        rtol = max(X.shape) ** 0.5 * torch.finfo(X.dtype).eps
-    rank = numerical_rank(singular, max(X.shape), rtol)
-    return Q @ U[:, :rank], singular[:rank, None] * Vh[:rank]
+    rank = numerical_rank(singular, max(X.shape))
+    return Q @ U[:, :rank], singular[:rank, None] * Vh[:rank], min(rank, real_rank(singular, X.dtype))
+
+
+def real_rank(singular: Tensor, dtype: torch.dtype) -> int:
+    """How many singular values of a matrix are more than rounding its entries to ``dtype`` can make.
+
+    Rounding moves each entry by at most ε/2 of itself, so the matrix by at most ε/2 ‖X‖ in the Frobenius norm, and no
+    singular value by more than that (Weyl).
+    """
+    return int((singular > torch.finfo(dtype).eps / 2 * torch.linalg.vector_norm(singular)).sum())
 
 
 def numerical_rank(singular: Tensor, size: int, rtol: float | None = None) -> int:

@@ -46,9 +46,9 @@ class Cores:
 
 
 def cores_of(factors: Sequence[Factors]) -> Cores:
-    """The updates of one module in common bases, at their numerical rank."""
-    columns, _ = orthonormal(torch.cat([f.B.detach().double() for f in factors], dim=1), "B")
-    rows, _ = orthonormal(torch.cat([f.A.detach().double() for f in factors], dim=0).T, "A")
+    """The updates of one module in common bases, at the rank that is more than rounding to the factors' dtype."""
+    columns, _ = orthonormal(torch.cat([f.B.detach() for f in factors], dim=1), "B")
+    rows, _ = orthonormal(torch.cat([f.A.detach() for f in factors], dim=0).T, "A")
     cores = [f.scale * (columns.T @ f.B.double()) @ (f.A.double() @ rows) for f in factors]
     return Cores(columns, torch.stack(cores), rows, factors[0])
 
@@ -67,7 +67,7 @@ def _polar(X: Tensor) -> Tensor:
 
 
 def _weighted(cores: Tensor, weights: Sequence[float]) -> Tensor:
-    return torch.einsum("i,ipq->pq", torch.tensor(weights, dtype=cores.dtype), cores)
+    return torch.einsum("i,ipq->pq", torch.tensor(weights, dtype=cores.dtype, device=cores.device), cores)
 
 
 @merge_method("svd")
@@ -147,14 +147,15 @@ def core_space(factors: Sequence[Factors], weights: Sequence[float], density: fl
     """
     common = cores_of(factors)
     merged = ties(common.cores, weights, density)
-    return common.factors(merged, torch.eye(merged.shape[1], dtype=merged.dtype))
+    return common.factors(merged, torch.eye(merged.shape[1], dtype=merged.dtype, device=merged.device))
 
 
 def ties(updates: Tensor, weights: Sequence[float], density: float = DENSITY) -> Tensor:
     """TIES (arXiv 2306.01708) of N tensors (N × …): trim, elect signs, average those that agree.
 
     Of each the ⌈density · n⌉ entries of largest magnitude stay; the sign of an entry is that of Σ_i w_i v_i; the result
-    is the mean of the w_i v_i that have it, over the tasks that do.
+    is the mean of the w_i v_i that have it, over the tasks that do. The paper trims over the whole model at once and
+    has one weight for all; here a module is trimmed by itself, and weights have their vote.
 
     Raises ValueError unless 0 < density ≤ 1.
     """

@@ -49,8 +49,9 @@ def overlap(
     report = foreign.check_report_folder(Path(out), sources)
     adapters = {name: folder.stored for name, folder in found.items()}
     measured = foreign.measured(adapters, null=null, draws=draws, seed=seed, elementwise=elementwise)
-    paths = foreign.write_report(measured, sources, report)
-    print(*foreign.lines(measured), *(f"note: {line}" for line in not_shared(found)), sep="\n")
+    notes = not_shared(found)
+    paths = foreign.write_report(measured, sources, report, notes)
+    print(*foreign.lines(measured), *(f"note: {line}" for line in notes), sep="\n")
     print(*paths, sep="\n")
 
 
@@ -131,7 +132,7 @@ def export_run(
 @app.command("import")
 @plain_errors
 def import_folder(
-    folder: Annotated[str, typer.Argument(help="A PEFT LoRA folder with safetensors.")],
+    folder: Annotated[str, typer.Argument(help="A PEFT LoRA folder with safetensors, or a hub id owner/name.")],
     file: Annotated[str, typer.Argument(help="The adapter file to write.")],
     base: Annotated[str, typer.Option(help="The base model that the adapter is for.")],
     dtype: Dtype = "float32",
@@ -143,7 +144,7 @@ def import_folder(
     stored, path = _dtype(dtype), Path(file)
     if path.exists():
         raise ValueError(f"FILE must be new; found {path}")
-    adapter = import_peft(Path(folder), base)
+    adapter = import_peft(folder, base)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_adapter(adapter, path, stored)
     print(f"{path}: rank {adapter.rank}, {len(adapter.factors)} modules of {base}")

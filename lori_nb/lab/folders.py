@@ -74,7 +74,7 @@ def read_folders(names: Sequence[str]) -> dict[str, Folder]:
         ValueError: a folder that is not whole, plain LoRA (what was found is named), or named twice.
         FileNotFoundError: neither a folder nor a hub id, or a hub id and no answer from the hub.
     """
-    paths = [_path_of(name) for name in names]
+    paths = [path_of(name) for name in names]
     if len(set(paths)) < len(paths):
         raise ValueError(f"adapters must be different folders; found {', '.join(map(str, names))}")
     shown = [str(path) if Path(name).expanduser().is_dir() else name for name, path in zip(names, paths, strict=True)]
@@ -92,7 +92,8 @@ def short_names(names: Sequence[str]) -> list[str]:
     return [str(name) for name in names]
 
 
-def _path_of(name: str) -> Path:
+def path_of(name: str) -> Path:
+    """The folder of that name, or the hub's copy of an adapter owner/name; raises as :func:`read_folders` does."""
     path = Path(name).expanduser()
     if path.is_dir():
         return path.resolve()

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lori_nb.lab.folders import path_of
 from lori_nb.lab.models import base_digest, base_kind, empty_body
 from lori_nb.lab.peft_folder import HEAD, KEY, TOP, check_plain, read_config, read_tensors, scale_of, sorted_out
 from lori_nb.lab.peft_writing import check_new, plain, portable, write_peft
@@ -138,8 +139,9 @@ def _head_tensors(adapter: Adapter, head: str | None) -> tuple[str | None, dict[
     return task, {f"{TOP}{HEAD}.{part}": plain(adapter.extras[f"head.{task}.{part}"]) for part in ("weight", "bias")}
 
 
-def import_peft(folder: Path, base_name: str) -> Adapter:
-    """Read a PEFT LoRA folder as an adapter of a base; factors become float32, which holds fp16 and bf16 exactly.
+def import_peft(folder: Path | str, base_name: str) -> Adapter:
+    """Read a PEFT LoRA folder, or a hub id owner/name, as an adapter of a base; factors become float32, which holds
+    fp16 and bf16 exactly.
 
     ``rank`` and ``alpha`` are the folder's defaults (α·√r for rsLoRA, so that α / rank is the scale); modules under
     ``rank_pattern`` or ``alpha_pattern`` have their own in their factors. Where the folder was written by this kit and
@@ -151,8 +153,9 @@ def import_peft(folder: Path, base_name: str) -> Adapter:
 
     Raises:
         ValueError: the folder is not a whole, plain LoRA folder for that base; says what was found.
+        FileNotFoundError: neither a folder nor a hub id, or a hub id and no answer from the hub.
     """
-    folder = Path(folder)
+    folder = path_of(str(folder))
     config = read_config(folder)
     tensors, about = read_tensors(folder)
     check_plain(config, own_head=isinstance(about.get("head"), str))

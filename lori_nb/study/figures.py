@@ -196,11 +196,12 @@ def heat_map(ax: Axes, matrix: pd.DataFrame, limits: tuple[float, float], form: 
     """A matrix with its numbers in the cells, in colours that colour-blind eyes can order; missing cells stay empty."""
     values = matrix.to_numpy(dtype=float)
     image = ax.imshow(values, cmap="cividis", vmin=limits[0], vmax=limits[1], aspect="auto")
+    size = min(8, 140 / len(matrix.columns))  # points: numbers of a map as wide as a page do not touch
     for (i, j), value in np.ndenumerate(values):
         if not math.isnan(value):
             r, g, b, _ = image.cmap(image.norm(value))
             ink = "black" if 0.299 * r + 0.587 * g + 0.114 * b > 0.5 else "white"  # by the luminance of the cell
-            ax.text(j, i, format(value, form), ha="center", va="center", color=ink, fontsize=8)
+            ax.text(j, i, format(value, form), ha="center", va="center", color=ink, fontsize=size)
     columns, rows = ([_in_two(str(name)) for name in names] for names in (matrix.columns, matrix.index))
     ax.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor", linespacing=0.9)
     ax.set_yticks(range(len(rows)), rows, linespacing=0.9)
@@ -264,6 +265,18 @@ def spectra(ax: Axes, table: pd.DataFrame) -> Axes:
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))  # they are counted
     ax.set_yticks(range(0, 91, 15))
     ax.set_ylim(15 * math.floor(table["low"].min() / 15), 92)
+    return ax
+
+
+def similarity(ax: Axes, table: pd.DataFrame) -> Axes:
+    """φ(i, j) over i (upwards) and j, in colours from 0 to 1."""
+    matrix = table.pivot(index="i", columns="j", values="value")
+    extent = (0.5, len(matrix.columns) + 0.5, 0.5, len(matrix) + 0.5)  # cells lie around their numbers
+    ax.imshow(matrix, cmap="cividis", vmin=0, vmax=1, origin="lower", aspect="auto", extent=extent)
+    ax.set(xlabel="j leading directions of the second", ylabel="i of the first")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+    ax.grid(visible=False)
     return ax
 
 

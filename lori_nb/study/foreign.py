@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
@@ -23,17 +22,27 @@ from lori_nb.analysis.interference import ALL, ELEMENTWISE
 from lori_nb.analysis.nulls import TOTAL, by_pair, expected, null_draws, null_set
 from lori_nb.analysis.overlap import norm, overlap_table
 from lori_nb.lab.paths import write_atomically
-from lori_nb.method.adapters import Factors, layer_number
+from lori_nb.method.adapters import Factors
 from lori_nb.study import figures, style
-from lori_nb.study.geometry import SIDES, angles_between, module_kinds, overlap_matrix, quartiles
+from lori_nb.study.geometry import (
+    SIDES,
+    angles_between,
+    overlap_matrix,
+    quartiles,
+    similarity_between,
+    with_places,
+)
 
 Adapters = Mapping[str, Mapping[str, Factors]]
 NULLS = ("independent", "given")
 MAPPED = {"cosine_size": "|cosine| of ΔW"} | {
     name: figures.MEASURE_LABELS[name] for name in ("row_overlap", "column_overlap")
 }  # what the figures show
+BESIDE = 7  # adapters that a heat map of half a page's width has room for
 PAIR = ["adapter_a", "adapter_b", "measure"]
 ABOUT = "about.json"
+TABLES = ("modules", "layers", "kinds", "pairs", "angles", "similarity")
+PRINTED = ("layers", "kinds", "pairs", "angles")  # the others have thousands of rows
 
 
 @dataclass(frozen=True)
@@ -43,16 +52,22 @@ class Interference:
     Attributes:
         modules: one row a pair, module and measure: ``value``, and the null's ``null``, ``null_low`` and ``null_high``
             (one more random draw would lie between with 95 %).
-        pairs: one row a pair and measure: ``value`` (mean over ``modules``), the null, and ``excess`` over it; with
-            "total_cosine", of the whole updates.
+        layers, kinds: the same by layer and by kind of module ("q_proj"): the mean over the modules there.
+        pairs: one row a pair and measure: ``value`` (mean over all modules of both), the null, and ``excess`` over it;
+            with "total_cosine", over all modules of both side by side.
         angles: principal angles in degrees, sorted: median and quartiles over pairs and modules, of the adapters and of
             the null.
+        similarity: φ(i, j) of :func:`~lori_nb.analysis.interference.similarity_curve`, mean over pairs and modules, of
+            the adapters and of the null.
         settings: how the null was drawn.
     """
 
     modules: pd.DataFrame
+    layers: pd.DataFrame
+    kinds: pd.DataFrame
     pairs: pd.DataFrame
     angles: pd.DataFrame
+    similarity: pd.DataFrame
     settings: dict = field(default_factory=dict)
 
 
@@ -84,36 +99,47 @@ def measured(
     pairs = by_pair(table, adapters).merge(expected(of_pairs, PAIR), on=PAIR)
     counts = table.groupby(PAIR, sort=False)["value"].count().rename("modules").reset_index()
     pairs = pairs.assign(excess=pairs["value"] - pairs["null"]).merge(counts, on=PAIR, how="left")
-    random = null_set(adapters, torch.Generator().manual_seed(seed), own)
-    angles = [angles_between(each).assign(method=name) for name, each in (("adapters", adapters), ("random", random))]
-    settings = {"null": null, "draws": draws, "seed": seed, "elementwise": elementwise}
-    spectra = quartiles(pd.concat(angles, ignore_index=True), ["method", "side", "index"])
-    return Interference(modules, pairs, spectra, settings)
+    both = {"adapters": adapters, "random": null_set(adapters, torch.Generator().manual_seed(seed), own)}
+    angles, similarity = (
+        pd.concat([of(each).assign(method=name) for name, each in both.items()], ignore_index=True)
+        for of in (angles_between, similarity_between)
+    )
+    return Interference(
+        modules,
+        *(_by(place, table, by_module) for place in ("layer", "kind")),
+        pairs,
+        quartiles(angles, ["method", "side", "index"]),
+        similarity,
+        {"null": null, "draws": draws, "seed": seed, "elementwise": elementwise},
+    )
+
+
+def _by(place: str, table: pd.DataFrame, draws: pd.DataFrame) -> pd.DataFrame:
+    """Means over the modules of a "layer" or "kind", beside those of the null's draws; outside layers there is none."""
+    keys = [*PAIR, place]
+    values = with_places(table).groupby(keys, sort=False)["value"].mean().reset_index()
+    chance = with_places(draws).groupby([*keys, "draw"], sort=False)["value"].mean().reset_index()
+    found = values.merge(expected(chance, keys), on=keys)
+    return found.astype({"layer": int}) if place == "layer" else found
 
 
 def by_place(modules: pd.DataFrame, measure: str) -> pd.DataFrame:
     """One measure by layer (NaN outside layers) and kind of module, mean over pairs: its value and its null."""
-    chosen = modules[modules["measure"] == measure]
-    kinds = module_kinds(dict.fromkeys(chosen["module"]))
-    layers = [np.nan if (n := layer_number(f".{name}")) is None else n for name in chosen["module"]]
-    table = chosen.assign(layer=layers, kind=chosen["module"].map(kinds))
+    table = with_places(modules[modules["measure"] == measure])
     return table.groupby(["layer", "kind"], sort=False, dropna=False)[["value", "null"]].mean().reset_index()
 
 
-def maps(found: Interference, names: Sequence[str]) -> Figure:
-    """Heat maps with values: each measure beside its null, pair by pair."""
-    figure, axes = figures.panels(2 * len(MAPPED), columns=2, height=0.7 + 0.3 * len(names))
-    for place, (measure, label) in enumerate(MAPPED.items()):
-        shown = axes[2 * place : 2 * place + 2]
-        matrices = {
-            title: overlap_matrix(found.pairs.assign(method="", value=found.pairs[column]), "", measure).reindex(
-                index=names, columns=names
-            )
-            for title, column in ((label, "value"), ("null", "null"))
-        }
-        figures.heat_maps(shown, matrices, "", ".3f")
-        for ax in shown if place + 1 < len(MAPPED) else ():
-            ax.tick_params(bottom=False, labelbottom=False)
+def maps(found: Interference, names: Sequence[str], measure: str) -> Figure:
+    """A heat map with values of one measure, pair by pair, beside its null; below it where there are many adapters."""
+    columns = 2 if len(names) <= BESIDE else 1
+    figure, axes = figures.panels(2, columns=columns, height=0.7 + 0.3 * len(names))
+    matrices = {
+        title: overlap_matrix(found.pairs.assign(method="", value=found.pairs[column]), "", measure).reindex(
+            index=names, columns=names
+        )
+        for title, column in ((MAPPED[measure], "value"), ("null", "null"))
+    }
+    figures.heat_maps(axes, matrices, "", ".3f")
     return figure
 
 
@@ -133,6 +159,17 @@ def places(found: Interference) -> Figure:
     for ax, (measure, label) in zip(axes, MAPPED.items(), strict=True):
         by_depth(ax, by_place(found.modules, measure)).set_ylabel(label)
     figures.shared_legend(figure)
+    return figure
+
+
+def similarity(found: Interference) -> Figure:
+    """φ(i, j) for all i and j of both sides, in colours from 0 to 1, beside the null's."""
+    figure, axes = figures.panels(2 * len(SIDES), columns=2, height=2.4)
+    shown = [(side, method) for side in SIDES for method in ("adapters", "random")]
+    for ax, (side, method) in zip(axes, shown, strict=True):
+        part = found.similarity[(found.similarity["side"] == side) & (found.similarity["method"] == method)]
+        figures.similarity(ax, part).set_title(SIDES[side] if method == "adapters" else "null")
+    figure.colorbar(axes[0].images[0], ax=axes, label="φ(i, j)")
     return figure
 
 
@@ -159,27 +196,36 @@ def check_report_folder(folder: Path, sources: Mapping[str, str]) -> Path:
     return folder
 
 
-def write_report(found: Interference, sources: Mapping[str, str], folder: Path) -> list[Path]:
-    """Tables as CSV, Parquet and LaTeX, figures, and about.json; returns the files.
+def write_report(
+    found: Interference, sources: Mapping[str, str], folder: Path, notes: Sequence[str] = ()
+) -> list[Path]:
+    """Tables as CSV and Parquet, those that fit a page as LaTeX too, figures, and about.json; returns the files.
 
     Args:
         sources: adapter → the SHA-256 of its file, in the order of rows and columns.
+        notes: what the adapters do not share, a sentence each.
     """
     check_report_folder(folder, sources)
     folder.mkdir(parents=True, exist_ok=True)
-    about = {"adapters": dict(sources), **found.settings}
+    about = {"adapters": dict(sources), **found.settings, "notes": list(notes)}
     contents: dict[str, str | bytes] = {ABOUT: json.dumps(about, indent=1)}
-    for stem, table in (("modules", found.modules), ("pairs", found.pairs), ("angles", found.angles)):
+    for stem in TABLES:
+        table: pd.DataFrame = getattr(found, stem)
         contents |= {f"{stem}.csv": table.to_csv(index=False), f"{stem}.parquet": table.to_parquet(index=False)}
-    contents["pairs.tex"] = found.pairs.to_latex(index=False, float_format="%.4f", escape=True)
+        if stem in PRINTED:
+            contents[f"{stem}.tex"] = table.to_latex(index=False, float_format="%.4f", escape=True)
     paths = []
     for name, content in contents.items():
         paths.append(folder / name)
         write_atomically(paths[-1], content)
     style.use()
     drawn = {
-        "maps": ("Interference between adapters, pair by pair, beside the null", maps(found, list(sources))),
+        f"map_{measure}": (f"{label}, pair by pair, beside the null", maps(found, list(sources), measure))
+        for measure, label in MAPPED.items()
+    }
+    drawn |= {
         "spectra": ("Principal angles between adapters, beside the null", spectra(found)),
+        "similarity": ("Subspace similarity of adapters, beside the null", similarity(found)),
         "depth": ("Interference between adapters by layer and kind of module", places(found)),
     }
     for stem, (title, figure) in drawn.items():

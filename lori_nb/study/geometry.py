@@ -8,15 +8,16 @@ overlap of rows from near r / d_in to 1.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
+from lori_nb.analysis.interference import similarity_curve
 from lori_nb.analysis.nulls import null_set
-from lori_nb.analysis.overlap import overlap_table, principal_angles
+from lori_nb.analysis.overlap import MEASURES, met, overlap_table
 from lori_nb.analysis.statistics import t_interval
 from lori_nb.lab.folders import read_folders
 from lori_nb.lab.methods import FACTORED, get_method
@@ -45,6 +46,13 @@ def module_kinds(names: Iterable[str]) -> dict[str, str]:
     paths = set(below.values())
     last = [path.rpartition(".")[2] for path in paths]
     return {name: (end if last.count(end := path.rpartition(".")[2]) == 1 else path) for name, path in below.items()}
+
+
+def with_places(table: pd.DataFrame) -> pd.DataFrame:
+    """A table with a column ``module`` and what its modules' names say: ``layer`` (NaN outside layers), ``kind``."""
+    kinds = module_kinds(dict.fromkeys(table["module"]))
+    layers = [np.nan if (n := layer_number(name)) is None else n for name in table["module"]]
+    return table.assign(layer=layers, kind=table["module"].map(kinds))
 
 
 def _reading_place(kind: str) -> int:
@@ -117,7 +125,7 @@ def adapter_sets(results: Results, seed: int) -> dict[str, dict[str, dict[str, F
     """
     settings = results.settings
     if settings.adapters:
-        given = {name: folder.factors for name, folder in read_folders(settings.adapters).items()}
+        given = {name: folder.stored for name, folder in read_folders(settings.adapters).items()}
         return {"adapters": given, null_of("adapters"): null_set(given, torch.Generator().manual_seed(seed))}
     return _beside_nulls({method: single_adapters(results, method, seed) for method in settings.method}, seed)
 
@@ -177,17 +185,21 @@ def choice_sets(results: Results, seed: int) -> dict[str, dict[str, dict[str, Fa
     return _beside_nulls(found, seed)
 
 
-def overlaps(results: Results, sets_of: Callable[[Results, int], dict] = adapter_sets) -> pd.DataFrame:
+def overlaps(
+    results: Results,
+    sets_of: Callable[[Results, int], dict] = adapter_sets,
+    measures: Sequence[str] = MEASURES,
+) -> pd.DataFrame:
     """Overlap of every pair of tasks' adapters, module by module.
 
     Args:
         sets_of: :func:`adapter_sets` or :func:`choice_sets`.
+        measures: names of registered measures.
 
-    Columns method (or the null of one), seed, adapter_a and adapter_b (tasks), module, measure (a name of
-    ``MEASURES``), value.
+    Columns method (or the null of one), seed, adapter_a and adapter_b (tasks), module, measure, value.
     """
     frames = [
-        overlap_table(adapters).assign(method=method, seed=seed)
+        overlap_table(adapters, measures).assign(method=method, seed=seed)
         for seed in results.settings.seed
         for method, adapters in sets_of(results, seed).items()
     ]
@@ -204,6 +216,27 @@ def overlap_matrix(overlaps: pd.DataFrame, method: str, measure: str) -> pd.Data
     for (a, b), value in means.items():
         matrix.loc[a, b] = matrix.loc[b, a] = value
     return matrix
+
+
+def overlap_places(overlaps: pd.DataFrame) -> pd.DataFrame:
+    """Mean magnitude over pairs of tasks and seeds by method, measure, layer and kind of module: ``value``, and
+    ``null``, that of the method's null.
+    """
+    magnitudes = with_places(overlaps).assign(value=overlaps["value"].abs())
+    keys = ["method", "measure", "layer", "kind"]
+    means = magnitudes.groupby(keys, sort=False, dropna=False)["value"].mean().reset_index()
+    of_null = {null_of(method): method for method in means["method"]}
+    chance = means[means["method"].isin(of_null)].rename(columns={"value": "null"})
+    return means.merge(chance.assign(method=chance["method"].map(of_null)), on=keys)
+
+
+def mask_overlaps(results: Results) -> pd.DataFrame:
+    """:func:`overlap_summary` of the share of a mask's entries that another task's has too, of methods with masks and
+    of their nulls, the same rows of B in other places. Empty without such a method.
+    """
+    masked = [name for name in results.settings.method if get_method(name).masked]
+    found = overlaps(results, measures=("mask_overlap",))
+    return overlap_summary(found[found["method"].isin([*masked, *map(null_of, masked)])])
 
 
 def overlap_summary(overlaps: pd.DataFrame) -> pd.DataFrame:
@@ -224,7 +257,12 @@ def overlap_summary(overlaps: pd.DataFrame) -> pd.DataFrame:
 
 def overlap_lines(overlaps: pd.DataFrame) -> list[str]:
     """One sentence a measure: every method's mean overlap beside its null's."""
-    table = overlap_summary(overlaps).pivot(index="measure", columns="method", values="value")
+    return summary_lines(overlap_summary(overlaps))
+
+
+def summary_lines(summary: pd.DataFrame) -> list[str]:
+    """:func:`overlap_lines` of a table of :func:`overlap_summary`."""
+    table = summary.pivot(index="measure", columns="method", values="value")
     methods = [name for name in table.columns if null_of(name) in table.columns]
     return [
         f"{measure.replace('_', ' ')}: "
@@ -261,12 +299,27 @@ def angle_spectra(results: Results) -> pd.DataFrame:
 def angles_between(adapters: Mapping[str, Mapping[str, Factors]]) -> pd.DataFrame:
     """Principal angles of every pair of adapters, in every module of both: columns side, index, ``angle`` (degrees)."""
     rows = []
-    for f, g in itertools.combinations(adapters.values(), 2):
-        for module in (name for name in f if name in g):
-            for side, X, Y in (("A", f[module].A.T, g[module].A.T), ("B", f[module].B, g[module].B)):
-                angles = np.degrees(principal_angles(X, Y).numpy())
-                rows += [(side, place, angle) for place, angle in enumerate(angles, 1)]
+    for _, _, _, pair in met(adapters):
+        for side, angles in (("A", pair.row_angles), ("B", pair.column_angles)):
+            rows += [(side, place, angle) for place, angle in enumerate(np.degrees(angles.numpy()), 1)]
     return pd.DataFrame(rows, columns=["side", "index", "angle"])
+
+
+def similarity_between(adapters: Mapping[str, Mapping[str, Factors]]) -> pd.DataFrame:
+    """φ(i, j) of :func:`~lori_nb.analysis.interference.similarity_curve`: columns side, i, j and ``value``, the mean
+    over the pairs and modules with so many directions. j counts those of the adapter that comes second.
+    """
+    most = max(len(f.A) for modules in adapters.values() for f in modules.values())
+    sums, counts = (np.zeros((len(SIDES), most, most)) for _ in range(2))
+    for _, _, _, pair in met(adapters):
+        for place, side in enumerate(("rows", "columns")):
+            curve = similarity_curve(pair.f, pair.g, side).numpy()
+            where = (place, *map(slice, curve.shape))
+            sums[where] += curve
+            counts[where] += 1
+    known = np.argwhere(counts)
+    table = pd.DataFrame(known + [0, 1, 1], columns=["side", "i", "j"])
+    return table.assign(side=table["side"].map(dict(enumerate(SIDES))), value=sums[counts > 0] / counts[counts > 0])
 
 
 def quartiles(angles: pd.DataFrame, keys: list[str]) -> pd.DataFrame:

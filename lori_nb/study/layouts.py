@@ -17,6 +17,8 @@ from lori_nb.study import (
     figures_lori,
     figures_merging,
     figures_sequences,
+    foreign,
+    functional,
     geometry,
     mergeability,
 )
@@ -85,6 +87,29 @@ def angles(table: pd.DataFrame) -> Figure:
     figure, axes = figures.panels(len(geometry.SIDES))
     for ax, (side, title) in zip(axes, geometry.SIDES.items(), strict=True):
         figures.spectra(ax, table[table["side"] == side]).set_title(title)
+    figures.shared_legend(figure)
+    return figure
+
+
+def moved_activations(table: pd.DataFrame) -> Figure:
+    """How far each task's adapter moves another task's activations, a heat map a method."""
+    names = list(dict.fromkeys(table["method"]))
+    matrices = {title_of(name): functional.functional_matrix(table, name) for name in names}
+    figure, axes = figures.panels(len(names), columns=3, height=2.6)
+    figures.heat_maps(axes, matrices, "‖ΔWⱼ x‖ / ‖ΔWᵢ x‖")
+    figure.supxlabel("adapter j", fontsize=9)
+    figure.supylabel("activations of task i", fontsize=9)
+    return figure
+
+
+def depth(places: pd.DataFrame, measure: str) -> Figure:
+    """A measure by layer, a line a kind of module, beside its null, a panel a method."""
+    chosen = places[places["measure"] == measure]
+    names = list(dict.fromkeys(chosen["method"]))
+    figure, axes = figures.panels(len(names), columns=1, height=2.1)
+    for ax, name in zip(axes, names, strict=True):
+        foreign.by_depth(ax, chosen[chosen["method"] == name]).set_title(title_of(name))
+        ax.set_ylabel(figures.MEASURE_LABELS[measure])
     figures.shared_legend(figure)
     return figure
 

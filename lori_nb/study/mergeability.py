@@ -95,7 +95,7 @@ def pair_overlaps(results: Results) -> pd.DataFrame:
 
 
 def _kept(compute, results: Results, seed: int, runs: Mapping[str, Run]) -> pd.DataFrame:
-    key = [RECIPE, MEASURES, DRAWS, seed, {task: run.hash for task, run in runs.items()}]
+    key = [RECIPE, MEASURES, DRAWS, ROWS, seed, {task: run.hash for task, run in runs.items()}]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     path = data_folder() / "cache" / "overlaps" / f"{name}.parquet"
     if path.exists():
@@ -149,8 +149,9 @@ def correlations(pairs: pd.DataFrame) -> pd.DataFrame:
     """Rank correlation of excess overlap and loss over ordered pairs, a row a method and measure.
 
     Columns method, measure, ``value`` (Spearman, mean over seeds) with ``low`` and ``high`` (95 %, adapters and seeds
-    drawn again), ``p`` (adapters permuted), ``n`` adapters, pairs and seeds; ``within`` and ``within_p`` the same
-    without main effects: how sensitive each task and how strong each adapter is in all its pairs.
+    drawn again), ``p`` (adapters permuted) and ``chance_low`` and ``chance_high`` (between which 95 % of these
+    permutations lie), ``n`` adapters, pairs and seeds; ``within`` and ``within_p`` the same without main effects: how
+    sensitive each task and how strong each adapter is in all its pairs.
     """
     rows = []
     for (method, measure), part in pairs.groupby(["method", "measure"], sort=False):
@@ -163,11 +164,12 @@ def correlations(pairs: pd.DataFrame) -> pd.DataFrame:
         rows.append(
             {"method": method, "measure": measure}
             | as_columns(interval, "adapters")
-            | {"p": tested.p, "within": within.correlation, "within_p": within.p}
+            | {"p": tested.p, "chance_low": tested.low, "chance_high": tested.high}
+            | {"within": within.correlation, "within_p": within.p}
             | {"pairs": len(tasks) * (len(tasks) - 1), "seeds": len(x)}
         )
-    columns = ["method", "measure", "value", "low", "high", "n", "of", "p", "within", "within_p", "pairs", "seeds"]
-    return pd.DataFrame(rows, columns=columns)
+    columns = ["method", "measure", "value", "low", "high", "n", "of", "p", "chance_low", "chance_high"]
+    return pd.DataFrame(rows, columns=[*columns, "within", "within_p", "pairs", "seeds"])
 
 
 def stacked(part: pd.DataFrame, tasks: Sequence[str], column: str) -> np.ndarray:
@@ -185,8 +187,8 @@ def correlation_lines(found: pd.DataFrame) -> list[str]:
         best = part.loc[part["value"].abs().idxmax()]
         lines.append(
             f"{title_of(method)}: of {len(part)} measures, {SHOWN[best['measure']]} goes along most with the loss, "
-            f"ρ = {text_of(best)} over {int(best['n'])} adapters, p = {best['p']:.3f} (not corrected for "
-            f"{len(part)} measures)."
+            f"ρ = {text_of(best)} over {int(best['n'])} adapters; adapters exchanged give {best['chance_low']:.2f} to "
+            f"{best['chance_high']:.2f}, p = {best['p']:.3f} (not corrected for {len(part)} measures)."
         )
     return lines
 
@@ -195,7 +197,8 @@ def readable(found: pd.DataFrame) -> pd.DataFrame:
     """The table of :func:`correlations` as people read it: a row a method and measure."""
     text = [text_of(row) for _, row in found.iterrows()]
     table = pd.DataFrame({"method": found["method"].map(title_of), "measure": found["measure"].map(SHOWN)})
-    table = table.assign(**{"ρ [95 %]": text})
+    chance = [f"{row['chance_low']:.2f} to {row['chance_high']:.2f}" for _, row in found.iterrows()]
+    table = table.assign(**{"ρ [95 %]": text, "adapters exchanged": chance})
     for name in ("p", "within", "within_p"):
         table[name.replace("_", " ")] = found[name].map("{:.3f}".format)
     counts = [f"{r.n} adapters, {r.pairs} pairs, {r.seeds} seed{'s' * (r.seeds > 1)}" for r in found.itertuples()]

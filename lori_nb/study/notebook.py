@@ -35,7 +35,7 @@ from lori_nb.study.plans import PLANS
 from lori_nb.study.profiles import load_settings
 from lori_nb.study.settings import Settings
 from lori_nb.study.stored import BATCH, record
-from lori_nb.study.summary import seeds_text, with_intervals
+from lori_nb.study.summary import latex, seeds_text
 
 COLUMNS = ("study", "run", "kind", "method", "trained_on", "after", "task", "seed", "split", "metric", "value", "n")
 SETTING_COLUMNS = ("majority", "sparsity", "shots", "merge", "weight", "trainable_parameters")
@@ -96,15 +96,13 @@ class Results:
         style.save(figure, figures_folder() / slug(self.settings), f"{self.name}_{name}", about)
 
     def keep_table(self, table: pd.DataFrame, name: str) -> None:
-        """Save a table beside the figures as ``<notebook>_<name>`` .csv and .tex, its provenance in the LaTeX.
-
-        In the LaTeX an interval stands behind its value, in one column: "0.66 [0.59, 0.72]".
+        """Save a table beside the figures as ``<notebook>_<name>`` .csv and .tex (:func:`summary.latex`), its
+        provenance in the LaTeX.
         """
         folder = figures_folder() / slug(self.settings)
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / f"{self.name}_{name}.csv", table.to_csv(index=False, float_format="%.10g"))
-        latex = with_intervals(table).to_latex(index=False, float_format="%.3f", escape=True)
-        write_atomically(folder / f"{self.name}_{name}.tex", f"% {self.provenance}\n{latex}")
+        write_atomically(folder / f"{self.name}_{name}.tex", f"% {self.provenance}\n{latex(table)}")
 
     def __str__(self) -> str:
         return self.line

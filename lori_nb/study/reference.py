@@ -32,6 +32,7 @@ from lori_nb.study.joint_arms import JOINT
 from lori_nb.study.measuring import command_of, results_of
 from lori_nb.study.notebook import Results, collect, slug
 from lori_nb.study.settings import Settings
+from lori_nb.study.summary import latex
 
 FORESTS = {  # name → question of the arms, the notebook whose plan holds them, and the methods that stand with them
     "baselines": ("baseline", "01_lori", ()),
@@ -42,12 +43,13 @@ OF_ADAPTERS = {  # not told by scores alone
     "05_merging": reference_merging,
     "06_forgetting": reference_interference,
 }
+PRINTED = 200  # rows of the longest table that is written as LaTeX too
 
 
 def write_reference(settings: Settings, notebooks: Sequence[str], root: Path = PROJECT) -> list[Path]:
-    """Tables (CSV) and figures of the notebooks' runs that the ledger holds, below ``figures/reference/<slug>/``, which
-    names the profile and other tasks than its own, and the sections on them (:mod:`lori_nb.study.reference_text`);
-    returns the files. What an earlier call wrote of other notebooks stays.
+    """Tables (CSV, and LaTeX up to ``PRINTED`` rows) and figures of the notebooks' runs that the ledger holds, below
+    ``figures/reference/<slug>/``, which names the profile and other tasks than its own, and the sections on them
+    (:mod:`lori_nb.study.reference_text`); returns the files. What an earlier call wrote of other notebooks stays.
     """
     folder = root / "figures" / "reference" / slug(settings)
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,13 +61,16 @@ def write_reference(settings: Settings, notebooks: Sequence[str], root: Path = P
     tables["runs"] = _with_others(tables["runs"], folder / "runs.csv")
     for name, table in tables.items():
         write_atomically(folder / f"{name}.csv", table.to_csv(index=False, float_format="%.10g"))
+        if len(table) <= PRINTED:
+            write_atomically(folder / f"{name}.tex", latex(table))
     figures_of = _figures(found, tables)
     for name in here:
         makers = OF_ADAPTERS[name].drawn(found[name], tables)
         figures_of |= {each: (found[name], draw) for each, draw in makers.items()}
     drawn = [path for name, (result, draw) in figures_of.items() for path in _save(result, draw, folder, name)]
     sections = reference_text.write_sections(root, folder, command_of(settings, tuple(tables["runs"]["notebook"])))
-    return [*(folder / f"{name}.csv" for name in tables), *drawn, *sections]
+    printed = [folder / f"{name}.tex" for name, table in tables.items() if len(table) <= PRINTED]
+    return [*(folder / f"{name}.csv" for name in tables), *printed, *drawn, *sections]
 
 
 def _with_others(counts: pd.DataFrame, path: Path) -> pd.DataFrame:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from lori_nb.study import comparison, figures, geometry, layouts
+from lori_nb.study import comparison, figures, functional, geometry, layouts
 from lori_nb.study.notebook import Results
 from lori_nb.study.plans import method_specs
 from lori_nb.study.summary import markdown, readable
@@ -36,6 +36,11 @@ def tables(results: Results, here: Results) -> dict[str, pd.DataFrame]:
         found["overlap"] = pd.concat([geometry.overlap_summary(overlaps), geometry.seed_summary(here)])
         found["overlap_choices"] = geometry.overlap_summary(geometry.overlaps(here, geometry.choice_sets))
         found["angles"] = geometry.angle_spectra(here)
+        found["mask_overlap"] = geometry.mask_overlaps(here)
+        found["overlap_places"] = geometry.overlap_places(overlaps)
+        moved = functional.functional_interference(here)
+        keys = ["method", "seed", "task", "adapter"]
+        found["functional"] = moved.groupby(keys, sort=False)[["value", "null"]].mean().reset_index()
     return {name: table for name, table in found.items() if len(table)}
 
 
@@ -44,9 +49,9 @@ def drawn(results: Results, found: dict[str, pd.DataFrame]) -> dict[str, Callabl
     if "overlap" not in found:
         return {}
     pairs = found["overlap_pairs"]
-    makers = {
-        f"overlap_{measure}": lambda measure=measure: layouts.overlap_maps(pairs, measure) for measure in MEASURES
-    }
+    makers = {f"overlap_{name}": lambda name=name: layouts.overlap_maps(pairs, name) for name in MEASURES}
+    makers |= {f"depth_{name}": lambda name=name: layouts.depth(found["overlap_places"], name) for name in MEASURES}
+    makers["functional"] = lambda: layouts.moved_activations(found["functional"])
     makers["angles"] = lambda: layouts.angles(found["angles"])
     makers["overlap_choices"] = lambda: layouts.overlap_by_choice(found["overlap_choices"])
     return makers
@@ -59,7 +64,12 @@ def headline(folder: Path) -> str:
     means = pd.read_csv(folder / "overlap.csv")
     means[BOUNDS] *= 100
     table = readable(means.replace({"measure": figures.MEASURE_LABELS}), "method", "measure")
-    return f"Overlap of two tasks' adapters in percent, mean over modules and pairs of tasks:\n\n{markdown(table)}"
+    parts = ["Overlap of two tasks' adapters in percent, mean over modules and pairs of tasks:", markdown(table)]
+    masks = folder / "mask_overlap.csv"
+    words = geometry.summary_lines(pd.read_csv(masks)) if masks.exists() else []
+    if (folder / "functional.csv").exists():
+        words += functional.functional_lines(pd.read_csv(folder / "functional.csv"))
+    return "\n\n".join([*parts, " ".join(words)] if words else parts)
 
 
 def text(folder: Path) -> str:

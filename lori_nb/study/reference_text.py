@@ -57,7 +57,10 @@ def page(folder: Path, command: str) -> str:
     parts += _shown(folder, here, "sparsity")
     if (costs := _read(folder, "baseline_costs")) is not None:
         parts += ["What training a run costs on the tasks of the baselines, and the mean score there:", _costs(costs)]
-    for made, figures in ((reference_overlap, ("overlap*", "angles")), (reference_merging, ("merge*", "pairs"))):
+    for made, figures in (
+        (reference_overlap, ("overlap*", "depth*", "angles", "functional")),
+        (reference_merging, ("merge*", "pairs")),
+    ):
         if words := made.text(folder):
             parts += [words, *_shown(folder, here, *figures)]
     if (recovered := _read(folder, "recovery")) is not None:

@@ -194,6 +194,11 @@ def with_intervals(table: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
     return table.assign(value=text).drop(columns=["low", "high"])
 
 
+def latex(table: pd.DataFrame) -> str:
+    """A table as LaTeX; an interval stands behind its value, in one column: "0.662 [0.593, 0.721]"."""
+    return with_intervals(table).to_latex(index=False, float_format="%.3f", escape=True)
+
+
 def readable(summary: pd.DataFrame, rows: str | Sequence[str], columns: str, digits: int = 2) -> pd.DataFrame:
     """A summary as a table of text, value [interval]: ``rows`` down, ``columns`` with their n across."""
     if summary.empty:
