@@ -81,7 +81,8 @@ def _decomposed(X: Tensor, name: str) -> tuple[Tensor, Tensor, int]:
     Q, triangle = torch.linalg.qr(X.detach().to(torch.float64))  # then the decomposition is of p × p, many times faster
     U, singular, Vh = torch.linalg.svd(triangle, full_matrices=False)
     rank = numerical_rank(singular, max(X.shape))
-    return Q @ U[:, :rank], singular[:rank, None] * Vh[:rank], min(rank, real_rank(singular, X.dtype))
+    basis = (U[:, :rank].T @ Q.T).T  # as Q @ U, ten times faster on a CPU: LAPACK's Q lies column by column
+    return basis, singular[:rank, None] * Vh[:rank], min(rank, real_rank(singular, X.dtype))
 
 
 def real_rank(singular: Tensor, dtype: torch.dtype) -> int:
