@@ -92,7 +92,8 @@ def interference_against_forgetting(ax: Axes, table: pd.DataFrame) -> Axes:
         ax.plot(part["interference"], part["lost"], alpha=0.4, markersize=3, **look)
         ax.plot(part["interference"].mean(), part["lost"].mean(), label=title_of(way), **look)
     ax.set(xlabel="length of later updates / first update, on the first task", ylabel="first task: score lost")
-    ax.set_title(f"n = {table['seed'].nunique()} seeds")
+    seeds = table["seed"].nunique()
+    ax.set_title("one seed" if seeds == 1 else f"n = {seeds} seeds")
     return ax
 
 

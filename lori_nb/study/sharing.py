@@ -94,6 +94,8 @@ def claimed_recovery(table: pd.DataFrame) -> str:
     if chosen.empty:
         return f"{claim} not measured here."
     row = chosen.iloc[0]
+    if row["n"] == 1:
+        return f"{claim} undecided: with one seed the gap has no interval."
     n = f"mean over tasks, n = {int(row['n'])} {row['of']}"
     if not row["shown"]:
         gap = interval_text(row["gap"], row["gap_low"], row["gap_high"], 3, signed=True)
