@@ -81,6 +81,7 @@ def test_a_gap_that_may_be_zero_is_flagged_and_bounds_nothing(table):
             {"shown": False, "gap": 0.01, "gap_low": -0.02, "gap_high": 0.04},
             r"undecided .* \+0.010 \[-0.020, \+0.040\]",
         ),
+        ({"n": 1, "shown": False}, "undecided: with one seed"),
         ({"arrangement": "pcgrad"}, "not measured here"),
     ],
 )
