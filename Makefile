@@ -34,7 +34,7 @@ study: $(READY) ## the main job: train what is missing, execute all notebooks (p
 	@LORI_NB_OWNER_PID=$$PPID $(BIN)/lori-nb study --profile quick --jobs 2
 
 test: $(READY) lint ## everything that must hold
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not gpu"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu"
 
 test-gpu: $(READY) ## the tests that need a CUDA device; they skip, saying so, where there is none
 	$(BIN)/python -m pytest -q -rs -m gpu tests/test_cuda.py

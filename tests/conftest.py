@@ -23,6 +23,11 @@ os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # where there is a GPU too; what 
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that takes longest comes first, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+
+
 @pytest.fixture(scope="session")
 def session_cache(tmp_path_factory) -> Path:
     """A cache folder for the session; its dequantized models are the project's own: making them takes a minute."""
