@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from lori_nb.analysis.statistics import interval_text
-from lori_nb.study.style import GREY, WIDTH, is_null, look_of, title_of
+from lori_nb.study.style import GREY, WIDTH, is_null, look_of, looks_of, title_of
 from lori_nb.study.summary import SHARES, n_text
 
 METRIC_LABELS = {
@@ -299,4 +299,16 @@ def verdicts(ax: Axes, judged: pd.DataFrame) -> Axes:
     ax.set_yticks(list(shown.index), [textwrap.fill(words, 40) for words in shown["measured as"]])
     ax.set(xlabel="difference of scores, rates or cosines", ylim=(-0.6, len(shown) - 0.4))
     ax.grid(axis="y", visible=False)
+    return ax
+
+
+def by_depth(ax: Axes, table: pd.DataFrame) -> Axes:
+    """A line a kind of module over layers, and its null: columns layer, kind, value and null."""
+    looks = looks_of(table["kind"].unique())
+    for kind, part in table.dropna(subset="layer").sort_values("layer").groupby("kind", sort=False):
+        ax.plot(part["layer"], part["value"], label=kind, markersize=4, **looks[kind])
+        ax.plot(part["layer"], part["null"], color=looks[kind]["color"], linestyle=":", linewidth=0.9)
+    ax.plot([], [], color=GREY, linestyle=":", linewidth=0.9, label="null, in the kind's colour")
+    ax.set_xlabel("layer")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return ax

@@ -14,16 +14,14 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from lori_nb.analysis.interference import ALL, ELEMENTWISE
 from lori_nb.analysis.nulls import TOTAL, by_pair, expected, null_draws, null_set
 from lori_nb.analysis.overlap import norm, overlap_table
 from lori_nb.lab.paths import write_atomically
 from lori_nb.method.adapters import Factors
-from lori_nb.study import figures, style
+from lori_nb.study import figures, layouts, style
 from lori_nb.study.geometry import (
     SIDES,
     angles_between,
@@ -145,11 +143,9 @@ def maps(found: Interference, names: Sequence[str], measure: str) -> Figure:
 
 def spectra(found: Interference) -> Figure:
     """Principal angles of both sides beside the null's."""
-    figure, axes = figures.panels(len(SIDES))
-    for ax, (side, title) in zip(axes, SIDES.items(), strict=True):
-        figures.spectra(ax, found.angles[found.angles["side"] == side]).set_title(title)
+    figure = layouts.angles(found.angles)
+    for ax in figure.axes:
         ax.set_ylabel("angle between adapters (degrees)")
-    figures.shared_legend(figure)
     return figure
 
 
@@ -157,7 +153,7 @@ def places(found: Interference) -> Figure:
     """Interference by depth, a line a kind of module; dotted, in its colour, the null of that kind."""
     figure, axes = figures.panels(len(MAPPED), columns=1, height=2.1)
     for ax, (measure, label) in zip(axes, MAPPED.items(), strict=True):
-        by_depth(ax, by_place(found.modules, measure)).set_ylabel(label)
+        figures.by_depth(ax, by_place(found.modules, measure)).set_ylabel(label)
     figures.shared_legend(figure)
     return figure
 
@@ -171,18 +167,6 @@ def similarity(found: Interference) -> Figure:
         figures.similarity(ax, part).set_title(SIDES[side] if method == "adapters" else "null")
     figure.colorbar(axes[0].images[0], ax=axes, label="φ(i, j)")
     return figure
-
-
-def by_depth(ax: Axes, table: pd.DataFrame) -> Axes:
-    """A line a kind of module over the layers of :func:`by_place`, and its null."""
-    looks = style.looks_of(table["kind"].unique())
-    for kind, part in table.dropna(subset="layer").sort_values("layer").groupby("kind", sort=False):
-        ax.plot(part["layer"], part["value"], label=kind, markersize=4, **looks[kind])
-        ax.plot(part["layer"], part["null"], color=looks[kind]["color"], linestyle=":", linewidth=0.9)
-    ax.plot([], [], color=style.GREY, linestyle=":", linewidth=0.9, label="null, in the kind's colour")
-    ax.set_xlabel("layer")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return ax
 
 
 def check_report_folder(folder: Path, sources: Mapping[str, str]) -> Path:

@@ -17,7 +17,6 @@ from lori_nb.study import (
     figures_lori,
     figures_merging,
     figures_sequences,
-    foreign,
     functional,
     geometry,
     mergeability,
@@ -108,7 +107,7 @@ def depth(places: pd.DataFrame, measure: str) -> Figure:
     names = list(dict.fromkeys(chosen["method"]))
     figure, axes = figures.panels(len(names), columns=1, height=2.1)
     for ax, name in zip(axes, names, strict=True):
-        foreign.by_depth(ax, chosen[chosen["method"] == name]).set_title(title_of(name))
+        figures.by_depth(ax, chosen[chosen["method"] == name]).set_title(title_of(name))
         ax.set_ylabel(figures.MEASURE_LABELS[measure])
     figures.shared_legend(figure)
     return figure
