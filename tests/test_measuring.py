@@ -103,7 +103,7 @@ def test_ways_to_share_an_adapter_are_read_from_the_ledger_without_their_runs(se
     measuring.measure(several, ["03_ortho_lora"], jobs=1)
     here = collect("03_ortho_lora", several, train=False)
     wanted, costs = conflict.conflict_map(here), sharing.arrangement_costs(here)
-    rates = conflict.conflict_rates(here)
+    rates, cosines = conflict.conflict_rates(here), conflict.task_cosines(here)
     shutil.rmtree(Store().root)
     assert measuring.measure(several, ["03_ortho_lora"], jobs=1) == [], "neither scores nor conflicts again"
     root = tmp_path / "project"
@@ -115,10 +115,14 @@ def test_ways_to_share_an_adapter_are_read_from_the_ledger_without_their_runs(se
     for column in ("between", "low", "within"):
         assert kept[column].to_numpy() == pytest.approx(wanted[column].to_numpy(), abs=1e-5)  # kept in float32
     assert kept["inside"].tolist() == wanted["inside"].tolist()
+    by_tasks = pd.read_csv(written["task_cosines.csv"])
+    assert by_tasks[["task", "other"]].to_numpy().tolist() == cosines[["task", "other"]].to_numpy().tolist()
+    assert by_tasks["value"].to_numpy() == pytest.approx(cosines["value"].to_numpy(), abs=1e-6) and len(by_tasks) == 3
     of_ledger = conflict.excess_conflict(conflict_records.kept_of(several, "joint"))[0]
     assert of_ledger.mean == pytest.approx(conflict.excess_conflict(rates)[0].mean, abs=1e-6)
     assert {"recovery.pdf", "conflict_map.svg", "arrangements.csv", "recovery.csv"} <= set(written)
     text = readme.read_text()
+    assert "| single − joint |" in page.read_text() and "| Ortho-LoRA − joint |" in page.read_text()
     assert "conflict_map.png" in page.read_text() and "| Ortho-LoRA |" in page.read_text()
     assert "of other tasks" in text and "old" not in text and "| Ortho-LoRA |" in text
     for name in ("recovery", "conflict_map"):

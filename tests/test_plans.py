@@ -374,6 +374,7 @@ def test_tasks_see_as_many_rows_and_steps_together_as_alone(tasks, rows):
     assert rows_per_task(settings) == (rows, rows) and settings.steps == settings.joint_steps
     assert len(settings.seed) == 5
     others, many = len(settings.joint_arms) - 2, len(settings.tasks)  # beside joint training and Ortho-LoRA
+    others += many  # an adapter a task of twice the steps
     planned = PLANS["03_ortho_lora"](settings)
     assert len(set(planned)) == 5 * (many + 2) + len(settings.arm_seed) * others
     if tasks is not None:

@@ -23,7 +23,7 @@ from lori_nb.lab.telemetry import HALVES
 from lori_nb.method.adapters import layer_number
 from lori_nb.study import claims, conflict, geometry, notebook, questions, sharing, summary
 from lori_nb.study.cells import joint, single
-from lori_nb.study.joint_arms import JOINT_ARMS, arrangement_specs, joint_arm_spec
+from lori_nb.study.joint_arms import JOINT_ARMS, arrangement_specs, arrangements, joint_arm_spec
 from lori_nb.study.profiles import load_settings
 from lori_nb.study.style import null_of, seeds_of
 
@@ -368,9 +368,13 @@ def test_where_gradients_conflict(results, settings):
     between = own[own["task"].astype(str) != own["other"].astype(str)].astype({"tensor": str})
     here = between[between["tensor"].str.contains(rf"\.{last['layer']}\..*\.{last['factor']}$")]
     assert last["between"] == pytest.approx(here["value"].mean())
-    matrix = conflict.cosine_matrix(results)
+    pairs = conflict.task_cosines(results)
+    matrix = conflict.matrix_of(pairs, settings.tasks)
     assert list(matrix.index) == list(matrix.columns) == list(settings.tasks)
     assert np.allclose(matrix, matrix.T) and matrix.abs().to_numpy().max() <= 1
+    looks = kept[(kept["measure"] == HALVES) & (kept["task"] == "chain_sum") & (kept["other"] == "refusal")]
+    found = matrix.loc["chain_sum", "refusal"]
+    assert found == pytest.approx(looks["value"].mean()) and (pairs["n"] == 1).all()
     change = conflict.changes(results).groupby("arrangement")["value"].max()
     assert change["joint"] == 0 < change["ortho-lora"]
     removed = conflict.removed_shares(results).set_index("arrangement")
@@ -381,7 +385,7 @@ def test_batches_of_one_row_a_task_leave_conflicts_unmeasured(results, monkeypat
     monkeypatch.setattr(conflict, "HALVES", "a measure that no run has")
     rates = conflict.conflict_rates(results)
     assert rates.empty and conflict.excess_conflict(rates) is None
-    assert conflict.conflict_map(results).empty and conflict.cosine_matrix(results).empty
+    assert conflict.conflict_map(results).empty and conflict.task_cosines(results).empty
     assert conflict.conflict_summary(rates, ["module", "pairs"]).empty
     judged = claims.judged(results).set_index("measured as")
     assert judged.loc["conflict rate between tasks − ½ (unrelated gradients)", "verdict"] == "not measured"
@@ -403,10 +407,11 @@ def test_every_way_to_share_an_adapter_is_a_run_of_its_own(settings):
     every = replace(settings, joint_arms=tuple(JOINT_ARMS), learning_rate={**settings.learning_rate, "pcgrad": 0.123})
     specs = {name: joint_arm_spec(every, name, 0) for name in every.joint_arms}
     assert len(set(specs.values())) == len(JOINT_ARMS)
-    its_own = {"method", "options", "rank", "alpha", "learning_rate"}
+    its_own = {"method", "options", "rank", "alpha", "learning_rate", "steps"}
     for name, spec in specs.items():  # the same rows in the same order, steps, batch and schedule for every way
         differ = {f.name for f in fields(spec) if getattr(spec, f.name) != getattr(specs["joint"], f.name)}
         assert differ <= its_own and (spec.rank == specs["joint"].rank) == (name != "joint-wide"), name
+        assert spec.steps == (2 if name.endswith("-longer") else 1) * specs["joint"].steps
     assert {spec.tasks for spec in specs.values()} == {settings.tasks}
     assert specs["pcgrad"].learning_rate == 0.123 and specs["upgrad"].learning_rate == specs["ortho-lora"].learning_rate
     wide = specs["joint-wide"]
@@ -416,10 +421,32 @@ def test_every_way_to_share_an_adapter_is_a_run_of_its_own(settings):
         load_settings("smoke", joint_arms=["jiont"])
     with pytest.raises(ValueError, match="joint_arms must hold 'joint'.*; found ortho-lora"):
         load_settings("smoke", joint_arms=["ortho-lora"])
-    labels = {name: spec.label for name, spec in specs.items() if name != "joint-wide"}
+    with pytest.raises(ValueError, match="joint_arms must hold 'joint-longer'.*; found joint, ortho-lora-longer"):
+        load_settings("smoke", joint_arms=["joint", "ortho-lora-longer"])
+    labels = {name: spec.label for name, spec in specs.items() if not name.endswith("-longer")}
     assert len(set(labels.values())) == len(labels) and "solver gradvac" in labels["gradvac"]
     own = joint_arm_spec(replace(settings, joint_arms=("joint", "mgda")), "mgda", 0)  # any solver by its name
     assert dict(own.options) == {"solver": "mgda"} and own.method == "ortho-lora"
+
+
+def test_ways_of_twice_the_steps_have_a_gap_of_their_own(settings, results):
+    longer = replace(settings, joint_arms=("joint", "ortho-lora", "joint-longer", "ortho-lora-longer"))
+    specs = arrangement_specs(longer, 0)
+    assert list(specs) == ["single", "single-longer", *longer.joint_arms] == arrangements(longer)
+    assert {s.steps for s in specs["single-longer"]} == {2 * settings.steps_on(task) for task in settings.tasks}
+    # scores of the plain ways in place of the longer ones: the same shares of another gap
+    plain = {f"{name}-longer": specs[name] for name in ("single", "joint", "ortho-lora")}
+    pairs = [pair for name, ours in plain.items() for pair in zip(specs[name], ours, strict=True)]
+    stand_in = {results.hash_of(spec): results.run(own) for spec, own in pairs}
+    both = replace(results, settings=longer, runs=results.runs | stand_in)
+    table = sharing.gap_recovery(both).set_index(["arrangement", "task"])["value"]
+    assert table["ortho-lora-longer"].equals(table["ortho-lora"]) and "joint-longer" not in table
+    told = sharing.claimed_recovery(sharing.gap_recovery(both))
+    assert told.count("undecided") == 2 and "With twice the steps it is undecided" in told
+    asked = sharing.gaps(both).set_index("difference")["value"]
+    assert asked["LoRA, joint, twice the steps − joint"] == 0
+    alone = "LoRA, one adapter a task, twice the steps"
+    assert asked[f"{alone} − LoRA, joint, twice the steps"] == pytest.approx(asked["single − joint"])
 
 
 def test_merges(results, settings):

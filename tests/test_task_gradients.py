@@ -133,6 +133,21 @@ def test_training_goes_on_task_by_task_where_rows_cannot_be_told_apart(base, mon
     assert torch.equal(losses, expected.step(0)[0])
 
 
+def test_a_process_without_rows_sees_such_a_model_too_and_adds_nothing(base, monkeypatch, always_together):
+    """Else it would sum all tasks at once where the others sum one after another."""
+    monkeypatch.setattr(gradients_module.distributed, "share", lambda pieces: [])
+    idle = Prepared(SPECS["lora"](base))
+    losses, _ = idle.step(0)
+    assert idle.loop.together and torch.equal(losses, torch.zeros(2))
+
+    def refuse(live, sizes):
+        raise NotByRowsError("as a model that flattens its rows")
+
+    monkeypatch.setattr(gradients_module, "by_task", refuse)
+    idle = Prepared(SPECS["lora"](base))
+    assert torch.equal(idle.step(0)[0], torch.zeros(2)) and not idle.loop.together
+
+
 # A model
 
 

@@ -186,9 +186,9 @@ def _own_share(base, body, group, named: Mapping[str, Tensor], rows: int | None,
     """
     everything = [(place, i) for place, (_, indices, _) in enumerate(group) for i in indices]
     pieces = distributed.share(micro_batches(everything, rows, distributed.count()))
-    if not pieces:
-        zeros = {name: _zeros(name, p, len(group)) for name, p in named.items()}
-        return {LOSSES: torch.zeros(len(group), device=base.device)} | zeros
+    if not pieces:  # one row all the same: a model whose modules do not see rows must show that to every process
+        found = _of_piece(base, body, group, everything[:1], named, live)
+        return {name: torch.zeros_like(each) for name, each in found.items()}
     terms = (_of_piece(base, body, group, piece, named, live) for piece in pieces)
     return distributed.tree_sum(terms, lambda one, other: {name: one[name] + other[name] for name in one})
 

@@ -106,6 +106,7 @@ class RunSpec:
         after = f" after {'+'.join(self.start.tasks)}" if self.start else ""
         told = {"subspace": "independent", "mask_scope": "model", "mask_origin": "same-a", "mask_structure": "entries"}
         after += "".join(f" · {getattr(self, name)}" for name, usual in told.items() if getattr(self, name) != usual)
+        after += f" · rank {self.rank}" if self.rank != RunSpec.rank else ""
         after += f" · first {self.stop_after} steps" if self.stop_after else ""
         after += "".join(f" · {name} {value}" for name, value in self.options)
         after += f" · weights {':'.join(f'{w:g}' for w in self.task_weights)}" if self.task_weights else ""

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from lori_nb.method.conflicts import Conflicts
 
-RECIPE = 1  # raise when the same gradients leave another record
+RECIPE = 2  # raise when the same gradients leave another record
 LOOKS = 20  # at least so many steps of a run split their batches in halves, evenly spread; all of a shorter run
 COLUMNS = ("step", "tensor", "measure", "task", "other", "value")
 COSINE, BLOCKS, HALVES = "cosine", "cosine of blocks", "cosine of halves"
-REMOVED, CHANGE = "removed", "change"
+REMOVED, CHANGE, RATE = "removed", "change", "conflict rate"
 
 
 @dataclass
@@ -89,6 +89,8 @@ class Telemetry:
 
         - "cosine", "cosine of blocks": between two tasks' gradients;
         - "cosine of halves": between halves of tasks' batches, within a task where ``task`` is ``other``;
+        - "conflict rate": the share of task pairs with a negative cosine, in the solver's blocks where these are larger
+          than tensors, without tasks;
         - "removed": the share of the tasks' gradient norm that projection took away, without tasks;
         - "change": ‖∇ − S‖ / ‖S‖, S what joint training would have taken and ∇ what was taken, without tasks. It is no
           share removed: two gradients of equal norm at an obtuse angle add up to a longer one after projection.
@@ -96,14 +98,19 @@ class Telemetry:
         halves = [task for task in self.tasks for _ in range(2)]
         between, none = _pairs(self.tasks), [(None, None)]
         owners = {COSINE: between, BLOCKS: between, HALVES: _pairs(halves), REMOVED: none, CHANGE: none}
-        frames = [self._frame(measure, pairs) for measure, pairs in owners.items() if measure in self.kept]
+        kept = [(measure, pairs) for measure, pairs in owners.items() if measure in self.kept]
+        frames = [self._frame(measure, self._values(measure), measure, pairs) for measure, pairs in kept]
+        if COSINE in self.kept:
+            worked_on = BLOCKS if BLOCKS in self.kept else COSINE
+            frames.append(self._frame(RATE, _rates(self._values(worked_on)), worked_on, none))
         table = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(COLUMNS))
         return table.astype({name: "category" for name in ("tensor", "measure", "task", "other")})
 
-    def _frame(self, measure: str, owners: Sequence[tuple]) -> pd.DataFrame:
-        levels = [self.steps[measure], self.names[measure], range(len(owners))]
+    def _frame(self, measure: str, values: Tensor, like: str, owners: Sequence[tuple]) -> pd.DataFrame:
+        """``values`` (steps × G × owners) as rows, at the steps and in the tensors or blocks of measure ``like``."""
+        levels = [self.steps[like], self.names[like], range(len(owners))]
         index = pd.MultiIndex.from_product(levels, names=["step", "tensor", "pair"])
-        frame = pd.DataFrame({"value": self._values(measure).flatten().numpy()}, index=index).reset_index()
+        frame = pd.DataFrame({"value": values.flatten().numpy()}, index=index).reset_index()
         task, other = zip(*owners, strict=True)
         frame["task"], frame["other"] = (pd.Series(names).take(frame["pair"]).to_numpy() for names in (task, other))
         return frame.assign(measure=measure)[list(COLUMNS)]
@@ -114,6 +121,11 @@ def relative_change(taken: Mapping[str, Tensor], whole: Mapping[str, Tensor]) ->
     norms = torch._foreach_norm(list(whole.values()))
     gaps = torch._foreach_norm([taken[name] - each for name, each in whole.items()])
     return torch.stack(gaps) / torch.stack(norms)
+
+
+def _rates(cosines: Tensor) -> Tensor:
+    """(… × pairs) → (…): the share of negative ones among those that are defined, NaN where none is."""
+    return (cosines < 0).sum(-1) / (~cosines.isnan()).sum(-1)
 
 
 def _upper(cosines: Tensor) -> Tensor:

@@ -53,7 +53,12 @@ def with_places(table: pd.DataFrame) -> pd.DataFrame:
         }
     )
     table = table.astype({"tensor": object, "task": object, "other": object}).merge(of_tensor, on="tensor")
-    return table.assign(pairs=np.where(table["task"] == table["other"], WITHIN, BETWEEN))
+    return table.assign(pairs=kinds_of_pair(table))
+
+
+def kinds_of_pair(table: pd.DataFrame) -> np.ndarray:
+    """ "within" for a row whose two tasks are one, else "between"."""
+    return np.where(table["task"] == table["other"], WITHIN, BETWEEN)
 
 
 def conflict_rates(results: Results) -> pd.DataFrame:
@@ -109,19 +114,39 @@ def conflict_line(rates: pd.DataFrame) -> str:
     return f"Gradients of different tasks conflict {told} unrelated ones would: rate between tasks − ½ = {bounds}."
 
 
-def cosine_matrix(results: Results, arrangement: str = JOINT) -> pd.DataFrame:
-    """Mean cosine between half batches' gradients, task by task; the diagonal is within a task: what noise leaves of 1.
-
-    Over all tensors, looks and seeds.
-    """
+def task_cosines(results: Results, arrangement: str = JOINT) -> pd.DataFrame:
+    """:func:`by_tasks` of one way to learn all tasks."""
     table = recorded(results, HALVES)
-    table = table[table["arrangement"] == arrangement]
-    if table.empty:
+    return by_tasks(table[table["arrangement"] == arrangement])
+
+
+def by_tasks(table: pd.DataFrame) -> pd.DataFrame:
+    """Cosines of half batches by pair of tasks, over all tensors and looks; a task's with itself is what noise leaves.
+
+    Args:
+        table: columns seed, task, other and value; a record that keeps means has ``n``, how many each is taken over.
+
+    Returns:
+        Columns task, other, value (the mean), low and high (a t interval over seeds), n, of.
+    """
+    counts = table["n"] if "n" in table else pd.Series(1.0, index=table.index)
+    weighted = table.assign(total=table["value"] * counts, count=counts)
+    sums = weighted.groupby(["task", "other", "seed"], sort=False)[["total", "count"]].sum()
+    means = (sums["total"] / sums["count"]).rename("value").reset_index()
+    rows = []
+    for (task, other), part in means.groupby(["task", "other"], sort=False):
+        rows.append({"task": task, "other": other} | as_columns(t_interval(part["value"]), "seeds"))
+    return pd.DataFrame(rows, columns=["task", "other", "value", "low", "high", "n", "of"])
+
+
+def matrix_of(pairs: pd.DataFrame, tasks: Sequence[str]) -> pd.DataFrame:
+    """A table of :func:`by_tasks` as a symmetric matrix, in the order of ``tasks``; empty where there is none."""
+    if pairs.empty:
         return pd.DataFrame()
-    turned = table.rename(columns={"task": "other", "other": "task"})
-    both = pd.concat([table, turned[turned["task"] != turned["other"]]])
-    wide = both.pivot_table(index="task", columns="other", values="value", aggfunc="mean")
-    order = [task for task in results.settings.tasks if task in wide.index]
+    turned = pairs.rename(columns={"task": "other", "other": "task"})
+    both = pd.concat([pairs, turned[turned["task"] != turned["other"]]])
+    wide = both.pivot(index="task", columns="other", values="value")
+    order = [task for task in tasks if task in wide.index]
     return wide.loc[order, order].rename_axis(index=None, columns=None)
 
 

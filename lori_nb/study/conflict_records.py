@@ -1,8 +1,8 @@
-"""What the ledger keeps of conflicts between tasks' gradients: cosines of half batches by step, layer and factor.
+"""What the ledger keeps of conflicts between tasks' gradients: cosines of half batches by step, layer, factor, tasks.
 
-A run's own record (:mod:`lori_nb.lab.telemetry`) holds every tensor and pair of tasks at every step, a hundred times as
-much, and stays with the run. The files under ``figures/reference/ledger/conflicts`` are append-only, keyed by run hash,
-and enough for the conflict map and for conflict rates over training, wherever the runs themselves may be.
+A run's own record (:mod:`lori_nb.lab.telemetry`) holds every tensor at every step and stays with the run. The files
+under ``figures/reference/ledger/conflicts`` are append-only, keyed by run hash, and enough for who conflicts with whom,
+where and when, wherever the runs themselves may be.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from lori_nb.lab.resolving import resolve
 from lori_nb.lab.runs import Store
 from lori_nb.lab.specs import Spec
 from lori_nb.lab.telemetry import HALVES
-from lori_nb.study.conflict import with_places
+from lori_nb.study.conflict import kinds_of_pair, with_places
 from lori_nb.study.joint_arms import joint_arm_spec
 from lori_nb.study.settings import Settings
 
-CELL = ["step", "layer", "factor", "pairs"]
+CELL = ["step", "layer", "factor", "task", "other"]
 COLUMNS = ["run", *CELL, "value", "rate", "n"]
 
 
@@ -34,14 +34,14 @@ def records_folder() -> Path:
 
 
 def condensed(telemetry: pd.DataFrame) -> pd.DataFrame:
-    """A run's record by step, layer, factor and kind of pair ("between" tasks or "within" one).
+    """A run's record by step, layer, factor and pair of tasks, or of halves of one task's batches.
 
     Args:
         telemetry: columns of :data:`lori_nb.lab.telemetry.COLUMNS`.
 
     Returns:
         Columns of :data:`COLUMNS` but run: ``value`` the mean cosine, ``rate`` the share of negative ones, over the
-        ``n`` tensors and pairs of a cell; gradients that were zero are left out. Empty where no batch had halves.
+        ``n`` tensors and halves of a cell; gradients that were zero are left out. Empty where no batch had halves.
     """
     if telemetry.empty:
         return pd.DataFrame(columns=COLUMNS[1:])
@@ -75,8 +75,11 @@ def read() -> pd.DataFrame:
 
 
 def kept_of(settings: Settings, arrangement: str) -> pd.DataFrame:
-    """What is kept of one way to learn all tasks, its seeds together: columns of :data:`COLUMNS`, arrangement, seed."""
+    """What is kept of one way to learn all tasks, its seeds together: columns of :data:`COLUMNS`, arrangement, seed and
+    pairs ("between" tasks or "within" one).
+    """
     seeds = {resolve(joint_arm_spec(settings, arrangement, seed)).hash: seed for seed in settings.seed}
     table = read()
     chosen = table[table["run"].isin(seeds)]
-    return chosen.assign(arrangement=arrangement, seed=chosen["run"].map(seeds)).reset_index(drop=True)
+    about = {"arrangement": arrangement, "seed": chosen["run"].map(seeds), "pairs": kinds_of_pair(chosen)}
+    return chosen.assign(**about).reset_index(drop=True)

@@ -1,7 +1,8 @@
 """Ways to learn all tasks in one adapter, each a name that settings and figures use; beside them, one adapter a task.
 
 All share rows, steps and batch; a way has its own learning rate where the settings name one, else that of the plain way
-it changes.
+it changes. Ways that train twice as long are compared with each other and with an adapter a task of twice the steps:
+what is left of a gap of which one side only learns faster.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from lori_nb.lab.methods import get_method
 from lori_nb.lab.resolving import OPTIONS
 from lori_nb.lab.specs import RunSpec
 from lori_nb.method.solvers import SOLVERS
-from lori_nb.study.cells import joint, rate_of, single
+from lori_nb.study.arms import arm_spec
+from lori_nb.study.cells import joint, rate_of
 from lori_nb.study.settings import Settings
 
 SINGLE, JOINT, ORTHO = "single", "joint", "ortho-lora"
+SINGLE_LONGER, JOINT_LONGER, ORTHO_LONGER = (f"{name}-longer" for name in (SINGLE, JOINT, ORTHO))
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class JointArm:
         options: switches of the conflict solver.
         wide: with as many times the rank as there are tasks: the parameters that one adapter a task would have.
         like: whose learning rate is taken where there is no own one.
+        step_factor: times the steps of the schedule.
+        beside: the way that it is compared with.
     """
 
     name: str
@@ -36,6 +41,13 @@ class JointArm:
     options: tuple[tuple[str, str], ...] = ()
     wide: bool = False
     like: str = JOINT
+    step_factor: int = 1
+    beside: str = JOINT
+
+    @property
+    def alone(self) -> str:
+        """An adapter a task, of as many steps."""
+        return SINGLE if self.step_factor == 1 else SINGLE_LONGER
 
 
 def _solved(name: str, title: str, **options: str) -> JointArm:
@@ -53,6 +65,8 @@ JOINT_ARMS: dict[str, JointArm] = {
         _solved("gradvac", "GradVac, whole adapter", grouping="adapter", solver="gradvac"),
         JointArm("joint-lori-d", "LoRI-D, joint", "lori-d", like="lori-d"),
         JointArm("ortho-lori-d", "Ortho-LoRI-D", "ortho-lori-d", like="lori-d"),
+        JointArm(JOINT_LONGER, "LoRA, joint, twice the steps", "lora", step_factor=2),
+        JointArm(ORTHO_LONGER, "Ortho-LoRA, twice the steps", "ortho-lora", (), False, ORTHO, 2, JOINT_LONGER),
     )
 }
 
@@ -83,11 +97,12 @@ def _switched(arm: JointArm, name: str, switches: Sequence[str]) -> JointArm:
 
 
 def check_joint_arms(names: Sequence[str]) -> None:
-    """ValueError for an unknown way, or without plain joint training, which all others are compared with."""
-    for name in names:
-        get_joint_arm(name)
-    if JOINT not in names:
-        raise ValueError(f"joint_arms must hold {JOINT!r}, which others are compared with; found {', '.join(names)}")
+    """ValueError for an unknown way, or one without the way that it is compared with."""
+    for beside in dict.fromkeys((JOINT, *(get_joint_arm(name).beside for name in names))):
+        if beside not in names:
+            raise ValueError(
+                f"joint_arms must hold {beside!r}, which others are compared with; found {', '.join(names)}"
+            )
 
 
 def joint_arm_spec(settings: Settings, name: str, seed: int) -> RunSpec:
@@ -97,14 +112,25 @@ def joint_arm_spec(settings: Settings, name: str, seed: int) -> RunSpec:
     fixed = replace(settings, learning_rate={**settings.learning_rate, arm.method: rate, JOINT: rate})
     if arm.wide:  # α / r as it was
         fixed = replace(fixed, rank=settings.rank * len(settings.tasks), alpha=settings.alpha * len(settings.tasks))
+    fixed = replace(fixed, joint_steps=settings.joint_steps * arm.step_factor)
     return replace(joint(fixed, arm.method, seed), options=arm.options)
+
+
+def arrangements(settings: Settings) -> list[str]:
+    """An adapter a task, of as many steps as each way has, and the ways to learn all tasks in one."""
+    alone = dict.fromkeys((SINGLE, *(get_joint_arm(name).alone for name in settings.joint_arms)))
+    return [*alone, *settings.joint_arms]
 
 
 def arrangement_specs(settings: Settings, seed: int) -> dict[str, list[RunSpec]]:
     """For each way to learn all tasks, one spec a task: one adapter each, or one for all."""
-    alone = {SINGLE: [single(settings, "lora", task, seed) for task in settings.tasks]}
-    many = len(settings.tasks)
-    return alone | {name: [joint_arm_spec(settings, name, seed)] * many for name in settings.joint_arms}
+    alone = {SINGLE: "lora", SINGLE_LONGER: "lora-longer"}
+    return {
+        name: [arm_spec(settings, alone[name], task, seed) for task in settings.tasks]
+        if name in alone
+        else [joint_arm_spec(settings, name, seed)] * len(settings.tasks)
+        for name in arrangements(settings)
+    }
 
 
 def planned_arrangements(settings: Settings) -> list[RunSpec]:

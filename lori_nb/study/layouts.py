@@ -6,12 +6,13 @@ Each function takes tidy tables and returns a matplotlib ``Figure``; what a pane
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from lori_nb.study import (
+    conflict,
     figures,
     figures_joint,
     figures_lori,
@@ -69,6 +70,14 @@ def conflict_map(cells: pd.DataFrame) -> Figure:
     """Mean cosine between tasks by step and layer, A and B apart."""
     figure, axes = figures.panels(2, height=3.2)
     figures_joint.conflict_map(axes, cells)
+    return figure
+
+
+def task_cosines(pairs: pd.DataFrame, tasks: Sequence[str]) -> Figure:
+    """Mean cosine between every two tasks' half batches; table of :func:`lori_nb.study.conflict.by_tasks`."""
+    figure, (ax,) = figures.panels(1, columns=2, height=2.9)
+    matrix = {"cosine, joint training": conflict.matrix_of(pairs, tasks)}
+    figures.heat_maps([ax], matrix, "cosine of half batches' gradients", ".3f")
     return figure
 
 

@@ -99,8 +99,10 @@ def _tables(found: dict[str, Results]) -> dict[str, pd.DataFrame]:
         tables["sparsity"] = questions.sparsity_scores(masks)
     if (shared := found.get("03_ortho_lora")) and shared.runs:
         tables |= {"arrangements": sharing.arrangement_scores(shared), "recovery": sharing.gap_recovery(shared)}
+        tables |= {"gaps": sharing.gaps(shared)}
         tables["arrangement_costs"] = sharing.arrangement_costs(shared)
-        tables["conflicts"] = conflict.map_of(conflict_records.kept_of(shared.settings, JOINT))
+        kept = conflict_records.kept_of(shared.settings, JOINT)
+        tables |= {"conflicts": conflict.map_of(kept), "task_cosines": conflict.by_tasks(kept)}
     if sequences := found.get("06_forgetting"):
         tables |= reference_sequences.tables(sequences)
     return {name: table for name, table in tables.items() if len(table)}
@@ -121,6 +123,9 @@ def _figures(found: dict[str, Results], tables: dict[str, pd.DataFrame]) -> dict
         drawn["recovery"] = found["03_ortho_lora"], lambda: layouts.recovery(tables["recovery"])
     if "conflicts" in tables:
         drawn["conflict_map"] = found["03_ortho_lora"], lambda: layouts.conflict_map(tables["conflicts"])
+    if "task_cosines" in tables:
+        tasks = found["03_ortho_lora"].settings.tasks
+        drawn["task_cosines"] = found["03_ortho_lora"], lambda: layouts.task_cosines(tables["task_cosines"], tasks)
     if sequences := found.get("06_forgetting"):
         drawn |= {name: (sequences, draw) for name, draw in reference_sequences.drawn(sequences, tables).items()}
     return drawn

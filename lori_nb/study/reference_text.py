@@ -23,6 +23,7 @@ CAPTIONS = {
     "methods": "Points against tuned LoRA",
     "recovery": "Share of the gap that each way wins back",
     "conflict_map": "Cosine between the tasks' gradients in joint training, by step and layer",
+    "task_cosines": "Cosine between every two tasks' gradients in joint training",
 }
 RECOVERED = (
     "Share of what joint training loses against an adapter a task that each way wins back, with Fieller's interval "
@@ -65,7 +66,9 @@ def page(folder: Path, command: str) -> str:
             parts += [words, *_shown(folder, here, *figures)]
     if (recovered := _read(folder, "recovery")) is not None:
         parts += [RECOVERED, _recovered(recovered), sharing.claimed_recovery(recovered)]
-        parts += _shown(folder, here, "recovery", "conflict_map")
+        if (gaps := _read(folder, "gaps")) is not None:
+            parts += [_gaps(gaps)]
+        parts += _shown(folder, here, "recovery", "conflict_map", "task_cosines")
     parts += [words for made in SEQUENCES if (words := made.text(folder))]
     parts += _shown(folder, here, "sequence*")
     return "\n\n".join(parts)
@@ -157,6 +160,14 @@ def _recovered(table: pd.DataFrame) -> str:
         tests = ["–" if pd.isna(whole[key]) else f"{whole[key]:.3f}" for key in ("p", "detectable")]
         cells = [get_joint_arm(name).title, *shares, gap, *tests, f"{int(whole['n'])} {whole['of']}"]
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _gaps(table: pd.DataFrame) -> str:
+    lines = ["| difference, mean over tasks (points) | | n |", "|---" * 3 + "|"]
+    for row in table.itertuples():
+        value = interval_text(*(100 * bound for bound in (row.value, row.low, row.high)), 1, signed=True)
+        lines.append(f"| {row.difference} | {value} | {int(row.n)} {row.of} |")
     return "\n".join(lines)
 
 

@@ -81,6 +81,7 @@ _LOOKS = {
 }
 _TITLES = {
     "single": "LoRA, one adapter a task",
+    "single-longer": "LoRA, one adapter a task, twice the steps",
     "between": "between tasks",
     "within": "within a task (two halves of its batch)",
     "null": "null (before training)",
