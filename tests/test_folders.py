@@ -24,7 +24,10 @@ from lori_nb.analysis.overlap import total_cosine
 from lori_nb.analysis.reduced import reduced
 from lori_nb.lab.folders import not_shared, read_folders, short_names, unwrapped, write_merged
 from lori_nb.lab.interop import export_peft, import_peft
+from lori_nb.lab.models import load_base
 from lori_nb.lab.peft_writing import portability
+from lori_nb.lab.tasks import get_task
+from lori_nb.lab.text import encode_rows
 from lori_nb.method.adapter_file import load_adapter
 from lori_nb.method.adapters import Factors
 from lori_nb.study import foreign
@@ -399,11 +402,54 @@ def test_overlap_from_the_command_line(pair, tmp_path, home):
     written = {path.name for path in (tmp_path / "report").iterdir()}
     maps = [f"map_{measure}" for measure in foreign.MAPPED]
     drawn = {f"{s}.{e}" for s in (*maps, "spectra", "similarity", "depth") for e in ("pdf", "svg", "png")}
-    tables = {f"{s}.{e}" for s in foreign.TABLES for e in ("csv", "parquet")} | {f"{s}.tex" for s in foreign.PRINTED}
+    stems = [stem for stem in foreign.TABLES if stem != "functional"]  # no activations were asked for
+    printed = [stem for stem in foreign.PRINTED if stem in stems]
+    tables = {f"{s}.{e}" for s in stems for e in ("csv", "parquet")} | {f"{s}.tex" for s in printed}
     assert written == {"about.json"} | drawn | tables
-    for stem in foreign.PRINTED:
+    for stem in printed:
         rows = len(pd.read_csv(tmp_path / "report" / f"{stem}.csv"))
         assert (tmp_path / "report" / f"{stem}.tex").read_text().count(r"\\") == rows + 1
+
+
+def test_overlap_on_activations_is_the_ratio_of_what_both_adapters_add(pair, tiny_decoder, tmp_path, home):
+    out, tasks = tmp_path / "report", ("chain_sum", "refusal")
+    said = invoke("overlap", *pair, "--out", out, "--draws", 1, "--tasks", ",".join(tasks), "--rows", 3)
+    assert said.exit_code == 0, said.output
+    table = pd.read_csv(out / "functional.csv").set_index(["task", "adapter"])
+    assert set(table.index) == {("one", "two"), ("two", "one")} and (table["null"] > 0).all()
+    found, base = read_folders([str(path) for path in pair]), load_base(str(tiny_decoder))
+    for own, other, name in (("one", "two", tasks[0]), ("two", "one", tasks[1])):
+        task, ratios = get_task(name), []
+        rows = encode_rows(base.tokenizer, base.kind, tuple(task.rows("test", 3)), (), task.system)
+        for module in found["two"].factors:  # those of both
+            seen = []
+            hook = base.body.get_submodule(module).register_forward_pre_hook(
+                lambda _, x, seen=seen: seen.append(x[0][0])
+            )
+            with hook, torch.no_grad():
+                for row in rows:
+                    base.body(torch.tensor([row.ids]))
+            x = torch.cat(seen).double()
+            sizes = [(x @ found[each].factors[module].delta().double().T).norm() for each in (other, own)]
+            ratios.append(float(sizes[0] / sizes[1]))
+        assert table.loc[(own, other), "value"] == pytest.approx(np.mean(ratios), rel=1e-4)
+        assert f"{own}'s activations: {other} moves them {np.mean(ratios):.2f} times" in said.stdout
+    about = json.loads((out / "about.json").read_text())["activations"]
+    assert about == {"base": str(tiny_decoder), "tasks": dict(zip(("one", "two"), tasks, strict=True)), "rows": 3}
+    assert (out / "functional.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "refused"),
+    [
+        (["--tasks", "chain_sum"], "--tasks must name one task an adapter, 2; found chain_sum"),
+        (["--tasks", "chain_sum,gcdd"], "gcdd"),
+        (["--tasks", "chain_sum,gcd", "--base", "nowhere/none"], "nowhere/none"),
+    ],
+)
+def test_activations_that_cannot_be_had_are_refused_before_any_work(pair, tmp_path, home, words, refused):
+    said = invoke("overlap", *pair, "--out", tmp_path / "report", *words)
+    assert said.exit_code == 2 and refused in said.output and not (tmp_path / "report").exists()
 
 
 def adapters_by_hand(ranks=(3, 3, 2)) -> dict[str, dict[str, Factors]]:

@@ -22,7 +22,6 @@ measures need the dense ΔW, one module at a time.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,7 +42,6 @@ ALL = (
 ALL += ("alignment", "singular_interference", "sign_conflict", "magnitude_overlap", "mask_overlap")
 ELEMENTWISE = ("sign_conflict", "magnitude_overlap")  # these need the dense ΔW
 NORM_SHARE = 0.95  # of ‖ΔW_g‖, held by the directions that an alignment is measured against: its authors' code
-LARGEST = 0.2  # share of entries that count as large, TIES' density
 UNDEFINED = float("nan")
 
 
@@ -101,7 +99,7 @@ def singular_interference(pair: Pair) -> float:
 @measure("sign_conflict")
 def sign_conflict(pair: Pair) -> float:
     """Share of the entries (of ΔW) that are not zero in both updates whose signs differ; noise gives 0.5."""
-    products = pair.f.dense() * pair.g.dense()
+    products = pair.f.signs * pair.g.signs
     both = int(products.count_nonzero())
     return int((products < 0).sum()) / both if both else UNDEFINED
 
@@ -111,17 +109,8 @@ def magnitude_overlap(pair: Pair) -> float:
     """Share of the 20 % largest entries of one update that are among the 20 % largest of the other."""
     if pair.f.norm == 0 or pair.g.norm == 0:
         return UNDEFINED
-    f, g = (_largest(each.dense()) for each in (pair.f, pair.g))
+    f, g = pair.f.largest, pair.g.largest
     return float((f & g).sum() / min(f.sum(), g.sum()))
-
-
-def _largest(dense: Tensor) -> np.ndarray:
-    """Whether each entry is among the 20 % largest by magnitude, zeros never; of equal ones any are taken."""
-    magnitudes = dense.flatten().abs().cpu().numpy()
-    keep = min(max(1, round(LARGEST * magnitudes.size)), np.count_nonzero(magnitudes))
-    large = np.zeros(magnitudes.size, dtype=bool)
-    large[np.argpartition(magnitudes, -keep)[-keep:]] = True
-    return large
 
 
 @measure("mask_overlap")

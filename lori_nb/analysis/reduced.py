@@ -10,10 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lori_nb.method.adapters import Factors
+
+LARGEST = 0.2  # share of entries that count as large, TIES' density
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,22 @@ class Reduced:
         U, values, Vh = torch.linalg.svd(core, full_matrices=False)
         rank = numerical_rank(values, max(core.shape))
         return self.columns[:, : self.written] @ U[:, :rank], values[:rank], self.rows[:, : self.read] @ Vh[:rank].T
+
+    @cached_property
+    def signs(self) -> Tensor:
+        """−1, 0 or 1 for every entry of ΔW (d_out × d_in), int8."""
+        return self.dense().sign().to(torch.int8)
+
+    @cached_property
+    def largest(self) -> Tensor:
+        """Whether each entry of ΔW, flattened, is among the share :data:`LARGEST` of largest magnitude, zeros never; of
+        equal ones any are taken.
+        """
+        magnitudes = self.dense().flatten().abs().cpu().numpy()
+        keep = min(max(1, round(LARGEST * magnitudes.size)), np.count_nonzero(magnitudes))
+        large = np.zeros(magnitudes.size, dtype=bool)
+        large[np.argpartition(magnitudes, -keep)[-keep:]] = True
+        return torch.from_numpy(large)
 
     def dense(self) -> Tensor:
         """ΔW itself (d_out × d_in), float64, made anew at each call: for what is elementwise."""

@@ -10,8 +10,13 @@ import typer
 from lori_nb.cli.options import app, names_in, whole_hash
 from lori_nb.study.plain_errors import plain_errors
 
-if TYPE_CHECKING:  # the commands import it where they need it: it takes a second
+if TYPE_CHECKING:  # the commands import these where they need them: that takes seconds
+    from collections.abc import Mapping
+
     import torch
+
+    from lori_nb.lab.folders import Folder
+    from lori_nb.study import foreign
 
 Portable = Annotated[
     bool,
@@ -36,10 +41,16 @@ def overlap(
     elementwise: Annotated[
         bool, typer.Option("--elementwise", help="Also signs and magnitudes of entries: slow for large models.")
     ] = False,
+    tasks: Annotated[
+        str, typer.Option(help="Each adapter's own task, in their order: also how far others move its activations.")
+    ] = "",
+    base: Annotated[str, typer.Option(help="With --tasks: the base model; by default the one the folders name.")] = "",
+    rows: Annotated[int, typer.Option(min=1, help="With --tasks: of each task's test rows.")] = 16,
 ) -> None:
     """Measure interference between adapters that were trained anywhere, from their files alone.
 
-    One line a pair; in brackets, between which values random adapters lie with 95 %.
+    One line a pair; in brackets, between which values random adapters lie with 95 %. With --tasks the base model runs
+    over some rows of each task, and a line an ordered pair says how far one adapter moves another's activations.
     """
     from lori_nb.lab.folders import not_shared, read_folders
     from lori_nb.study import foreign
@@ -48,11 +59,29 @@ def overlap(
     sources = {name: folder.digest for name, folder in found.items()}
     report = foreign.check_report_folder(Path(out), sources)
     adapters = {name: folder.stored for name, folder in found.items()}
-    measured = foreign.measured(adapters, null=null, draws=draws, seed=seed, elementwise=elementwise)
+    choices = {"null": null, "draws": draws, "seed": seed, "elementwise": elementwise}
+    measured = foreign.measured(adapters, **choices, activations=_activations(found, names_in(tasks), base, rows))
     notes = not_shared(found)
     paths = foreign.write_report(measured, sources, report, notes)
     print(*foreign.lines(measured), *(f"note: {line}" for line in notes), sep="\n")
     print(*paths, sep="\n")
+
+
+def _activations(found: Mapping[str, Folder], tasks: list[str], base: str, rows: int) -> foreign.Activations | None:
+    """What --tasks, --base and --rows ask for; ValueError where it cannot be done."""
+    from lori_nb.lab.models import base_kind
+    from lori_nb.lab.tasks import get_task
+    from lori_nb.study.foreign import Activations
+
+    if not tasks:
+        return None
+    if len(tasks) != len(found):
+        raise ValueError(f"--tasks must name one task an adapter, {len(found)}; found {', '.join(tasks)}")
+    named = dict.fromkeys([base] if base else (folder.base for folder in found.values()))
+    if len(named) > 1 or "" in named:
+        raise ValueError(f"--base must be given where the folders do not name one; found {', '.join(named) or 'none'}")
+    base_kind(next(iter(named)))
+    return Activations(next(iter(named)), {name: get_task(t).name for name, t in zip(found, tasks, strict=True)}, rows)
 
 
 @app.command()

@@ -51,6 +51,8 @@ def loss_against_overlap(ax: Axes, pairs: pd.DataFrame, found: pd.DataFrame, mea
     if shown.empty:
         return nothing(ax)
     for method, part in shown.groupby("method", sort=False):
+        if part["excess"].nunique() < 2:
+            continue  # no mask has no overlap, and a frozen A none beyond its null's
         look = {key: look_of(method)[key] for key in ("color", "marker")}
         ax.plot(
             part["excess"], part["loss"], linestyle="none", markersize=2.6, alpha=0.55, label=title_of(method), **look
@@ -60,7 +62,7 @@ def loss_against_overlap(ax: Axes, pairs: pd.DataFrame, found: pd.DataFrame, mea
     ax.set_yscale("symlog", linthresh=0.1)  # some losses grow a hundredfold, most hardly
     ax.set(xlabel=f"{SHOWN.get(measure, measure)}\n(excess over the null)", ylabel="loss of i (nats)")
     rows = found[found["measure"] == measure]
-    ax.set_title("\n".join(f"{title_of(r['method'])} ρ = {text_of(r)}" for _, r in rows.iterrows()), fontsize=7)
+    ax.set_title("\n".join(f"{title_of(r['method'])} ρ = {text_of(r)}" for _, r in rows.iterrows()), fontsize=8)
     return ax
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -19,9 +19,10 @@ from matplotlib.figure import Figure
 from lori_nb.analysis.interference import ALL, ELEMENTWISE
 from lori_nb.analysis.nulls import TOTAL, by_pair, expected, null_draws, null_set
 from lori_nb.analysis.overlap import norm, overlap_table
+from lori_nb.lab.models import load_base
 from lori_nb.lab.paths import write_atomically
 from lori_nb.method.adapters import Factors
-from lori_nb.study import figures, layouts, style
+from lori_nb.study import figures, functional, layouts, style
 from lori_nb.study.geometry import (
     SIDES,
     angles_between,
@@ -32,6 +33,7 @@ from lori_nb.study.geometry import (
 )
 
 Adapters = Mapping[str, Mapping[str, Factors]]
+MOVED = "‖ΔWⱼ x‖ / ‖ΔWᵢ x‖"
 NULLS = ("independent", "given")
 MAPPED = {"cosine_size": "|cosine| of ΔW"} | {
     name: figures.MEASURE_LABELS[name] for name in ("row_overlap", "column_overlap")
@@ -39,8 +41,23 @@ MAPPED = {"cosine_size": "|cosine| of ΔW"} | {
 BESIDE = 7  # adapters that a heat map of half a page's width has room for
 PAIR = ["adapter_a", "adapter_b", "measure"]
 ABOUT = "about.json"
-TABLES = ("modules", "layers", "kinds", "pairs", "angles", "similarity")
-PRINTED = ("layers", "kinds", "pairs", "angles")  # the others have thousands of rows
+TABLES = ("modules", "layers", "kinds", "pairs", "angles", "similarity", "functional")
+PRINTED = ("layers", "kinds", "pairs", "angles", "functional")  # the others have thousands of rows
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Whose activations adapters move: those of a base model on the first test rows of each adapter's own task.
+
+    Attributes:
+        base: a name or hub id, the model that the adapters are for.
+        tasks: adapter → task.
+        rows: of each task.
+    """
+
+    base: str
+    tasks: Mapping[str, str]
+    rows: int = functional.ROWS
 
 
 @dataclass(frozen=True)
@@ -57,7 +74,9 @@ class Interference:
             the null.
         similarity: φ(i, j) of :func:`~lori_nb.analysis.interference.similarity_curve`, mean over pairs and modules, of
             the adapters and of the null.
-        settings: how the null was drawn.
+        functional: ‖ΔW_j x‖ / ‖ΔW_i x‖ on the activations x of adapter i's task, ``task`` the name of i, ``adapter``
+            that of j: ``value`` and ``null``, means over modules. Empty where no activations were asked for.
+        settings: how the null was drawn, and whose activations were moved.
     """
 
     modules: pd.DataFrame
@@ -66,16 +85,24 @@ class Interference:
     pairs: pd.DataFrame
     angles: pd.DataFrame
     similarity: pd.DataFrame
+    functional: pd.DataFrame
     settings: dict = field(default_factory=dict)
 
 
 def measured(
-    adapters: Adapters, *, null: str = "independent", draws: int = 8, seed: int = 0, elementwise: bool = False
+    adapters: Adapters,
+    *,
+    null: str = "independent",
+    draws: int = 8,
+    seed: int = 0,
+    elementwise: bool = False,
+    activations: Activations | None = None,
 ) -> Interference:
     """Every measure of every pair, beside the null.
 
     Args:
         elementwise: also signs and magnitudes of the entries of ΔW, which need it dense, one module at a time.
+        activations: also what each adapter does to the others' activations.
 
     Raises:
         ValueError: fewer than two adapters, an unknown null, adapters without a module in common, one that is zero in
@@ -97,7 +124,8 @@ def measured(
     pairs = by_pair(table, adapters).merge(expected(of_pairs, PAIR), on=PAIR)
     counts = table.groupby(PAIR, sort=False)["value"].count().rename("modules").reset_index()
     pairs = pairs.assign(excess=pairs["value"] - pairs["null"]).merge(counts, on=PAIR, how="left")
-    both = {"adapters": adapters, "random": null_set(adapters, torch.Generator().manual_seed(seed), own)}
+    random = null_set(adapters, torch.Generator().manual_seed(seed), own)
+    both = {"adapters": adapters, "random": random}
     angles, similarity = (
         pd.concat([of(each).assign(method=name) for name, each in both.items()], ignore_index=True)
         for of in (angles_between, similarity_between)
@@ -108,8 +136,18 @@ def measured(
         pairs,
         quartiles(angles, ["method", "side", "index"]),
         similarity,
-        {"null": null, "draws": draws, "seed": seed, "elementwise": elementwise},
+        _moved(adapters, random, activations),
+        {"null": null, "draws": draws, "seed": seed, "elementwise": elementwise}
+        | ({} if activations is None else {"activations": asdict(activations)}),
     )
+
+
+def _moved(adapters: Adapters, random: Adapters, activations: Activations | None) -> pd.DataFrame:
+    if activations is None:
+        return pd.DataFrame(columns=["task", "adapter", "value", "null"])
+    base = load_base(activations.base)
+    found = functional.functional_of(base, adapters, random, activations.rows, activations.tasks)
+    return found.groupby(["task", "adapter"], sort=False)[["value", "null"]].mean().reset_index()
 
 
 def _by(place: str, table: pd.DataFrame, draws: pd.DataFrame) -> pd.DataFrame:
@@ -169,6 +207,18 @@ def similarity(found: Interference) -> Figure:
     return figure
 
 
+def moved(found: Interference) -> Figure:
+    """Whose activations each adapter moves how far, beside the null."""
+    names = found.functional["task"].nunique()
+    figure, axes = figures.panels(2, columns=2 if names <= BESIDE else 1, height=0.9 + 0.3 * names)
+    columns = {MOVED: "value", "null": "null"}
+    matrices = {title: functional.functional_matrix(found.functional, each) for title, each in columns.items()}
+    figures.heat_maps(axes, matrices, "")
+    figure.supxlabel("adapter j", fontsize=9)
+    figure.supylabel("activations of i's task", fontsize=9)
+    return figure
+
+
 def check_report_folder(folder: Path, sources: Mapping[str, str]) -> Path:
     """The folder; ValueError where it holds something else than the report of the same adapters."""
     held = folder / ABOUT
@@ -195,6 +245,8 @@ def write_report(
     contents: dict[str, str | bytes] = {ABOUT: json.dumps(about, indent=1)}
     for stem in TABLES:
         table: pd.DataFrame = getattr(found, stem)
+        if table.empty:
+            continue
         contents |= {f"{stem}.csv": table.to_csv(index=False), f"{stem}.parquet": table.to_parquet(index=False)}
         if stem in PRINTED:
             contents[f"{stem}.tex"] = table.to_latex(index=False, float_format="%.4f", escape=True)
@@ -212,6 +264,8 @@ def write_report(
         "similarity": ("Subspace similarity of adapters, beside the null", similarity(found)),
         "depth": ("Interference between adapters by layer and kind of module", places(found)),
     }
+    if len(found.functional):
+        drawn["functional"] = "What adapters do to each other's activations, beside the null", moved(found)
     for stem, (title, figure) in drawn.items():
         paths += style.save(figure, folder, stem, {"title": title, "provenance": json.dumps(about)})
         plt.close(figure)
@@ -219,7 +273,9 @@ def write_report(
 
 
 def lines(found: Interference) -> list[str]:
-    """One line a pair: the cosine of the whole updates and the overlaps, each beside what chance gives."""
+    """One line a pair: the cosine of the whole updates and the overlaps, each beside what chance gives; then one an
+    ordered pair whose activations were looked at.
+    """
     shown = {TOTAL: "cosine", "row_overlap": "row overlap", "column_overlap": "column overlap"}
     wide = found.pairs.set_index(PAIR)
     out = []
@@ -227,4 +283,9 @@ def lines(found: Interference) -> list[str]:
         rows = {label: wide.loc[(a, b, name)] for name, label in shown.items()}
         parts = [f"{label} {r.value:.4f} (null {r.null_low:.4f} to {r.null_high:.4f})" for label, r in rows.items()]
         out.append(f"{a} · {b}: " + ", ".join(parts))
+    out += [
+        f"{row.task}'s activations: {row.adapter} moves them {row.value:.2f} times as far as {row.task} does "
+        f"(null {row.null:.2f})"
+        for row in found.functional.itertuples()
+    ]
     return out

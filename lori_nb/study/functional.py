@@ -13,7 +13,7 @@ from scipy import stats
 from lori_nb.analysis.continual import forgetting
 from lori_nb.analysis.functional import COLUMNS, interference_of
 from lori_nb.lab.activations import responses
-from lori_nb.lab.models import load_base
+from lori_nb.lab.models import Base, load_base
 from lori_nb.lab.runs import Run
 from lori_nb.lab.tasks import get_task
 from lori_nb.lab.text import encode_rows
@@ -22,7 +22,6 @@ from lori_nb.study.geometry import adapter_sets
 from lori_nb.study.notebook import Results
 from lori_nb.study.sequence_runs import matrix_of
 from lori_nb.study.sequences import JOINT, MERGED, orders_of, stage_runs
-from lori_nb.study.settings import Settings
 from lori_nb.study.style import null_of, title_of
 from lori_nb.study.summary import as_columns, seeds_interval
 
@@ -47,32 +46,46 @@ def functional_interference(results: Results, rows: int = ROWS) -> pd.DataFrame:
             known |= {(method, task, False): modules for task, modules in sets[method].items()}
             known |= {(method, task, True): modules for task, modules in sets[null_of(method)].items()}
         if known:
-            frames.append(_compared(_responses(settings, known, rows), known).assign(seed=seed))
+            base = load_base(settings.base, settings.dtype)
+            frames.append(_compared(_responses(base, known, rows), known).assign(seed=seed))
     columns = ["method", "seed", *COLUMNS, "null"]
     return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
 
 
-def functional_of(settings: Settings, adapters: Adapters, null: Adapters, rows: int = ROWS) -> pd.DataFrame:
-    """I(i, j) of one set of adapters, task → module → factors, beside the same of a null set.
+def functional_of(
+    base: Base, adapters: Adapters, null: Adapters, rows: int = ROWS, tasks: Mapping[str, str] | None = None
+) -> pd.DataFrame:
+    """I(i, j) of one set of adapters, name → module → factors, beside the same of a null set.
+
+    Args:
+        rows: of each adapter's own task, from its test rows.
+        tasks: adapter → that task; None where each adapter is named as its task.
 
     Returns:
-        Columns task (i), adapter (j), module, ``value`` and ``null``.
+        Columns task (the name of i), adapter (j), module, ``value`` and ``null``.
+
+    Raises:
+        ValueError: an unknown task, or a module that the base lacks or that takes other inputs.
     """
-    known = {("", task, False): modules for task, modules in adapters.items()}
-    known |= {("", task, True): modules for task, modules in null.items()}
-    return _compared(_responses(settings, known, rows), known).drop(columns="method")
+    known = {("", name, False): modules for name, modules in adapters.items()}
+    known |= {("", name, True): modules for name, modules in null.items()}
+    return _compared(_responses(base, known, rows, tasks), known).drop(columns="method")
 
 
-def _responses(settings: Settings, known: Mapping[tuple, Mapping[str, Factors]], rows: int) -> dict[str, pd.DataFrame]:
-    """Task → what all known adapters do to its activations, from one pass; adapters go by their place in ``known``."""
-    base = load_base(settings.base, settings.dtype)
+def _responses(
+    base: Base, known: Mapping[tuple, Mapping[str, Factors]], rows: int, tasks: Mapping[str, str] | None = None
+) -> dict[str, pd.DataFrame]:
+    """Name → what all known adapters do to its task's activations, from one pass a task; adapters go by their place in
+    ``known``.
+    """
     adapters = {str(place): modules for place, modules in enumerate(known.values())}
+    names = dict.fromkeys(name for _, name, _ in known)
+    task_of = {name: name if tasks is None else tasks[name] for name in names}
     tables = {}
-    for name in dict.fromkeys(task for _, task, _ in known):
-        task = get_task(name)
+    for task in map(get_task, dict.fromkeys(task_of.values())):
         encoded = encode_rows(base.tokenizer, base.kind, tuple(task.rows("test", rows)), (), task.system)
-        tables[name] = responses(base, adapters, encoded)
-    return tables
+        tables[task.name] = responses(base, adapters, encoded)
+    return {name: tables[get_task(task).name] for name, task in task_of.items()}
 
 
 def _compared(tables: Mapping[str, pd.DataFrame], known: Mapping[tuple, Mapping[str, Factors]]) -> pd.DataFrame:
@@ -155,11 +168,12 @@ def _moved(results: Results, way: str, seed: int, rows: int) -> float | None:
     return float(moved["value"].mean())
 
 
-def functional_matrix(found: pd.DataFrame, method: str) -> pd.DataFrame:
-    """Whose activations × whose adapter: mean over modules and seeds; the diagonal, 1 by definition, is left empty."""
-    chosen = found[found["method"] == method]
+def functional_matrix(chosen: pd.DataFrame, column: str = "value") -> pd.DataFrame:
+    """Whose activations × whose adapter, of one method: mean over modules and seeds; the diagonal, 1 by definition, is
+    left empty.
+    """
     tasks = list(dict.fromkeys(chosen["task"]))
-    means = chosen.groupby(["task", "adapter"])["value"].mean()
+    means = chosen.groupby(["task", "adapter"])[column].mean()
     return pd.DataFrame(
         [[np.nan if a == b else means.get((a, b), np.nan) for b in tasks] for a in tasks], index=tasks, columns=tasks
     )

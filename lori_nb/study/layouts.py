@@ -102,7 +102,7 @@ def angles(table: pd.DataFrame) -> Figure:
 def moved_activations(table: pd.DataFrame) -> Figure:
     """How far each task's adapter moves another task's activations, a heat map a method."""
     names = list(dict.fromkeys(table["method"]))
-    matrices = {title_of(name): functional.functional_matrix(table, name) for name in names}
+    matrices = {title_of(name): functional.functional_matrix(table[table["method"] == name]) for name in names}
     figure, axes = figures.panels(len(names), columns=3, height=2.6)
     figures.heat_maps(axes, matrices, "‖ΔWⱼ x‖ / ‖ΔWᵢ x‖")
     figure.supxlabel("adapter j", fontsize=9)
@@ -151,7 +151,7 @@ def merge_scaling(table: pd.DataFrame) -> Figure:
 
 def loss_against_overlap(pairs: pd.DataFrame, correlations: pd.DataFrame) -> Figure:
     """What a merge costs against how two adapters meet, a panel a measure."""
-    figure, axes = figures.panels(len(mergeability.SHOWN), columns=2, height=2.4)
+    figure, axes = figures.panels(len(mergeability.SHOWN), columns=3, height=2.1)
     for ax, measure in zip(axes, mergeability.SHOWN, strict=True):
         figures_merging.loss_against_overlap(ax, pairs, correlations, measure)
     figure.suptitle(figures_merging.correlation_title(correlations), fontsize=9)

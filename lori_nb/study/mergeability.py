@@ -19,6 +19,7 @@ from lori_nb.analysis.association import adapter_interval, mantel, without_main_
 from lori_nb.analysis.nulls import TOTAL, by_pair, expected, null_draws, null_set
 from lori_nb.analysis.overlap import REGISTERED, overlap_table
 from lori_nb.analysis.statistics import t_interval
+from lori_nb.lab.models import load_base
 from lori_nb.lab.paths import data_folder, write_atomically
 from lori_nb.lab.runs import Run
 from lori_nb.method.adapters import Factors
@@ -30,17 +31,25 @@ from lori_nb.study.style import title_of
 from lori_nb.study.summary import as_columns, text_of
 
 FUNCTIONAL = "functional"  # of :mod:`lori_nb.analysis.functional`, on task i's activations
-MEASURES = ("cosine_size", "row_overlap", "column_overlap", "alignment", "singular_interference")
 SHOWN = {  # in the order of the panels
     "cosine_size": "|cosine| of ΔW",
     TOTAL: "cosine of whole updates",
     "row_overlap": "overlap of A's row spaces",
     "column_overlap": "overlap of B's column spaces",
+    "row_grassmann": "Grassmann distance of row spaces",
+    "column_grassmann": "Grassmann distance of column spaces",
+    "row_chordal": "chordal distance of row spaces",
+    "column_chordal": "chordal distance of column spaces",
     "alignment": "alignment of j with i",
     "singular_interference": "singular task interference",
+    "sign_conflict": "entries that differ in sign",
+    "magnitude_overlap": "overlap of the largest entries",
+    "mask_overlap": "overlap of B's masks",
     FUNCTIONAL: "‖ΔWⱼ x‖ / ‖ΔWᵢ x‖ on task i's activations",
 }
+MEASURES = tuple(name for name in SHOWN if name not in (TOTAL, FUNCTIONAL))
 DRAWS = 2  # sets of null adapters: each of their numbers is a mean over all modules
+DIGITS = 9  # of an excess: what a frozen A decides is the same in the null, but for rounding that must not be ranked
 ROWS = 8  # of a task's test rows, whose tokens are the inputs of the functional measure
 RECIPE = 1  # raise when overlaps of the same adapters come out otherwise
 NO_STUDY = "Not measured: `pair_tasks` names no tasks for it; those of profile standard take hours."
@@ -110,10 +119,11 @@ def _overlaps_of(results: Results, seed: int, runs: Mapping[str, Run]) -> pd.Dat
     A = {task: drawn_A(run.adapter) for task, run in runs.items()}
     of_weights = both_ways(excess_of(adapters, A, seed))
     null = null_set(adapters, torch.Generator().manual_seed(seed), A)
-    of_outputs = functional_of(pair_settings(results.settings), adapters, null, ROWS)
+    own = pair_settings(results.settings)
+    of_outputs = functional_of(load_base(own.base, own.dtype), adapters, null, ROWS)
     of_outputs = of_outputs.groupby(["task", "adapter"], sort=False)[["value", "null"]].mean().reset_index()
     table = pd.concat([of_weights, of_outputs.assign(measure=FUNCTIONAL)], ignore_index=True)
-    return table.assign(excess=table["value"] - table["null"])
+    return table.assign(excess=(table["value"] - table["null"]).round(DIGITS))
 
 
 def excess_of(
@@ -146,7 +156,9 @@ def joined(losses: pd.DataFrame, overlaps: pd.DataFrame) -> pd.DataFrame:
 
 
 def correlations(pairs: pd.DataFrame) -> pd.DataFrame:
-    """Rank correlation of excess overlap and loss over ordered pairs, a row a method and measure.
+    """Rank correlation of excess overlap and loss over ordered pairs, a row a method and measure; none for a measure
+    that is the same for all pairs, such as the overlap of masks where nothing is masked, or of a frozen A's row spaces,
+    which the null has too.
 
     Columns method, measure, ``value`` (Spearman, mean over seeds) with ``low`` and ``high`` (95 %, adapters and seeds
     drawn again), ``p`` (adapters permuted) and ``chance_low`` and ``chance_high`` (between which 95 % of these
@@ -156,7 +168,7 @@ def correlations(pairs: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for (method, measure), part in pairs.groupby(["method", "measure"], sort=False):
         tasks = list(dict.fromkeys([*part["task"], *part["adapter"]]))
-        if len(tasks) < 3:
+        if len(tasks) < 3 or part["excess"].nunique() < 2:
             continue
         x, y = (stacked(part, tasks, column) for column in ("excess", "loss"))
         tested, within = mantel(x, y), mantel(without_main_effects(x), without_main_effects(y))
