@@ -196,6 +196,16 @@ def test_names_that_lead_nowhere(pair, monkeypatch):
         read_folders([str(pair[0]), str(pair[0])])
 
 
+def test_a_hub_s_adapter_that_is_a_pickle_alone_is_refused_by_name(tmp_path, monkeypatch, home):
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "adapter_config.json").write_text("{}")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(tmp_path / "copy"))
+    for there, found in ((True, "adapter_model.bin, a pickle file, which can run code"), (False, "found none")):
+        monkeypatch.setattr("huggingface_hub.file_exists", lambda name, file, there=there: there)
+        with pytest.raises(ValueError, match=f"must hold adapter_model.safetensors; .*{found}"):
+            read_folders(["somebody/lora"])
+
+
 def test_a_hub_id_s_cached_copy_is_read_without_a_network(pair, tiny_decoder, monkeypatch, tmp_path, home):
     """A published LoRI-S adapter is a PEFT folder whose masks are the zeros of B; this folder stands in for one."""
     commit = "ab" * 20

@@ -378,5 +378,5 @@ def test_tasks_see_as_many_rows_and_steps_together_as_alone(tasks, rows):
     planned = PLANS["03_ortho_lora"](settings)
     assert len(set(planned)) == 5 * (many + 2) + len(settings.arm_seed) * others
     if tasks is not None:
-        assert settings.base == "all-minilm-l6-v2" and settings.arm_seed == settings.seed
+        assert settings.base == "all-minilm-l6-v2"
         assert settings.test_rows >= 5463, "the largest official validation part is scored whole"

@@ -19,8 +19,10 @@ from safetensors import safe_open
 
 from lori_nb.lab.hub import refusal
 from lori_nb.lab.peft_folder import (
+    AS_PICKLE,
     CONFIG,
     KEY,
+    PICKLED,
     TOP,
     WEIGHTS,
     check_plain,
@@ -99,15 +101,19 @@ def path_of(name: str) -> Path:
         return path.resolve()
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise FileNotFoundError(f"adapter must be a PEFT folder or a hub id owner/name; found {name!r}")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import file_exists, snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
+        found = Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
+        pickled = not (found / WEIGHTS).exists() and file_exists(name, PICKLED)
     except HFValidationError as error:
         raise ValueError(f"adapter must be a PEFT folder or a hub id owner/name; found {name!r}") from error
     except Exception as error:  # noqa: BLE001 (any network error means the same to the user)
         raise FileNotFoundError(refusal("adapter", name, error)) from error
+    if pickled:
+        raise ValueError(f"adapter {name} must hold {WEIGHTS}; found {AS_PICKLE}")
+    return found
 
 
 def _read(path: Path) -> dict[str, Any]:

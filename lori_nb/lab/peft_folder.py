@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+AS_PICKLE = f"{PICKLED}, a pickle file, which can run code when it is read"
 TOP, HEAD = "base_model.model.", "classifier"  # what every key begins with; the module that a task head is
 KEY = ".lora_{}.weight"  # how a file names a linear module's factors, "{}" for A or B
 EMBEDDING_KEY = ".lora_embedding_{}"
@@ -89,9 +90,7 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a folder, and what this kit wrote about them; {} for a folder of somebody else's."""
     path = folder / WEIGHTS
     if not path.is_file():
-        beside = (
-            f"{PICKLED}, a pickle file, which can run code when it is read" if (folder / PICKLED).exists() else "none"
-        )
+        beside = AS_PICKLE if (folder / PICKLED).exists() else "none"
         raise ValueError(f"folder must hold {WEIGHTS}; found {beside}, in {folder}")
     try:
         with safe_open(path, framework="pt") as file:
