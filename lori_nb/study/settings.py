@@ -72,7 +72,7 @@ class Settings:
     sequence_rows: int = 0  # rows a task that are scored after every stage; a profile that names none takes test_rows
     sequence_steps: int | None = None  # of every task after the first; none: as many as alone
     watch: tuple[int, ...] = ()  # steps of the second task's training after which it and the first are scored
-    watch_rows: int = 48  # rows a task that are scored there
+    watch_rows: int = 0  # rows a task that are scored there; a profile that names none takes sequence_rows
     sequence_scored: tuple[str, ...] = ()  # further tasks scored after every stage, which none trains, such as xstest
     capacity_tasks: tuple[str, ...] = ()  # learned under disjoint masks until no entry is free
     task_weights: Mapping[str, float] = field(default_factory=dict)  # of runs on several tasks; 1 where none is named
@@ -202,6 +202,7 @@ def _settle_sequence(values: dict[str, Any]) -> None:
     values["capacity_tasks"], values["sequence_scored"] = fitting, scored
     values["watch"] = tuple(_number("watch", step, int) for step in as_list(values.get("watch", ())))
     values.setdefault("sequence_rows", values["test_rows"])
+    values.setdefault("watch_rows", values["sequence_rows"])  # as before the task and after it
     for name, kind in _LATER_NUMBERS.items():
         if name in values:
             values[name] = _number(name, values[name], kind)
