@@ -127,7 +127,7 @@ def by_tasks(table: pd.DataFrame) -> pd.DataFrame:
         table: columns seed, task, other and value; a record that keeps means has ``n``, how many each is taken over.
 
     Returns:
-        Columns task, other, value (the mean), low and high (a t interval over seeds), n, of.
+        Columns task, other, value (the mean), low and high (a t interval over seeds), n, of, seeds.
     """
     counts = table["n"] if "n" in table else pd.Series(1.0, index=table.index)
     weighted = table.assign(total=table["value"] * counts, count=counts)
@@ -135,8 +135,9 @@ def by_tasks(table: pd.DataFrame) -> pd.DataFrame:
     means = (sums["total"] / sums["count"]).rename("value").reset_index()
     rows = []
     for (task, other), part in means.groupby(["task", "other"], sort=False):
-        rows.append({"task": task, "other": other} | as_columns(t_interval(part["value"]), "seeds"))
-    return pd.DataFrame(rows, columns=["task", "other", "value", "low", "high", "n", "of"])
+        interval = as_columns(t_interval(part["value"]), "seeds")
+        rows.append({"task": task, "other": other} | interval | {"seeds": len(part)})
+    return pd.DataFrame(rows, columns=["task", "other", "value", "low", "high", "n", "of", "seeds"])
 
 
 def matrix_of(pairs: pd.DataFrame, tasks: Sequence[str]) -> pd.DataFrame:

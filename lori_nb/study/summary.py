@@ -231,14 +231,15 @@ def shown(table: pd.DataFrame, **formats: str) -> pd.DataFrame:
 
 
 def n_text(summary: pd.DataFrame) -> str:
-    """ "n = 192 rows, one seed" or "n = 5 seeds", for titles."""
+    """ "n = 192 rows, one seed", "n = one seed" or "n = 5 seeds", for titles."""
     if summary.empty:
         return "n = 0"
     counts: dict[str, list[str]] = {}
     for n, of in sorted(set(zip(summary["n"].astype(int), summary["of"], strict=True))):
         counts.setdefault(of, []).append(str(n))
     seeds = ", one seed" if (summary["seeds"] == 1).all() and set(counts) != {"seeds"} else ""
-    return "n = " + " or ".join(f"{' or '.join(several)} {of}" for of, several in counts.items()) + seeds
+    told = " or ".join(f"{' or '.join(several)} {of}" for of, several in counts.items())
+    return f"n = {'one seed' if told == '1 seeds' else told}{seeds}"
 
 
 def seeds_text(seeds: Sequence[int]) -> str:
