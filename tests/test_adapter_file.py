@@ -118,6 +118,17 @@ def test_values_that_do_not_fit(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_values_off_the_mask_are_not_lost_in_silence(tmp_path):
+    name, adapter = next(iter(SHAPES)), lori_s()
+    B = adapter.factors[name].B.clone()
+    row, column = (~adapter.masks[name]).nonzero()[0]
+    B[row, column] = 0.5
+    spilt = {**adapter.factors, name: replace(adapter.factors[name], B=B)}
+    with pytest.raises(ValueError, match=rf"{name}\.B must be zero off its mask; found 1 other entries there"):
+        save_adapter(replace(adapter, factors=spilt), tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 def test_size_on_disk(tmp_path):
     """LoRI-S stores k = 0.1·n values and n bits: 4·0.1·n + n/8 bytes against LoRA's 4·n for B and as much for A."""
     sizes = {}

@@ -17,12 +17,14 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaForCausalLM
 
 from lori_nb.method.adapters import (
+    Adapter,
     Factors,
     LowRank,
     attach,
     attach_factors,
     check_rank,
     folded_in,
+    grown,
     layer_number,
     target_linears,
 )
@@ -176,6 +178,19 @@ def test_factors_that_do_not_fit(llama, put):
 def test_a_mask_of_another_shape():
     with pytest.raises(ValueError, match=r"mask must have the shape of B, \(8, 2\); found \(2, 8\)"):
         LowRank(Factors(torch.zeros(2, 5), torch.zeros(8, 2), 1.0), train_A=False, mask=torch.ones(2, 8, dtype=bool))
+
+
+def test_growing_needs_the_same_modules_and_scales():
+    def one(name: str, scale: float) -> Adapter:
+        factors = {name: Factors(gaussian(2, 5, seed=1), gaussian(4, 2, seed=2), scale)}
+        return Adapter(factors, "tiny", "", 2, 3.0, 0, "t", frozen_A=True)
+
+    both = grown(one("q", 1.5), one("q", 1.5)).factors["q"]
+    assert torch.allclose(both.delta(), 2 * one("q", 1.5).factors["q"].delta())
+    with pytest.raises(ValueError, match="same scales to grow together; found scales 1.5 and 2.0 at q"):
+        grown(one("q", 1.5), one("q", 2.0))
+    with pytest.raises(ValueError, match="same scales to grow together; found scales 1.5 and None at q"):
+        grown(one("q", 1.5), one("v", 1.5))
 
 
 # Training: PEFT and masked gradients as oracles

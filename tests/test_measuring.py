@@ -88,6 +88,39 @@ def test_reference_tables_and_figures_come_from_the_ledger_alone(settings, tmp_p
     assert "What training a run costs" not in text, "README has the headlines alone"
 
 
+def test_the_page_says_what_its_tables_alone_do_not_show(tmp_path):
+    """What Holm's adjustment leaves of a verdict, the tasks compared, rates that are shared, and the cache's cost."""
+    cells = {"value": 0.02, "low": 0.01, "high": 0.03, "n": 3, "of": "seeds", "seeds": 3, "margin": 0.05}
+    cells |= {"verdict": "equivalent", "p_difference": 0.01, "detectable": 0.02, "method": "lora-fa"}
+    arms = [
+        cells | {"arm": arm, "title": arm, "task": task, "p_holm": p}
+        for arm, p in (("shown", 0.049), ("lost", 0.05))
+        for task in ("a", "b", "mean over tasks")
+    ]
+    pd.DataFrame(arms).to_csv(tmp_path / "baselines.csv", index=False)
+    pd.DataFrame([{"notebook": "01_lori", "runs": 1, "planned": 2}]).to_csv(tmp_path / "runs.csv", index=False)
+    sparse = [cells | {"task": "a", "sparsity": s, "value": v} for s, v in ((0.0, 0.5), (0.9, 0.625))]
+    pd.DataFrame(sparse).to_csv(tmp_path / "sparsity.csv", index=False)
+    sizes = {"lora": ("LoRA", 1000), "lori-s": ("LoRI-S", 51)}
+    paid = {"training_pflops": 0.5, "calibration_pflops": 0.25, "value": 0.5}
+    costs = pd.DataFrame(
+        [cells | paid | {"arm": a, "title": t, "trainable_parameters": n} for a, (t, n) in sizes.items()]
+    )
+    costs.assign(prefix_pflops=0.75).to_csv(tmp_path / "baseline_costs.csv", index=False)
+    costs.to_csv(tmp_path / "costs.csv", index=False)
+    shown, readme = (made(tmp_path, "make") for made in (reference_text.page, reference_text.headlines))
+    assert "equivalent* |" in shown and "equivalent*† |" in shown
+    assert "| shown | +2.0 [+1.0, +3.0], equivalent* | 2.0 |" in readme
+    assert "| lost | +2.0 [+1.0, +3.0], equivalent*† | 2.0 |" in readme
+    assert "against tuned LoRA on `a` and `b`:" in readme
+    assert "| 0.9 | 0.625 [0.010, 0.030] | 3 seeds |" in shown and reference_text.SPARSITY in shown
+    assert "takes another 0.7500 PFLOPs:" in shown
+    costs.assign(prefix_pflops=0.0).to_csv(tmp_path / "baseline_costs.csv", index=False)
+    assert "mean score there:" in reference_text.page(tmp_path, "make")  # nothing is cached
+    pd.DataFrame(arms).to_csv(tmp_path / "methods.csv", index=False)
+    assert "Of LoRA's 1,000 trained parameters: LoRI-S 5.1 %." in reference_text.headlines(tmp_path, "make")
+
+
 # Several tasks in one adapter
 
 

@@ -10,7 +10,6 @@ so micro-batches and processes change the order of additions and nothing else.
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -29,6 +28,7 @@ from lori_nb.lab.prefix import RowStates
 from lori_nb.lab.regression import Unit
 from lori_nb.lab.text import Batch, Encoded, collate
 from lori_nb.method.adapters import LowRank
+from lori_nb.method.streams import words
 from lori_nb.method.task_gradients import by_task
 
 RECIPE = 1  # of several tasks' gradients; raise when the same rows give other bits
@@ -62,14 +62,9 @@ def batch_indices(rows: int, size: int, step: int, seed: int, stream: str) -> li
     for place in range(step * size, (step + 1) * size):
         epoch, offset = divmod(place, rows)
         if epoch not in orders:
-            orders[epoch] = np.argsort(_bits(f"{seed}/{stream}/{epoch}", rows), kind="stable")
+            orders[epoch] = np.argsort(words(f"lori-nb/rows/{seed}/{stream}/{epoch}", rows), kind="stable")
         chosen.append(int(orders[epoch][offset]))
     return chosen
-
-
-def _bits(text: str, count: int) -> np.ndarray:
-    key = np.frombuffer(hashlib.sha256(f"lori-nb/rows/{text}".encode()).digest()[:16], dtype="<u8").astype(np.uint64)
-    return np.random.Philox(key=key).random_raw(count)
 
 
 def micro_batches(indices: Sequence[int], rows: int | None, processes: int) -> list[Sequence[int]]:

@@ -41,7 +41,8 @@ def save_adapter(adapter: Adapter, path: Path, dtype: torch.dtype = torch.float3
         dtype: of the stored A and B, one of :data:`DTYPES`; narrower than float32 rounds them.
 
     Raises:
-        ValueError: an unknown dtype, or values that it cannot hold (naming the tensor).
+        ValueError: an unknown dtype, values that it cannot hold, or a B that is not zero off its mask, which the file
+            would lose (naming the tensor).
     """
     check_dtype(dtype)
     tensors, modules = {}, {}
@@ -52,7 +53,7 @@ def save_adapter(adapter: Adapter, path: Path, dtype: torch.dtype = torch.float3
         if adapter.masks is None:
             tensors[f"{name}.B"] = f.B
         else:
-            tensors[f"{name}.values"] = pack(f.B, adapter.masks[name])
+            tensors[f"{name}.values"] = _packed(name, f.B, adapter.masks[name])
     tensors = {key: _narrowed(key, tensor, dtype) for key, tensor in tensors.items()}
     tensors |= {f"{name}.mask": mask_bits(mask) for name, mask in (adapter.masks or {}).items()}
     tensors |= {f"extra.{name}": t.contiguous() for name, t in adapter.extras.items()}
@@ -73,6 +74,13 @@ def check_dtype(dtype: torch.dtype) -> None:
     """ValueError unless factors are stored in that dtype: one of :data:`DTYPES`."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}; found {dtype}")
+
+
+def _packed(name: str, B: Tensor, mask: Tensor) -> Tensor:
+    values = pack(B, mask)
+    if lost := int(B.count_nonzero()) - int(values.count_nonzero()):
+        raise ValueError(f"{name}.B must be zero off its mask; found {lost} other entries there")
+    return values
 
 
 def _narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

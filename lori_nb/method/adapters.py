@@ -71,9 +71,13 @@ def grown(before: Adapter, added: Adapter) -> Adapter:
 
     Raises ValueError unless both sit on the same modules with the same scales.
     """
-    scales = [{name: f.scale for name, f in each.factors.items()} for each in (before, added)]
-    if scales[0] != scales[1]:
-        raise ValueError("adapters must sit on the same modules with the same scales to grow together")
+    for name in dict.fromkeys((*before.factors, *added.factors)):
+        one, other = (each.factors[name].scale if name in each.factors else None for each in (before, added))
+        if one != other:
+            raise ValueError(
+                f"adapters must sit on the same modules with the same scales to grow together; found scales {one} and "
+                f"{other} at {name}"
+            )
     factors = {
         name: Factors(torch.cat([before.factors[name].A, f.A]), torch.cat([before.factors[name].B, f.B], 1), f.scale)
         for name, f in added.factors.items()

@@ -23,7 +23,6 @@ output channels. Of n rows, k are kept by the same formula, those of largest Euc
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +31,8 @@ from fractions import Fraction
 import numpy as np
 import torch
 from torch import Tensor
+
+from lori_nb.method.streams import words
 
 RECIPE = 1  # raise when the same input gives another result
 
@@ -184,8 +185,8 @@ def random_masks(
     check_structure(structure)
     drawn = {name: shape[0] if structure == "rows" else math.prod(shape) for name, shape in shapes.items()}
     label = f"{stream}:" if stream else ""
-    words = {name: _words(f"mask:{seed}:{label}{name}", count) for name, count in drawn.items()}
-    masks = _largest(words, sparsity, scope)
+    draws = {name: words(f"mask:{seed}:{label}{name}", count) for name, count in drawn.items()}
+    masks = _largest(draws, sparsity, scope)
     return {name: _whole(masks[name], shape, structure) for name, shape in shapes.items()}
 
 
@@ -279,11 +280,6 @@ def _magnitudes(B: Tensor) -> np.ndarray:
     # numpy has no bfloat16; float32 holds bfloat16 and float16 exactly, so the order of magnitudes is unchanged.
     wide = B.detach().abs().to(torch.promote_types(B.dtype, torch.float32))
     return wide.cpu().numpy()
-
-
-def _words(text: str, count: int) -> np.ndarray:
-    key = int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little")  # Philox takes 128 bits
-    return np.random.Philox(key=key).random_raw(count)
 
 
 def _largest(scores: Mapping[str, np.ndarray], sparsity: float, scope: str) -> dict[str, np.ndarray]:

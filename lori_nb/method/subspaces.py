@@ -15,13 +15,14 @@ The policy serves LoRA's starting A as well as LoRI's frozen one: a shared draw 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from scipy.special import ndtri
 from torch import Tensor
+
+from lori_nb.method.streams import words
 
 RECIPE = 1  # raise when the same input gives another result
 POLICIES = ("independent", "shared", "orthogonal")
@@ -86,7 +87,7 @@ def random_down_projection(seed: int, subspace: str, module: str, rank: int, d_i
             draw.
         module: base-relative name, so that a head around the base changes nothing.
     """
-    raw = _words(f"lori-nb/A/{seed}/{subspace}/{module}/{rank}x{d_in}", rank * d_in)
+    raw = words(f"lori-nb/A/{seed}/{subspace}/{module}/{rank}x{d_in}", rank * d_in)
     unit = (raw >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-23) - np.float32(1.0)  # exact in float32
     bound = np.float32(1.0 / np.sqrt(np.float64(d_in)))
     return torch.from_numpy((unit * bound).reshape(rank, d_in))
@@ -124,10 +125,5 @@ def orthogonal_down_projection(seed: int, block: int, module: str, rank: int, d_
 
 def _gaussian(text: str, shape: tuple[int, int]) -> np.ndarray:
     """Standard normal float64 values by inversion of the raw stream; (word + ½)/2⁵³ is never 0 or 1."""
-    words = _words(text, shape[0] * shape[1]) >> np.uint64(11)
-    return ndtri((words.astype(np.float64) + 0.5) * 2.0**-53).reshape(shape)
-
-
-def _words(text: str, count: int) -> np.ndarray:
-    key = np.frombuffer(hashlib.sha256(text.encode()).digest()[:16], dtype="<u8").astype(np.uint64)
-    return np.random.Philox(key=key).random_raw(count)
+    bits = words(text, shape[0] * shape[1]) >> np.uint64(11)
+    return ndtri((bits.astype(np.float64) + 0.5) * 2.0**-53).reshape(shape)

@@ -10,14 +10,22 @@ from lori_nb.analysis.equivalence import ALPHA
 from lori_nb.analysis.statistics import interval_text
 from lori_nb.lab.paths import write_atomically
 from lori_nb.study import reference_interference, reference_merging, reference_overlap, reference_sequences, sharing
+from lori_nb.study.arms import BASELINE
+from lori_nb.study.comparison import OVER_TASKS
 from lori_nb.study.joint_arms import get_joint_arm
 
 COMPARED = ("methods", "longer", "baselines", "masks")  # tables of comparison.compared
 SEQUENCES = (reference_sequences, reference_interference)
+CACHE = "prefix_pflops"
 PAGE = Path("figures", "reference", "README.md")
 LONGER = (
     "With twice the steps: LoRA against the LoRA above, which shows whether that had reached its plateau, then LoRI, "
     "its calibration as long, against LoRA with as many:"
+)
+MASKS = "Other masks; all share LoRI-S's learning rate, tuned for the mask as it is:"
+SPARSITY = (
+    "Score at every sparsity with 95 % intervals over seeds. Sparsity 0 is LoRI-D with its own learning rate, the "
+    "others share LoRI-S's, tuned at the study's own sparsity: a part of any difference may be the rate."
 )
 CAPTIONS = {
     "methods": "Points against tuned LoRA",
@@ -39,7 +47,9 @@ def headlines(folder: Path, command: str) -> str:
     parts = [f"{_counted(folder, command)} Every table and figure of it: {page}."]
     parts += _methods(folder, Path(PAGE.parent, folder.name))
     if others := [table for name in COMPARED[2:] if (table := _read(folder, name)) is not None]:
-        parts += ["Arms, one thing changed each, against tuned LoRA on two tasks:", _means(pd.concat(others))]
+        table = pd.concat(others)
+        words = f"Other baselines, and arms with one thing changed each, against tuned LoRA on {_tasks(table)}:"
+        parts += [words, _means(table)]
     parts += [words for made in (reference_overlap, reference_merging) if (words := made.headline(folder))]
     if (recovered := _read(folder, "recovery")) is not None:
         parts += [RECOVERED, _recovered(recovered), sharing.claimed_recovery(recovered)]
@@ -54,10 +64,11 @@ def page(folder: Path, command: str) -> str:
     parts = [f"## Study `{folder.name}`", _counted(folder, command), *_methods(folder, here)]
     for name in COMPARED[2:]:
         if (table := _read(folder, name)) is not None:
-            parts += [_comparison(table), *_shown(folder, here, name)]
-    parts += _shown(folder, here, "sparsity")
+            parts += [*([MASKS] if name == "masks" else []), _comparison(table), *_shown(folder, here, name)]
+    if (sparsity := _read(folder, "sparsity")) is not None:
+        parts += [SPARSITY, _sparsity(sparsity), *_shown(folder, here, "sparsity")]
     if (costs := _read(folder, "baseline_costs")) is not None:
-        parts += ["What training a run costs on the tasks of the baselines, and the mean score there:", _costs(costs)]
+        parts += [_told_costs(costs), _costs(costs)]
     for made, figures in (
         (reference_overlap, ("overlap*", "depth*", "angles", "functional")),
         (reference_merging, ("merge*", "pairs")),
@@ -100,12 +111,29 @@ def _methods(folder: Path, shown_in: Path) -> list[str]:
             *_shown(folder, shown_in, "methods"),
             "Points against tuned LoRA with 95 % intervals for other seeds on other rows. Verdicts are against a "
             f"margin of ± {100 * table['margin'].iloc[0]:g} points: equivalent where two one-sided tests place the "
-            "difference inside it; * where it differs from 0 as well (p < 0.05). Detectable: the least difference in "
-            "the mean over tasks that the design would find in four of five studies.",
+            "difference inside it; * where it differs from 0 as well (p < 0.05), † where they no longer do once "
+            "adjusted for all arms of a table by Holm. Detectable: the least difference in the mean over tasks that "
+            "the design would find in four of five studies.",
+            *_sizes(folder),
             _comparison(table),
         ]
     longer = _read(folder, "longer")
     return parts if longer is None else [*parts, LONGER, _comparison(longer)]
+
+
+def _sizes(folder: Path) -> list[str]:
+    """How many of LoRA's trained parameters each other method has, where their costs are there."""
+    if (costs := _read(folder, "costs")) is None or BASELINE not in set(costs["arm"]):
+        return []
+    sizes = costs.set_index("title")["trainable_parameters"]
+    whole = sizes.iloc[list(costs["arm"]).index(BASELINE)]
+    shares = [f"{title} {100 * size / whole:.1f} %" for title, size in sizes.items() if size != whole]
+    return [f"Of LoRA's {whole:,} trained parameters: {', '.join(shares)}."] if shares else []
+
+
+def _tasks(table: pd.DataFrame) -> str:
+    """The tasks of a comparison, without their mean."""
+    return " and ".join(f"`{task}`" for task in dict.fromkeys(table["task"]) if task != OVER_TASKS)
 
 
 def _comparison(table: pd.DataFrame) -> str:
@@ -136,8 +164,31 @@ def _cell(row: pd.Series) -> str:
     value = interval_text(*(100 * row[name] for name in ("value", "low", "high")), 1, signed=True)
     if row["seeds"] == 1:
         return f"{value}, one seed"
-    mark = "*" if row["verdict"] == "equivalent" and row["p_difference"] < ALPHA else ""
+    marks = {"*": row["p_difference"] < ALPHA, "†": row["p_holm"] >= ALPHA}
+    mark = "".join(sign for sign, shown in marks.items() if shown and row["verdict"] == "equivalent")
     return f"{value}, {row['verdict']}{mark}"
+
+
+def _sparsity(table: pd.DataFrame) -> str:
+    tasks = list(dict.fromkeys(table["task"]))
+    lines = [f"| sparsity | {' | '.join(tasks)} | n |", "|---" * (2 + len(tasks)) + "|"]
+    for sparsity, part in table.groupby("sparsity"):
+        rows = part.set_index("task")
+        scores = [rows.loc[task, ["value", "low", "high"]] if task in rows.index else None for task in tasks]
+        cells = ["–" if each is None else interval_text(*each, 3) for each in scores]
+        lines.append(f"| {sparsity:g} | {' | '.join(cells)} | {int(part['n'].iloc[0])} {part['of'].iloc[0]} |")
+    return "\n".join(lines)
+
+
+def _told_costs(table: pd.DataFrame) -> str:
+    """The words above the table of costs, with what it leaves out."""
+    words, cache = (
+        "What training a run costs on the tasks of the baselines, and the mean score there",
+        table[CACHE].max(),
+    )
+    if not cache > 0:
+        return f"{words}:"
+    return f"{words}; filling the cache below the adapters, once for all methods, takes another {cache:.4f} PFLOPs:"
 
 
 def _costs(table: pd.DataFrame) -> str:
