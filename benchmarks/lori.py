@@ -2,7 +2,8 @@
 
 Both sit at rank 32 on all linear modules of SmolLM2-135M, see the same rows and take the same step (forward, backward,
 clipping, AdamW). "Logits at the same positions" means that both compute logits at answer positions only; "as its users
-run it" is a PeftModel called with labels.
+run it" is a PeftModel called with labels. "Same dtype" has peft's factors in the base's dtype, in which ours are
+multiplied; by default it multiplies them in float32.
 
     python benchmarks/lori.py --pairs 30
 """
@@ -66,11 +67,16 @@ def lori_s(base: Base, last_layers: int | None = None) -> tuple[Contestant, Live
     return Contestant(base, base.body, [low.values for low in live.values()]), live, masks
 
 
-def peft_lora(base: Base, last_layers: int | None = None) -> tuple[Contestant, nn.Module]:
-    """peft's LoRA on the same modules, both factors trained; B starts at the same small values."""
+def peft_lora(base: Base, last_layers: int | None = None, like_base: bool = False) -> tuple[Contestant, nn.Module]:
+    """peft's LoRA on the same modules, both factors trained; B starts at the same small values.
+
+    Args:
+        like_base: factors in the base's dtype, in which ours are multiplied too; peft's default keeps them, and
+            multiplies, in float32.
+    """
     names = [f"model.{name}" for name in target_linears(base.body, last_layers=last_layers)]
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=names, lora_dropout=0.0, task_type="CAUSAL_LM")
-    model = get_peft_model(_whole(base), config).eval()
+    model = get_peft_model(_whole(base), config, autocast_adapter_dtype=not like_base).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -175,22 +181,26 @@ def whole_model_rows(dtype: str, rows: Sequence[Encoded], pairs: int) -> list[di
     """Every comparison with adapters on all layers."""
     ours, live, masks = lori_s(fresh_base(dtype))
     theirs, model = peft_lora(fresh_base(dtype))
+    alike, _ = peft_lora(fresh_base(dtype), like_base=True)
     bare = fresh_base(dtype)
-    mine, peer = step_of(ours, answer_loss(ours, rows)), step_of(theirs, peft_answer_loss(theirs, rows))
+    mine, peer = step_of(ours, answer_loss(ours, rows)), step_of(alike, peft_answer_loss(alike, rows))
     usual = step_of(theirs, labelled_loss(model, theirs, rows))
     counts = [sum(p.numel() for p in side.parameters) for side in (ours, theirs)]
-    states = [state_bytes(step) for step in (mine, peer)]
+    states = [state_bytes(step) for step in (mine, usual)]
     bare.body.embed_tokens.weight.requires_grad_()  # a gradient passes through the frozen layers of the bare base too
     own = activation_bytes(Contestant(bare, bare.body, []), rows)
-    kept = [activation_bytes(side, rows) - own for side in (ours, theirs)]
+    kept = [activation_bytes(side, rows) - own for side in (ours, alike)]
     sizes = disk_bytes(live, masks, model)
+    alike_step = "step, same dtype, logits at the same positions"
     return [
         judged("trainable parameters", 0.06, counted_ratio(*counts, "parameters")),
         judged("optimiser state", 0.06, counted_ratio(*states, "bytes")),
-        judged("activations kept for backward by the adapters", 0.10, counted_ratio(*kept, "bytes a row")),
+        judged("activations kept for backward by the adapters, same dtype", 0.10, counted_ratio(*kept, "bytes a row")),
         judged("adapter file, float32", 0.09, counted_ratio(*sizes, "bytes")),
-        judged("step, logits at the same positions", 0.98, counted_ratio(flops(mine), flops(peer), "FLOPs")),
-        judged("step, logits at the same positions", 0.95, wall_ratio(mine, peer, pairs)),
+        judged(
+            "step, same dtype, logits at the same positions", 0.98, counted_ratio(flops(mine), flops(peer), "FLOPs")
+        ),
+        judged(alike_step, 0.95, wall_ratio(mine, peer, pairs)),
         judged("step, peft as its users run it (all logits)", 0.75, wall_ratio(mine, usual, pairs)),
     ]
 
@@ -202,12 +212,12 @@ def prefix_rows(dtype: str, rows: Sequence[Encoded], pairs: int) -> list[dict]:
     first = split_at(base, LAST_LAYERS)
     states = cached_states(base, rows, first)
     ours = replace(side, body=suffix_body(base, first), hidden=[states[i] for i in range(len(rows))])
-    theirs, _ = peft_lora(fresh_base(dtype), LAST_LAYERS)
+    theirs, _ = peft_lora(fresh_base(dtype), LAST_LAYERS, like_base=True)
     mine, peer = step_of(ours, answer_loss(ours, rows)), step_of(theirs, peft_answer_loss(theirs, rows))
     batch = collate(rows, base.tokenizer.pad_token_id)
     filling = min(seconds(lambda: hidden_at(base, batch, first)) for _ in range(5))
     one_step = min(seconds(mine) for _ in range(5))
-    name = f"step, last {LAST_LAYERS} layers from cached hidden states"
+    name = f"step, same dtype, last {LAST_LAYERS} layers from cached hidden states"
     return [
         judged(name, 0.48, counted_ratio(flops(mine), flops(peer), "FLOPs")),
         judged(name, 0.50, wall_ratio(mine, peer, pairs)),
@@ -228,7 +238,7 @@ def main() -> None:
     found = whole_model_rows(arguments.dtype, rows, arguments.pairs) + prefix_rows(
         arguments.dtype, rows, arguments.pairs
     )
-    found = [{**row, "dtype": str(base.dtype)} for row in found]
+    found = [{**row, "base_dtype": str(base.dtype)} for row in found]
     publish(found, "lori.json", f"python benchmarks/lori.py --pairs {arguments.pairs} --dtype {arguments.dtype}")
 
 

@@ -374,6 +374,18 @@ def test_a_frozen_A_gives_the_bits_of_the_plain_form(dtype, masked, shape):
     assert torch.equal(low.values.grad.flatten(), B.grad[mask])
 
 
+def test_a_frozen_A_is_rounded_once_and_anew_where_it_was_changed():
+    low = LowRank(Factors(gaussian(3, 40, seed=1), gaussian(30, 3, seed=2), 1.5), train_A=False)
+    x, kept = gaussian(5, 40, seed=4, dtype=torch.bfloat16), low.cast_A(torch.bfloat16)
+    before = low(x)
+    assert low.cast_A(torch.bfloat16) is kept and set(low.state_dict()) == {"A", "values"}
+    with torch.no_grad():
+        low.A.mul_(2)  # a power of two: every product doubles exactly
+    assert torch.equal(low(x), 2 * before)
+    trained_A = LowRank(low.factors(), train_A=True)
+    assert trained_A.cast_A(torch.bfloat16) is not trained_A.cast_A(torch.bfloat16)
+
+
 def test_gradients_of_a_frozen_A_by_finite_differences():
     low = LowRank(Factors(gaussian(2, 5, seed=1), gaussian(4, 2, seed=2), 1.5), train_A=False).double()
     x = gaussian(3, 5, seed=3, dtype=torch.float64).requires_grad_()

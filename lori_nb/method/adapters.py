@@ -155,6 +155,7 @@ class LowRank(nn.Module):
         self.scale = factors.scale
         self.shape = factors.B.shape
         self.task_rows: TaskRows | None = None  # set by task_gradients.by_task
+        self._rounded: tuple[tuple, Tensor] | None = None  # a frozen A in another dtype, and what it was made of
         self.A = nn.Parameter(factors.A.detach().clone().float(), requires_grad=train_A)
         dense = factors.B.detach().clone().float()
         if mask is not None and mask.shape != dense.shape:
@@ -173,6 +174,24 @@ class LowRank(nn.Module):
             return self.values
         flat = self.values.new_zeros(self.shape.numel()).index_copy(0, self.fixed_positions, self.fixed_values)
         return flat.index_copy(0, self.positions, self.values).view(self.shape)
+
+    def scaled_B(self, dtype: torch.dtype) -> Tensor:
+        """s · B (d_out × r) in ``dtype``, dense and without a gradient: what a pass multiplies with."""
+        if self.positions is None:
+            return (self.values.detach() * self.scale).to(dtype)
+        flat = torch.zeros(self.shape.numel(), dtype=dtype, device=self.values.device)
+        for places, values in ((self.fixed_positions, self.fixed_values), (self.positions, self.values.detach())):
+            flat.index_copy_(0, places, (values * self.scale).to(dtype))
+        return flat.view(self.shape)
+
+    def cast_A(self, dtype: torch.dtype) -> Tensor:
+        """A (r × d_in) in ``dtype``, without a gradient; a frozen one is rounded once and kept."""
+        if self.A.requires_grad or dtype == self.A.dtype:
+            return self.A.detach().to(dtype)
+        of = (dtype, self.A.device, self.A._version)
+        if self._rounded is None or self._rounded[0] != of:
+            self._rounded = of, self.A.detach().to(dtype)
+        return self._rounded[1]
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The trained parameters by the last part of their name: "A" unless it is frozen, and "B", packed or whole."""

@@ -95,12 +95,12 @@ class LowRankUpdate(torch.autograd.Function):
                 f"the input of {rows.module} must be (rows × places × width) with the {sum(rows.sizes)} rows of the "
                 f"tasks; found {tuple(x.shape)}"
             )
-        h = F.linear(x, A.to(x.dtype))
+        h = F.linear(x, low.cast_A(x.dtype))
         ctx.low, ctx.task_rows = low, rows
         trains_A = A.requires_grad
         # Trained A and values are kept to notice a change in place before the backward pass.
         ctx.save_for_backward(h, values, *((A, x) if trains_A else (None, None)))
-        return F.linear(h, (low.B * low.scale).to(x.dtype))
+        return F.linear(h, low.scaled_B(x.dtype))
 
     @staticmethod
     @once_differentiable
@@ -112,12 +112,12 @@ class LowRankUpdate(torch.autograd.Function):
         wants_x, wants_A, wants_B, _ = ctx.needs_input_grad
         grad_x = grad_A = grad_B = None
         if wants_x or wants_A:
-            down = u @ (low.B * low.scale).to(u.dtype)  # ∂L/∂h
-            grad_x = down @ low.A.to(u.dtype) if wants_x else None
+            down = u @ low.scaled_B(u.dtype)  # ∂L/∂h
+            grad_x = down @ low.cast_A(u.dtype) if wants_x else None
             # x is wider than the products where an autocast is at work
             grad_A = _summed_over_rows(down, x.to(down.dtype), sizes).float() if wants_A else None
         if wants_B:
-            grad_B = low.gathered(_summed_over_rows(u, h, sizes).float() * low.scale)
+            grad_B = low.gathered(_summed_over_rows(u, h, sizes)).float() * low.scale
         if rows is None:
             return grad_x, grad_A, grad_B, None
         rows.keep("A", grad_A)
