@@ -21,7 +21,7 @@ from lori_nb.lab.prefix import cached_states, split_at, suffix_body
 from lori_nb.lab.resolving import resolve
 from lori_nb.lab.runs import Store
 from lori_nb.lab.tasks import SPLITS, Example, get_task, task
-from lori_nb.lab.telemetry import CHANGE, COSINE, HALVES, REMOVED
+from lori_nb.lab.telemetry import CHANGE, COSINE, HALVES, RATE, REMOVED
 from lori_nb.lab.text import collate, encode_decoder_rows
 from lori_nb.lab.training import NonFiniteLossError, TaskData, batch_indices, learning_rate_at, named_parameters
 from lori_nb.method.adapter_file import adapter_hash
@@ -136,7 +136,7 @@ def test_conflicts_are_recorded_for_several_tasks(base):
     table = Store().get(tiny_spec(base, "ortho-lora", tasks=BOTH, steps=5)).conflicts
     assert set(table["step"]) == set(range(5))
     assert len(set(table["tensor"])) == 2 * 7 * 2
-    assert set(table["measure"]) == {COSINE, CHANGE, HALVES, REMOVED}
+    assert set(table["measure"]) == {COSINE, CHANGE, HALVES, RATE, REMOVED}
     assert Store().get(tiny_spec(base, steps=5)).conflicts.empty
 
 

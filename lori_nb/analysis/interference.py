@@ -110,7 +110,7 @@ def magnitude_overlap(pair: Pair) -> float:
     if pair.f.norm == 0 or pair.g.norm == 0:
         return UNDEFINED
     f, g = pair.f.largest, pair.g.largest
-    return float((f & g).sum() / min(f.sum(), g.sum()))
+    return int((f & g).sum()) / min(int(f.sum()), int(g.sum()))
 
 
 @measure("mask_overlap")
