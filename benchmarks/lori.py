@@ -1,9 +1,11 @@
 """LoRI-S at sparsity 0.9 against peft's LoRA: parameters, optimiser state, activations, disk, FLOPs and time of a step.
 
 Both sit at rank 32 on all linear modules of SmolLM2-135M, see the same rows and take the same step (forward, backward,
-clipping, AdamW). "Logits at the same positions" means that both compute logits at answer positions only; "as its users
-run it" is a PeftModel called with labels. "Same dtype" has peft's factors in the base's dtype, in which ours are
-multiplied; by default it multiplies them in float32.
+clipping, AdamW), with logits at answer positions only; "as its users run it" is a PeftModel called with labels.
+
+On a base in bfloat16 our factors are kept in float32 and multiplied in bfloat16. By default peft keeps and multiplies
+its factors in float32; in the base's dtype it does both in bfloat16. So steps are compared in three ways: peft's
+default, peft's factors in bfloat16, and everything in float32, where both sides are alike in every respect.
 
     python benchmarks/lori.py --pairs 30
 """
@@ -178,31 +180,39 @@ def fresh_base(dtype: str) -> Base:
 
 
 def whole_model_rows(dtype: str, rows: Sequence[Encoded], pairs: int) -> list[dict]:
-    """Every comparison with adapters on all layers."""
+    """Every comparison with adapters on all layers, peft as it is by default."""
     ours, live, masks = lori_s(fresh_base(dtype))
     theirs, model = peft_lora(fresh_base(dtype))
-    alike, _ = peft_lora(fresh_base(dtype), like_base=True)
-    bare = fresh_base(dtype)
-    mine, peer = step_of(ours, answer_loss(ours, rows)), step_of(alike, peft_answer_loss(alike, rows))
-    usual = step_of(theirs, labelled_loss(model, theirs, rows))
+    mine, usual = step_of(ours, answer_loss(ours, rows)), step_of(theirs, labelled_loss(model, theirs, rows))
     counts = [sum(p.numel() for p in side.parameters) for side in (ours, theirs)]
     states = [state_bytes(step) for step in (mine, usual)]
-    bare.body.embed_tokens.weight.requires_grad_()  # a gradient passes through the frozen layers of the bare base too
-    own = activation_bytes(Contestant(bare, bare.body, []), rows)
-    kept = [activation_bytes(side, rows) - own for side in (ours, alike)]
-    sizes = disk_bytes(live, masks, model)
-    alike_step = "step, same dtype, logits at the same positions"
     return [
         judged("trainable parameters", 0.06, counted_ratio(*counts, "parameters")),
         judged("optimiser state", 0.06, counted_ratio(*states, "bytes")),
-        judged("activations kept for backward by the adapters, same dtype", 0.10, counted_ratio(*kept, "bytes a row")),
-        judged("adapter file, float32", 0.09, counted_ratio(*sizes, "bytes")),
-        judged(
-            "step, same dtype, logits at the same positions", 0.98, counted_ratio(flops(mine), flops(peer), "FLOPs")
-        ),
-        judged(alike_step, 0.95, wall_ratio(mine, peer, pairs)),
+        judged("adapter file, float32", 0.09, counted_ratio(*disk_bytes(live, masks, model), "bytes")),
         judged("step, peft as its users run it (all logits)", 0.75, wall_ratio(mine, usual, pairs)),
     ]
+
+
+def step_rows(dtype: str, rows: Sequence[Encoded], pairs: int, like_base: bool) -> list[dict]:
+    """Activations and a step with logits at the same positions; ``like_base`` as :func:`peft_lora` takes it."""
+    bare = fresh_base(dtype)
+    ours, _, _ = lori_s(fresh_base(dtype))
+    theirs, _ = peft_lora(fresh_base(dtype), like_base=like_base)
+    mine, peer = step_of(ours, answer_loss(ours, rows)), step_of(theirs, peft_answer_loss(theirs, rows))
+    bare.body.embed_tokens.weight.requires_grad_()  # a gradient passes through the frozen layers of the bare base too
+    own = activation_bytes(Contestant(bare, bare.body, []), rows)
+    kept = [activation_bytes(side, rows) - own for side in (ours, theirs)]
+    factors = f"base {_short(bare.dtype)}, peft's factors {_short(theirs.parameters[0].dtype)}"
+    return [
+        judged(f"activations kept for backward, {factors}", 0.10, counted_ratio(*kept, "bytes a row")),
+        judged(f"step, {factors}", 0.98, counted_ratio(flops(mine), flops(peer), "FLOPs")),
+        judged(f"step, {factors}", 0.95, wall_ratio(mine, peer, pairs)),
+    ]
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def prefix_rows(dtype: str, rows: Sequence[Encoded], pairs: int) -> list[dict]:
@@ -212,12 +222,12 @@ def prefix_rows(dtype: str, rows: Sequence[Encoded], pairs: int) -> list[dict]:
     first = split_at(base, LAST_LAYERS)
     states = cached_states(base, rows, first)
     ours = replace(side, body=suffix_body(base, first), hidden=[states[i] for i in range(len(rows))])
-    theirs, _ = peft_lora(fresh_base(dtype), LAST_LAYERS, like_base=True)
+    theirs, _ = peft_lora(fresh_base(dtype), LAST_LAYERS)
     mine, peer = step_of(ours, answer_loss(ours, rows)), step_of(theirs, peft_answer_loss(theirs, rows))
     batch = collate(rows, base.tokenizer.pad_token_id)
     filling = min(seconds(lambda: hidden_at(base, batch, first)) for _ in range(5))
     one_step = min(seconds(mine) for _ in range(5))
-    name = f"step, same dtype, last {LAST_LAYERS} layers from cached hidden states"
+    name = f"step, last {LAST_LAYERS} layers from cached hidden states"
     return [
         judged(name, 0.48, counted_ratio(flops(mine), flops(peer), "FLOPs")),
         judged(name, 0.50, wall_ratio(mine, peer, pairs)),
@@ -235,10 +245,10 @@ def main() -> None:
     torch.set_num_threads(1)
     base = load_base(BASE, arguments.dtype)
     rows = encode_decoder_rows(base.tokenizer, get_task(TASK).rows("train", ROWS))
-    found = whole_model_rows(arguments.dtype, rows, arguments.pairs) + prefix_rows(
-        arguments.dtype, rows, arguments.pairs
-    )
-    found = [{**row, "base_dtype": str(base.dtype)} for row in found]
+    found = whole_model_rows(arguments.dtype, rows, arguments.pairs)
+    for dtype, like_base in ((arguments.dtype, False), (arguments.dtype, True), ("float32", False)):
+        found += step_rows(dtype, rows, arguments.pairs, like_base)
+    found += prefix_rows(arguments.dtype, rows, arguments.pairs)
     publish(found, "lori.json", f"python benchmarks/lori.py --pairs {arguments.pairs} --dtype {arguments.dtype}")
 
 

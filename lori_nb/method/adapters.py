@@ -179,10 +179,11 @@ class LowRank(nn.Module):
         """s · B (d_out × r) in ``dtype``, dense and without a gradient: what a pass multiplies with."""
         if self.positions is None:
             return (self.values.detach() * self.scale).to(dtype)
-        flat = torch.zeros(self.shape.numel(), dtype=dtype, device=self.values.device)
-        for places, values in ((self.fixed_positions, self.fixed_values), (self.positions, self.values.detach())):
-            flat.index_copy_(0, places, (values * self.scale).to(dtype))
-        return flat.view(self.shape)
+        values = self.values.detach()
+        flat = torch.zeros(self.shape.numel(), dtype=dtype, device=values.device)
+        if len(self.fixed_positions):
+            flat.index_copy_(0, self.fixed_positions, (self.fixed_values * self.scale).to(dtype))
+        return flat.index_copy_(0, self.positions, (values * self.scale).to(dtype)).view(self.shape)
 
     def cast_A(self, dtype: torch.dtype) -> Tensor:
         """A (r × d_in) in ``dtype``, without a gradient; a frozen one is rounded once and kept."""
@@ -199,7 +200,7 @@ class LowRank(nn.Module):
 
     def gathered(self, dense: Tensor) -> Tensor:
         """The entries of matrices of B's shape (… × d_out × r) that belong to the trained values, in their order."""
-        return dense if self.positions is None else dense.flatten(-2)[..., self.positions]
+        return dense if self.positions is None else dense.flatten(-2).index_select(-1, self.positions)
 
     def forward(self, x: Tensor) -> Tensor:
         """s · B (A x) for x (… × d_in) → (… × d_out), computed in x's dtype; the factors themselves stay float32."""
