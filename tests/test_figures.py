@@ -191,6 +191,13 @@ def test_the_similarity_map_has_i_upwards_and_j_to_the_right():
     assert image.origin == "lower" and image.get_extent() == [0.5, 3.5, 0.5, 2.5] and image.get_clim() == (0, 1)
 
 
+def test_heat_maps_of_signed_values_have_their_middle_at_zero():
+    _, axes = figures.panels(1)
+    figures.heat_maps(axes, {"signed": matrix(3) - 0.1}, "cosine")
+    (image,) = axes[0].images
+    assert image.norm.vmin == -image.norm.vmax < 0 and image.cmap.name == "PuOr"
+
+
 def test_heat_maps_share_one_scale():
     figure, axes = figures.panels(2)
     figures.heat_maps(axes, {"small": matrix(3), "large": 2 * matrix(3)}, "overlap")

@@ -31,6 +31,7 @@ def house_style():
 def compared_table(seeds: int = 5) -> pd.DataFrame:
     verdicts = {"lori-d": "worse", "lori-s": "equivalent", "lora-longer": "cannot tell"}
     about = {"n": seeds, "of": "seeds × 1,000 rows or topics", "seeds": seeds, "margin": 0.02}
+    about |= {"p_difference": 0.5, "p_holm": 0.01}
     return pd.DataFrame(
         {"arm": arm, "title": title, "method": arm[:6] if arm in verdicts and arm != "lora-longer" else "lora"}
         | {"task": task, "value": MEANS[arm], "low": MEANS[arm] - 0.015, "high": MEANS[arm] + 0.015}
@@ -134,6 +135,25 @@ def test_forest_has_a_dot_a_seed_an_interval_a_zero_line_a_band_and_the_words():
     assert said.count("equivalent") == len(TASKS) == said.count("worse") and "-4.0 [-5.5, -2.5]" in said
     assert said.count("n = 5 seeds × 1,000 rows or topics") == len(TASKS)
     assert ax.get_xlabel() == "points against tuned LoRA"
+
+
+def test_a_verdict_of_equivalence_is_marked_where_more_is_to_be_said():
+    _, (ax,) = figures.panels(1)
+    figures_lori.forest(ax, compared_table().assign(p_difference=0.01, p_holm=0.2), seed_table())
+    said = [text.get_text() for text in ax.texts]
+    assert said.count("equivalent*†") == len(TASKS) == said.count("worse")
+
+
+def test_an_arm_far_from_all_others_stands_as_numbers_and_does_not_squeeze_them():
+    table, far = compared_table(), "lori-d"
+    away = table["arm"] == far
+    table.loc[away, ["value", "low", "high"]] = [-0.5, -0.6, -0.4]
+    (_, (usual,)), (_, (ax,)) = figures.panels(1), figures.panels(1)
+    figures_lori.forest(usual, compared_table(), seed_table())
+    figures_lori.forest(ax, table, seed_table())
+    assert ax.get_xlim()[0] > -10 and "-50.0 [-60.0, -40.0]" in [text.get_text() for text in ax.texts]
+    pointers = [line for line in ax.lines if line.get_marker() == "<" and len(line.get_xdata())]
+    assert len(pointers) == len(TASKS) and not [each for each in usual.lines if each.get_marker() == "<"]
 
 
 def test_one_seed_gets_no_verdict():

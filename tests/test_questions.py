@@ -467,6 +467,19 @@ def test_the_report_judges_every_claim_with_n_and_says_that_one_seed_is_a_demons
     # A random base learns nothing in three steps, so that matching it must not pass for a result.
     assert judged.loc[judged["least"] < 0, "verdict"].str.contains("learned too little").all()
     assert str(len(judged)) in claims.counted(judged)
+    conflicts, overlaps = (judged[judged["measured as"].str.contains(w)].iloc[0] for w in ("conflict rate", "cosine"))
+    assert conflicts["verdict"] == "cannot tell (steps share one run)" and conflicts["of"] == "steps"
+    assert overlaps["verdict"] == "cannot tell (pairs share their adapters)"
+
+
+def test_a_first_task_that_is_kept_better_and_yet_lost_is_said_to_be(results, settings, monkeypatch):
+    matrices = {0.2: " (0.20 is left of 0.90)", 0.5: ""}
+    for left, words in matrices.items():
+        R = np.array([[0.9, 0.1], [left, 0.8]])
+        monkeypatch.setattr(claims.sequence_runs, "matrix_of", lambda *_, R=R: R)
+        verdict = claims.judged(results).set_index("measured as")["verdict"]
+        found = verdict["LoRI-S − LoRA, first task's score after the last one"]
+        assert found.endswith(words) and ("is left" in found) == bool(words)
 
 
 def test_provenance_names_table_runs_and_commit(results):

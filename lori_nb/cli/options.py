@@ -16,7 +16,9 @@ app = typer.Typer(
 runs = typer.Typer(no_args_is_help=True, help="The store of finished runs.")
 app.add_typer(runs, name="runs")
 
-Profile = Annotated[str, typer.Option(help="A file of notebooks/profiles: smoke, quick, standard, paper.")]
+Profile = Annotated[
+    str, typer.Option(help="A file of notebooks/profiles: smoke, quick, standard, paper, paper-r64, paper-mistral.")
+]
 Jobs = Annotated[int, typer.Option(min=1, help="Workers of one thread each.")]
 Tasks = Annotated[str, typer.Option(help="Tasks or groups instead of the profile's: chain_sum,refusal or glue.")]
 Seed = Annotated[str, typer.Option(help="Seeds instead of the profile's: 0..4 or 0,1.")]

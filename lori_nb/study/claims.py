@@ -49,13 +49,16 @@ def _over_seeds(found: Estimate, of: str) -> Measured:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim in words, and the difference that tests it; ``measure`` gives None where runs are missing."""
+    """A claim in words, and the difference that tests it; ``measure`` gives None where runs are missing. ``beside`` is
+    what a reader of its verdict must know as well.
+    """
 
     paper: str
     words: str
     measured_as: str
     least: float
     measure: Callable[[Results], Measured | None]
+    beside: Callable[[Results], str] = lambda results: ""
 
 
 def verdict(interval: Interval, least: float) -> str:
@@ -116,6 +119,15 @@ def _kept_first(a: str, b: str) -> Callable[[Results], Measured | None]:
     return measure
 
 
+def _left_of_first(results: Results, way: str) -> str:
+    """What a way leaves of the first task's score, in brackets where that is less than half: better is not kept."""
+    settings = results.settings
+    grid = [(order, seed) for order in orders_of(settings, way) for seed in settings.seed]
+    found = [R for order, seed in grid if (R := sequence_runs.matrix_of(results, way, order, seed)) is not None]
+    before, left = (sum(R[stage, 0] for R in found) / len(found) for stage in (0, -1))
+    return f" ({left:.2f} is left of {before:.2f})" if left < before / 2 else ""
+
+
 def _arrangements(a: str, b: str) -> Callable[[Results], Measured | None]:
     def measure(results: Results) -> Measured | None:
         if not {a, b} <= {SINGLE, *results.settings.joint_arms}:
@@ -163,6 +175,8 @@ def _difference(pairs: dict, tasks: list[str]) -> Measured | None:
     return _over_seeds(found, estimate_unit(found, tasks))
 
 
+# What n counts with one seed, and why these are no independent points.
+DEPENDENT = {"pairs of tasks": "pairs share their adapters", "steps": "steps share one run"}
 CLAIMS = (
     Claim(
         LORI,
@@ -198,6 +212,7 @@ CLAIMS = (
         "LoRI-S − LoRA, first task's score after the last one",
         0.0,
         _kept_first("lori-s", "lora"),
+        lambda results: _left_of_first(results, "lori-s"),
     ),
     Claim(
         ORTHO_LORA,
@@ -237,7 +252,8 @@ def _judge(claim: Claim, results: Results) -> dict:
     if measured is None:
         empty = Interval(math.nan, math.nan, math.nan, 0)
         return row | as_columns(empty, "–") | {"seeds": 0, "detectable": math.nan, "verdict": "not measured"}
-    words = _confounded(claim, results) or verdict(measured.interval, claim.least)
+    words = _confounded(claim, results) or _dependent(measured) or verdict(measured.interval, claim.least)
+    words += claim.beside(results)
     about = {"seeds": measured.seeds, "detectable": measured.detectable, "verdict": words}
     return row | as_columns(measured.interval, measured.of) | about
 
@@ -250,6 +266,12 @@ def _confounded(claim: Claim, results: Results) -> str | None:
     if claim.measured_as.startswith("single − joint") and alone != shared:
         return f"cannot tell (a task saw {alone} rows alone, {shared} jointly)"
     return None
+
+
+def _dependent(measured: Measured) -> str | None:
+    """Why an interval over the parts of one run or one set of adapters decides nothing; None where it can."""
+    shared = DEPENDENT.get(measured.of) if measured.seeds == 1 else None
+    return f"cannot tell ({shared})" if shared else None
 
 
 def readable(judged: pd.DataFrame) -> pd.DataFrame:

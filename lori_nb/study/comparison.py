@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
-from lori_nb.analysis.equivalence import Verdict, equivalence_verdict, holm
+from lori_nb.analysis.equivalence import ALPHA, Verdict, equivalence_verdict, holm
 from lori_nb.lab.flops import prefix_flops, training_flops
 from lori_nb.lab.specs import RunSpec
 from lori_nb.study.arms import BASELINE, arm_spec, arms_of, get_arm
@@ -68,6 +68,14 @@ def longer(results: Results) -> pd.DataFrame:
     arms = arms_of(results.settings, "longer")
     beside = dict.fromkeys(get_arm(name).beside for name in arms)
     return compared(results, [*beside, *arms])
+
+
+def marked_verdict(row: pd.Series) -> str:
+    """A row's verdict, with * where it is equivalent and yet differs from 0, and † where Holm's adjustment over the
+    arms takes the equivalence back.
+    """
+    marks = {"*": row["p_difference"] < ALPHA, "†": row["p_holm"] >= ALPHA}
+    return row["verdict"] + "".join(sign for sign, on in marks.items() if on and row["verdict"] == "equivalent")
 
 
 def _told(row: pd.Series) -> str:

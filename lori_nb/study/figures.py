@@ -117,7 +117,7 @@ def score_against_parameters(
     """
     for method, part in scores.groupby("method", sort=False):
         points(ax, part["trainable_parameters"], part, method, line=False)
-    ax.axhline(majority, color=GREY, linestyle=":", linewidth=1.2, label="majority answer")
+    ax.axhline(majority, color=GREY, linestyle=":", linewidth=1.2, label="most frequent answer")
     if not math.isnan(few_shot):
         ax.axhline(few_shot, color=GREY, linestyle="--", linewidth=1.2, label=f"base with {shots} examples")
     ax.set_xscale("log")
@@ -131,7 +131,9 @@ def score_against_parameters(
 def score_against_sparsity(ax: Axes, scores: pd.DataFrame) -> Axes:
     """A task's score at every sparsity; the axis is the share of B that is trained (log, from dense to sparse)."""
     kept = 1 - scores["sparsity"]
-    points(ax, kept, scores, "lori-s", label="LoRI-S (sparsity 0: LoRI-D)")
+    for method, part in (("lori-d", scores[kept == 1]), ("lori-s", scores[kept < 1])):  # each at its own rate
+        if len(part):
+            points(ax, kept[part.index], part, method)
     ax.set_xscale("log")
     ax.set_xlim(kept.max() * 1.4, kept.min() / 1.4)
     ax.xaxis.set_major_locator(FixedLocator(kept.tolist()))
@@ -193,9 +195,13 @@ def grouped_points(ax: Axes, table: pd.DataFrame, category: str, series: str, yl
 
 
 def heat_map(ax: Axes, matrix: pd.DataFrame, limits: tuple[float, float], form: str = ".2f") -> Axes:
-    """A matrix with its numbers in the cells, in colours that colour-blind eyes can order; missing cells stay empty."""
+    """A matrix with its numbers in the cells, in colours that colour-blind eyes can order, two of them around 0 where
+    the limits are; missing cells stay empty.
+    """
     values = matrix.to_numpy(dtype=float)
-    image = ax.imshow(values, cmap="cividis", vmin=limits[0], vmax=limits[1], aspect="auto")
+    image = ax.imshow(
+        values, cmap="PuOr" if limits[0] == -limits[1] else "cividis", vmin=limits[0], vmax=limits[1], aspect="auto"
+    )
     size = min(8, 140 / len(matrix.columns))  # points: numbers of a map as wide as a page do not touch
     for (i, j), value in np.ndenumerate(values):
         if not math.isnan(value):
@@ -221,9 +227,12 @@ def _in_two(name: str) -> str:
 
 
 def heat_maps(axes: Sequence[Axes], matrices: Mapping[str, pd.DataFrame], label: str, form: str = ".2f") -> None:
-    """Matrices of the same rows side by side under their titles, with one colour scale from 0, or the least, up."""
+    """Matrices of the same rows side by side under their titles, with one colour scale: from 0 up, or around 0 where
+    some values are negative.
+    """
     values = np.concatenate([matrix.to_numpy(dtype=float).ravel() for matrix in matrices.values()])
-    limits = min(0.0, float(np.nanmin(values))), float(np.nanmax(values))
+    reach = float(np.nanmax(np.abs(values)))
+    limits = (-reach if np.nanmin(values) < 0 else 0.0), reach
     columns = axes[0].get_subplotspec().get_gridspec().ncols
     for place, (ax, (title, matrix)) in enumerate(zip(axes, matrices.items(), strict=True)):
         heat_map(ax, matrix, limits, form).set_title(title)

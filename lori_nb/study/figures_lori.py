@@ -15,6 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from lori_nb.analysis.statistics import interval_text
 from lori_nb.study.arms import get_arm
+from lori_nb.study.comparison import marked_verdict
 from lori_nb.study.figures import MEASURE_LABELS, metric_label, points
 from lori_nb.study.style import BLACK, GREY, look_of, looks_of, null_of, title_of
 from lori_nb.study.summary import n_text
@@ -22,6 +23,7 @@ from lori_nb.study.summary import n_text
 POINTS = 100  # a score of 1 is a hundred points
 ROW_INCHES = 0.235
 COLUMN_POINTS = (6, 104)  # of the numbers and the verdicts, right of the axes
+FAR = 2.5
 NULL_LOOK = {"color": GREY, "marker": "x"}
 MILLION = 10**6
 COST_LABELS = {
@@ -46,25 +48,38 @@ def forest(ax: Axes, compared: pd.DataFrame, seeds: pd.DataFrame) -> Axes:
     right stand n of every block, and the numbers and verdict of every row.
     """
     margin = POINTS * compared["margin"].iloc[0]
-    ax.axvspan(-margin, margin, color=GREY, alpha=0.16, linewidth=0, label=f"margin of equivalence, ± {margin:g}")
+    ax.axvspan(-margin, margin, color=GREY, alpha=0.16, linewidth=0, label=f"margin, ± {margin:g}")
     ax.axvline(0, color=BLACK, linewidth=1)
-    place, ticks, labels = 0.0, [], []
+    place, rows, far = 0.0, {}, _far_arm(compared, margin)
     for task, block in compared.groupby("task", sort=False):
         _heading(ax, place, task, n_text(block))
-        for row in block.itertuples():
+        for _, row in block.iterrows():
             place += 1
-            values = seeds.loc[(seeds["arm"] == row.arm) & (seeds["task"] == task), "value"]
-            _difference(ax, place, row, POINTS * values)
-            ticks.append(place)
-            labels.append(row.title)
+            values = seeds.loc[(seeds["arm"] == row["arm"]) & (seeds["task"] == task), "value"]
+            _numbers(ax, place, row)
+            if row["arm"] == far:
+                _pointer(ax, place, row["value"])
+            else:
+                _difference(ax, place, row, POINTS * values)
+            rows[place] = row["title"]
         place += 1.25
-    ax.set_yticks(ticks, labels)
+    ax.set_yticks(list(rows), list(rows.values()))
     ax.set_ylim(place - 0.6, -0.7)  # the first row at the top
     ax.grid(axis="y", visible=False)
     ax.tick_params(axis="y", length=0)
     ax.set_xlabel("points against tuned LoRA")
-    _forest_legend(ax, compared)
+    _forest_legend(ax, compared, far)
     return ax
+
+
+def _far_arm(compared: pd.DataFrame, margin: float) -> str | None:
+    """The arm that reaches more than :data:`FAR` times as far as every other and the margin, which would squeeze them
+    together; None where there is none.
+    """
+    sizes = compared.assign(reach=POINTS * compared[["low", "value", "high"]].abs().max(axis=1))
+    reach = sizes.groupby("arm")["reach"].max().sort_values()
+    others = max([margin, *reach.iloc[:-1]])
+    return str(reach.index[-1]) if len(reach) > 1 and reach.iloc[-1] > FAR * others else None
 
 
 def _heading(ax: Axes, place: float, task: str, count: str) -> None:
@@ -80,22 +95,34 @@ def _beside(ax: Axes, place: float, text: str, column: int = 0, **look) -> None:
     )
 
 
-def _difference(ax: Axes, place: float, row, values: pd.Series) -> None:
-    look = look_of(row.method)
+def _difference(ax: Axes, place: float, row: pd.Series, values: pd.Series) -> None:
+    look = look_of(row["method"])
     ax.plot(
         values, np.full(len(values), place), "o", markersize=3.4, markerfacecolor="none", color=look["color"], zorder=2
     )
-    low, mean, high = (POINTS * each for each in (row.low, row.value, row.high))
+    low, mean, high = (POINTS * row[name] for name in ("low", "value", "high"))
     if not np.isnan(low):
         ax.plot([low, high], [place, place], color=BLACK, linewidth=1.3, zorder=3)
     ax.plot(mean, place, look["marker"], color=look["color"], markeredgecolor=BLACK, markeredgewidth=0.8, zorder=4)
-    _beside(ax, place, interval_text(mean, low, high, 1, signed=True))
-    if row.seeds > 1:  # one seed decides nothing
-        _beside(ax, place, row.verdict, 1)
 
 
-def _forest_legend(ax: Axes, compared: pd.DataFrame) -> None:
+def _pointer(ax: Axes, place: float, value: float) -> None:
+    """A mark at the edge beyond which a row lies."""
+    edge, marker = (0.015, "<") if value < 0 else (0.985, ">")
+    ax.plot(edge, place, marker, color=GREY, transform=ax.get_yaxis_transform())
+
+
+def _numbers(ax: Axes, place: float, row: pd.Series) -> None:
+    bounds = (POINTS * row[name] for name in ("value", "low", "high"))
+    _beside(ax, place, interval_text(*bounds, 1, signed=True))
+    if row["seeds"] > 1:  # one seed decides nothing
+        _beside(ax, place, marked_verdict(row), 1)
+
+
+def _forest_legend(ax: Axes, compared: pd.DataFrame, far: str | None) -> None:
     """Handles that say what dots, markers and bars are; drawn by ``figures.shared_legend``."""
+    if far is not None:
+        ax.plot([], [], "<", color=GREY, label="off the axis")
     if compared["seeds"].max() > 1:
         ax.plot([], [], "o", markersize=3.4, markerfacecolor="none", color=GREY, label="one seed")
     if compared["low"].notna().any():

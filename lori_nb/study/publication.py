@@ -115,7 +115,8 @@ def rendered(folder: Path) -> str:
             f"`figures/reference/{folder.name}/`):",
             "\n".join(lines),
             "The papers' claims, each as a difference on these tasks. A verdict needs the whole interval on one side "
-            "of 0, or of -0.05 where the claim is that something *matches*, and as many training rows on both sides"
+            "of 0, or of -0.05 where the claim is that something *matches*, over points that do not share runs or "
+            "adapters, and for joint training as many rows of a task as alone"
             + ("; with one seed it speaks of these runs alone, and another seed may turn it:" if seeds == 1 else ":"),
             "\n".join(claimed),
             f"Its {times['runs'].sum()} runs took {times['core_minutes'].sum():.0f} core-minutes (`times.csv` there), "

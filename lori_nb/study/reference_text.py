@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from lori_nb.analysis.equivalence import ALPHA
 from lori_nb.analysis.statistics import interval_text
 from lori_nb.lab.paths import write_atomically
 from lori_nb.study import reference_interference, reference_merging, reference_overlap, reference_sequences, sharing
 from lori_nb.study.arms import BASELINE
-from lori_nb.study.comparison import OVER_TASKS
+from lori_nb.study.comparison import OVER_TASKS, marked_verdict
 from lori_nb.study.joint_arms import get_joint_arm
 
 COMPARED = ("methods", "longer", "baselines", "masks")  # tables of comparison.compared
@@ -164,9 +163,7 @@ def _cell(row: pd.Series) -> str:
     value = interval_text(*(100 * row[name] for name in ("value", "low", "high")), 1, signed=True)
     if row["seeds"] == 1:
         return f"{value}, one seed"
-    marks = {"*": row["p_difference"] < ALPHA, "†": row["p_holm"] >= ALPHA}
-    mark = "".join(sign for sign, shown in marks.items() if shown and row["verdict"] == "equivalent")
-    return f"{value}, {row['verdict']}{mark}"
+    return f"{value}, {marked_verdict(row)}"
 
 
 def _sparsity(table: pd.DataFrame) -> str:
