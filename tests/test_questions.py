@@ -51,6 +51,11 @@ def test_one_seed_gives_a_wilson_interval_over_rows_and_several_a_t_interval_ove
     assert summary.score_interval([0.7, 0.8, 0.9], {"exact_match"}, [192]) == t_interval([0.7, 0.8, 0.9])
 
 
+def test_a_bar_in_a_cell_does_not_end_it():
+    text = summary.markdown(pd.DataFrame({"|cosine|": ["1"]}, index=pd.Index(["a"], name="method")))
+    assert text.splitlines()[0] == r"| method | \|cosine\| |" and text.splitlines()[2] == "| a | 1 |"
+
+
 def test_a_correlation_with_one_seed_has_no_interval():
     found = summary.score_interval([0.3], {"matthews"}, [192])
     assert found.mean == 0.3 and math.isnan(found.low) and math.isnan(found.high)

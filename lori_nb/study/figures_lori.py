@@ -148,7 +148,7 @@ def overlap_by_choice(axes: Sequence[Axes], table: pd.DataFrame) -> None:
         ax.set_yticks(range(len(arms)), [get_arm(arm).title for arm in arms])
         ax.set_ylim(len(arms) - 0.5, -0.5)
         ax.set_xlim(left=0)
-        ax.set_xlabel(label)
+        ax.set_xlabel(label.replace(" of ", "\nof ", 1))  # three panels share the width of a page
         ax.grid(axis="y", visible=False)
         if ax is not axes[0]:
             ax.tick_params(axis="y", labelleft=False)

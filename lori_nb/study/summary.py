@@ -212,12 +212,15 @@ def readable(summary: pd.DataFrame, rows: str | Sequence[str], columns: str, dig
     return wide[order].rename(columns=titles).rename_axis(columns=None)
 
 
+BAR = r"\|"  # that no cell of Markdown ends at
+
+
 def markdown(table: pd.DataFrame) -> str:
     """A table of text as Markdown, its index as the first column."""
     first = str(table.index.name or "")
     rows = [[str(name), *map(str, values)] for name, values in zip(table.index, table.to_numpy(), strict=True)]
     lines = [[first, *map(str, table.columns)], ["---"] * (1 + table.shape[1]), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return "\n".join(f"| {' | '.join(cell.replace('|', BAR) for cell in cells)} |" for cells in lines)
 
 
 def shown(table: pd.DataFrame, **formats: str) -> pd.DataFrame:
