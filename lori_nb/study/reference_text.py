@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -41,10 +42,10 @@ RECOVERED = (
 
 
 def headlines(folder: Path, command: str) -> str:
-    """README's section on a measured study as Markdown: its methods on every task, of all else the mean over tasks."""
+    """README's section on a measured study as Markdown: figures, and of every comparison the mean over tasks."""
     page = f"[{PAGE.parent.as_posix()}]({PAGE.as_posix()})"
     parts = [f"{_counted(folder, command)} Every table and figure of it: {page}."]
-    parts += _methods(folder, Path(PAGE.parent, folder.name))
+    parts += _methods(folder, Path(PAGE.parent, folder.name), _means)
     if others := [table for name in COMPARED[2:] if (table := _read(folder, name)) is not None]:
         table = pd.concat(others)
         words = f"Other baselines, and arms with one thing changed each, against tuned LoRA on {_tasks(table)}:"
@@ -60,7 +61,7 @@ def headlines(folder: Path, command: str) -> str:
 def page(folder: Path, command: str) -> str:
     """All tables of a measured study as Markdown, each with its figures, for :data:`PAGE`."""
     here = Path(folder.name)
-    parts = [f"## Study `{folder.name}`", _counted(folder, command), *_methods(folder, here)]
+    parts = [f"## Study `{folder.name}`", _counted(folder, command), *_methods(folder, here, _comparison)]
     for name in COMPARED[2:]:
         if (table := _read(folder, name)) is not None:
             parts += [*([MASKS] if name == "masks" else []), _comparison(table), *_shown(folder, here, name)]
@@ -102,7 +103,7 @@ def _shown(folder: Path, shown_in: Path, *patterns: str) -> list[str]:
     return [f"![{title}]({(shown_in / p.name).as_posix()})" for title, p in zip(titles, found, strict=True)]
 
 
-def _methods(folder: Path, shown_in: Path) -> list[str]:
+def _methods(folder: Path, shown_in: Path, shown_as: Callable[[pd.DataFrame], str]) -> list[str]:
     """The methods against tuned LoRA, and at twice the steps."""
     table, parts = _read(folder, "methods"), []
     if table is not None:
@@ -114,10 +115,10 @@ def _methods(folder: Path, shown_in: Path) -> list[str]:
             "adjusted for all arms of a table by Holm. Detectable: the least difference in the mean over tasks that "
             "the design would find in four of five studies.",
             *_sizes(folder),
-            _comparison(table),
+            shown_as(table),
         ]
     longer = _read(folder, "longer")
-    return parts if longer is None else [*parts, LONGER, _comparison(longer)]
+    return parts if longer is None else [*parts, LONGER, shown_as(longer)]
 
 
 def _sizes(folder: Path) -> list[str]:
