@@ -148,10 +148,9 @@ def _comparison(table: pd.DataFrame) -> str:
 
 
 def _means(table: pd.DataFrame) -> str:
-    """The last row of every arm, which is its mean over tasks."""
+    """Every arm's mean over tasks, of arms that have been measured on all of them."""
     lines = ["| arm | mean over tasks | detectable | n |", "|---|---|---|---|"]
-    for _, part in table.groupby("arm", sort=False):
-        row = part.iloc[-1]
+    for _, row in table[table["task"] == OVER_TASKS].iterrows():
         lines.append(f"| {row['title']} | {_cell(row)} | {_least(row)} | {int(row['n'])} {row['of']} |")
     return "\n".join(lines)
 
