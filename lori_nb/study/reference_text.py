@@ -148,9 +148,10 @@ def _comparison(table: pd.DataFrame) -> str:
 
 
 def _means(table: pd.DataFrame) -> str:
-    """Every arm's mean over tasks, of arms that have been measured on all of them."""
+    """Every arm's mean over tasks, of arms that have been measured on all of them; of one task, that task."""
     lines = ["| arm | mean over tasks | detectable | n |", "|---|---|---|---|"]
-    for _, row in table[table["task"] == OVER_TASKS].iterrows():
+    several = OVER_TASKS in set(table["task"])
+    for _, row in (table[table["task"] == OVER_TASKS] if several else table).iterrows():
         lines.append(f"| {row['title']} | {_cell(row)} | {_least(row)} | {int(row['n'])} {row['of']} |")
     return "\n".join(lines)
 
