@@ -124,6 +124,8 @@ def _left_of_first(results: Results, way: str) -> str:
     settings = results.settings
     grid = [(order, seed) for order in orders_of(settings, way) for seed in settings.seed]
     found = [R for order, seed in grid if (R := sequence_runs.matrix_of(results, way, order, seed)) is not None]
+    if not found:  # the last runs are known, those before them are not
+        return ""
     before, left = (sum(R[stage, 0] for R in found) / len(found) for stage in (0, -1))
     return f" ({left:.2f} is left of {before:.2f})" if left < before / 2 else ""
 

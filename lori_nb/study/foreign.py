@@ -136,13 +136,13 @@ def measured(
         pairs,
         quartiles(angles, ["method", "side", "index"]),
         similarity,
-        _moved(adapters, random, activations),
+        _on_activations(adapters, random, activations),
         {"null": null, "draws": draws, "seed": seed, "elementwise": elementwise}
         | ({} if activations is None else {"activations": asdict(activations)}),
     )
 
 
-def _moved(adapters: Adapters, random: Adapters, activations: Activations | None) -> pd.DataFrame:
+def _on_activations(adapters: Adapters, random: Adapters, activations: Activations | None) -> pd.DataFrame:
     if activations is None:
         return pd.DataFrame(columns=["task", "adapter", "value", "null"])
     base = load_base(activations.base)

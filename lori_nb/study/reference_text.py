@@ -180,13 +180,11 @@ def _sparsity(table: pd.DataFrame) -> str:
 
 def _told_costs(table: pd.DataFrame) -> str:
     """The words above the table of costs, with what it leaves out."""
-    words, cache = (
-        "What training a run costs on the tasks of the baselines, and the mean score there",
-        table[CACHE].max(),
-    )
-    if not cache > 0:
-        return f"{words}:"
-    return f"{words}; filling the cache below the adapters, once for all methods, takes another {cache:.4f} PFLOPs:"
+    words = "What training a run costs on the tasks of the baselines, and the mean score there"
+    cache = table[CACHE].max()
+    if cache > 0:
+        words += f"; filling the cache below the adapters, once for all methods, takes another {cache:.4f} PFLOPs"
+    return f"{words}:"
 
 
 def _costs(table: pd.DataFrame) -> str:
