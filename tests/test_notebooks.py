@@ -59,7 +59,9 @@ def test_nbval_finds_the_stored_outputs_of_the_robust_cells(study, tmp_path):
     for name in NOTEBOOKS:
         path = PROJECT / "notebooks" / f"{name}.ipynb"
         notebook = load_notebook_node(str(path))  # with the metadata that papermill's own functions rely on
-        checked += sum("NBVAL_CHECK_OUTPUT" in cell.source for cell in notebook.cells if cell.cell_type == "code")
+        robust = [i for i, cell in enumerate(notebook.cells) if "# NBVAL_CHECK_OUTPUT" in cell.source]
+        checked += len(robust)
+        notebook.cells = notebook.cells[: robust[-1] + 1]  # the study has executed what comes after
         values = as_parameters(settings, list(read_parameters(path)))
         nbformat.write(parameterize_notebook(notebook, values), tmp_path / path.name)
     assert checked >= len(NOTEBOOKS)

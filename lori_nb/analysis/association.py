@@ -24,6 +24,7 @@ from scipy import stats
 
 from lori_nb.analysis.statistics import Interval
 
+BATCH = 100  # draws whose ranks are found at once: a call for each would take fifty times as long
 FEW = 7  # up to so many adapters all permutations are taken: 7! = 5040
 
 
@@ -46,7 +47,7 @@ def pair_correlation(x: ArrayLike, y: ArrayLike) -> float:
     Raises ValueError unless x and y are of one shape (T × T) or (S × T × T) with T ≥ 3.
     """
     X, Y = _relations(x, y)
-    return _mean_correlation(X, Y)
+    return float(_mean_correlation(X, Y))
 
 
 def without_main_effects(x: ArrayLike) -> np.ndarray:
@@ -70,7 +71,7 @@ def mantel(x: ArrayLike, y: ArrayLike, permutations: int = 4999, seed: int = 0) 
     X, Y = _relations(x, y)
     if permutations < 1:
         raise ValueError(f"permutations must be at least 1; found {permutations}")
-    observed, T = _mean_correlation(X, Y), X.shape[1]
+    observed, T = float(_mean_correlation(X, Y)), X.shape[1]
     if math.isnan(observed):
         return Mantel(observed, math.nan, 0)
     if T <= FEW:
@@ -105,15 +106,17 @@ def adapter_interval(
     X, Y = X.copy(), Y.copy()
     X[:, range(T), range(T)] = np.nan  # where an adapter meets its own copy
     random = np.random.default_rng(seed)
+    drawn = [(random.integers(S, size=S), random.integers(T, size=T)) for _ in range(draws)]
     found = []
-    for _ in range(draws):
-        seeds, chosen = random.integers(S, size=S), random.integers(T, size=T)
-        drawn = [each[seeds][:, chosen][:, :, chosen] for each in (X, Y)]
-        found.append(_mean_correlation(*drawn))
+    for start in range(0, draws, BATCH):
+        part = drawn[start : start + BATCH]
+        resampled = [np.stack([each[seeds][:, kept][:, :, kept] for seeds, kept in part]) for each in (X, Y)]
+        found.append(_mean_correlation(*resampled))
     tail = (1 - confidence) / 2
-    known = np.array([value for value in found if not math.isnan(value)])
+    known = np.concatenate(found)
+    known = known[~np.isnan(known)]
     low, high = np.quantile(known, [tail, 1 - tail]) if len(known) else (math.nan, math.nan)
-    return Interval(_mean_correlation(X, Y), float(low), float(high), T, confidence)
+    return Interval(float(_mean_correlation(X, Y)), float(low), float(high), T, confidence)
 
 
 def _relations(x: ArrayLike, y: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
@@ -125,9 +128,10 @@ def _relations(x: ArrayLike, y: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     return X.reshape(-1, *X.shape[-2:]), Y.reshape(-1, *Y.shape[-2:])
 
 
-def _mean_correlation(X: np.ndarray, Y: np.ndarray) -> float:
-    off = ~np.eye(X.shape[1], dtype=bool)
-    return float(np.mean([_spearman(a[off], b[off]) for a, b in zip(X, Y, strict=True)]))
+def _mean_correlation(X: np.ndarray, Y: np.ndarray) -> np.ndarray:
+    """Spearman's ρ over pairs i ≠ j, mean over seeds: (… × S × T × T) to (…)."""
+    off = ~np.eye(X.shape[-1], dtype=bool)
+    return _spearman(X[..., off], Y[..., off]).mean(axis=-1)
 
 
 def _is_known(X: np.ndarray) -> bool:
@@ -150,14 +154,18 @@ def _dot_products(X: np.ndarray, Y: np.ndarray) -> float:
     return float((X * Y).sum() / len(X))
 
 
-def _spearman(a: np.ndarray, b: np.ndarray) -> float:
-    known = ~(np.isnan(a) | np.isnan(b))
-    if known.sum() < 2:
-        return math.nan
-    a, b = (stats.rankdata(each[known]) for each in (a, b))
-    a, b = a - a.mean(), b - b.mean()
-    size = math.sqrt((a @ a) * (b @ b))
-    return float(a @ b) / size if size else math.nan
+def _spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """ρ along the last axis, of the places that are NaN in neither: (… × P) to (…); NaN where one is constant there."""
+    unknown = np.isnan(a) | np.isnan(b)
+    a, b = (_centred_ranks(np.where(unknown, np.nan, each)) for each in (a, b))
+    size = np.sqrt((a * a).sum(axis=-1) * (b * b).sum(axis=-1))
+    return np.divide((a * b).sum(axis=-1), size, out=np.full_like(size, np.nan), where=size > 0)
+
+
+def _centred_ranks(a: np.ndarray) -> np.ndarray:
+    """Ranks along the last axis less their mean, which is (n + 1) / 2 of n known places; 0 where a is NaN."""
+    n = (~np.isnan(a)).sum(axis=-1, keepdims=True)
+    return np.nan_to_num(stats.rankdata(a, axis=-1, nan_policy="omit") - (n + 1) / 2)
 
 
 def _residual(X: np.ndarray) -> np.ndarray:

@@ -10,12 +10,12 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import nbformat
-from nbformat import NotebookNode
+from typing import TYPE_CHECKING, Any
 
 from lori_nb.lab.paths import PROJECT, data_folder, write_atomically
+
+if TYPE_CHECKING:  # it takes two seconds (the grammars of jsonschema's formats), and every kernel imports this module
+    from nbformat import NotebookNode
 
 RECORD = "application/vnd.lori-nb+json"  # an output that carries facts from the kernel to the notebook's metadata
 BATCH = "LORI_NB_BATCH"  # set to 1 where a notebook is executed and no one watches
@@ -110,10 +110,12 @@ def _known_folders() -> list[tuple[str, str]]:
 
 def with_footer(nb: NotebookNode, facts: Mapping[str, Any]) -> NotebookNode:
     """A copy whose last cell says where its outputs come from, and whose metadata says it in full."""
+    from nbformat import v4
+
     nb = copy.deepcopy(nb)
     nb.metadata[KEY] = without_paths(json.loads(json.dumps(facts)))
     nb.cells = [cell for cell in nb.cells if FOOTER not in cell.metadata.get("tags", [])]
-    cell = nbformat.v4.new_markdown_cell(footer_text(nb.metadata[KEY]), metadata={"tags": [FOOTER]})
+    cell = v4.new_markdown_cell(footer_text(nb.metadata[KEY]), metadata={"tags": [FOOTER]})
     cell.id = FOOTER
     nb.cells.append(cell)
     nb.nbformat_minor = max(nb.nbformat_minor, 5)  # cells have ids from 4.5 on
@@ -143,11 +145,15 @@ def notebook_digest(nb: NotebookNode) -> str:
 
 
 def read_notebook(path: Path) -> NotebookNode:
+    import nbformat
+
     return nbformat.read(path, as_version=4)
 
 
 def write_notebook(nb: NotebookNode, path: Path) -> None:
     """Write whole or not at all; keys sorted, so that equal notebooks are equal files."""
+    import nbformat
+
     write_atomically(path, nbformat.writes(nb) + "\n")
 
 

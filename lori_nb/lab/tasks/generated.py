@@ -12,8 +12,6 @@ import hashlib
 import itertools
 from collections.abc import Iterator
 
-import reasoning_gym
-
 from lori_nb.lab.tasks.base import SPLITS, Example, Task, register
 
 RANGE = 1_000_000  # items a split may draw before it would reach the next one's range
@@ -28,6 +26,8 @@ def split_of(prompt: str) -> str:
 
 def generated_rows(generator: str, options: dict, split: str) -> Iterator[Example]:
     """Rows of a reasoning-gym generator in one split, in the order of its seeds; endless up to the split's range."""
+    import reasoning_gym  # a second, and most processes that know the task's name need no row of it
+
     start = SPLITS.index(split) * RANGE
     for offset in itertools.count(0, 1000):  # one data set object a thousand items: its size is fixed when it is made
         if offset >= RANGE:
