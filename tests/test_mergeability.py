@@ -141,6 +141,22 @@ def test_overlaps_stand_both_ways_beside_their_null(results, settings):
     pd.testing.assert_frame_equal(mergeability.pair_overlaps(results), found)  # from the cache
 
 
+def test_overlaps_outlive_their_adapters(results, settings, tmp_path, monkeypatch):
+    """Of a whole set of adapters, kept with the ledger: another machine reads them where no run is. Of others, or by
+    another recipe, nothing is known there.
+    """
+    monkeypatch.setattr(ledger, "ledger_folder", lambda: tmp_path / "ledger")
+    found = mergeability.pair_overlaps(results, lasting=True)
+    assert len(list((tmp_path / "ledger" / "adapters").glob("pairs-*.parquet"))) == 4  # two methods, two seeds
+    monkeypatch.setenv("LORI_NB_HOME", str(tmp_path / "elsewhere"))
+    nowhere = replace(results, runs={})
+    pd.testing.assert_frame_equal(mergeability.pair_overlaps(nowhere), found)
+    others = replace(settings, seed=(2,))
+    assert mergeability.pair_overlaps(replace(nowhere, settings=others)).empty
+    monkeypatch.setattr(mergeability, "RECIPE", -1)
+    assert mergeability.pair_overlaps(nowhere).empty
+
+
 def test_alignment_is_of_the_other_adapter_with_the_task_s_own(results, settings):
     """‖U_k U_kᵀ ΔW_j‖ / ‖ΔW_j‖ with U_k of task i's adapter: by the dense definition."""
     found = mergeability.pair_overlaps(results).set_index(["method", "seed", "measure", "task", "adapter"])["value"]

@@ -413,14 +413,21 @@ def test_capacity(settings, session_home):
 
 
 def test_the_ledger_gives_the_same_tables(results, settings, session_home, tmp_path, monkeypatch):
-    """Scores, kept rows and scores on the way come back from the ledger alone; adapters do not."""
+    """Scores, kept rows and scores on the way come back from the ledger alone, and what was computed of adapters."""
     monkeypatch.setattr(ledger, "ledger_folder", lambda: tmp_path)
     measuring.record([resolve(spec) for spec in sequences.sequence_specs(settings)], Store(), "study", "command")
     from_ledger = measuring.results_of("06_forgetting", settings)
     assert len(from_ledger.runs) == from_ledger.planned
     for table in (forgetting.metrics, forgetting.final_scores, forgetting.safety_scores, forgetting.by_step):
         pd.testing.assert_frame_equal(table(from_ledger), table(results), check_dtype=False)
-    assert functional.later_interference(from_ledger).empty
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger, "ledger_folder", lambda: tmp_path / "other")
+        patch.setenv("LORI_NB_HOME", str(tmp_path / "elsewhere"))
+        assert functional.later_interference(from_ledger).empty, "neither adapters nor what was computed of them"
+        moved = functional.interference_and_forgetting(results, lasting=True)
+        pd.testing.assert_frame_equal(functional.interference_and_forgetting(from_ledger), moved)
+        patch.setattr(functional, "RECIPE", -1)
+        assert functional.later_interference(from_ledger).empty
     root = tmp_path / "project"
     readme, page = marked(root, notebook.slug(settings))
     names = {path.name for path in reference.write_reference(settings, ["06_forgetting"], root)}

@@ -7,7 +7,7 @@ Every method is an arm by its own name, as it stands. Each arm belongs to one of
 - ``mask``: which part of the mask does the work: its origin, scope, structure, or how long it was calibrated;
 - ``subspace``: how A is drawn across tasks, for LoRA and LoRI alike;
 - ``longer``: LoRI beside LoRA where both, LoRI-S's calibration too, train twice as long: what is left of a difference
-  between methods of which one only learns faster.
+  between methods of which one only learns faster; and whether LoRA gains by as many again.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ ARMS: dict[str, Arm] = {
         *_subspace_arms(),
         Arm("lori-d-longer", "LoRI-D, twice the steps", "lori-d", "longer", step_factor=2, beside="lora-longer"),
         Arm("lori-s-longer", "LoRI-S, twice the steps", "lori-s", "longer", step_factor=2, beside="lora-longer"),
+        Arm("lora-longest", "LoRA, four times the steps", "lora", "longer", step_factor=4, beside="lora-longer"),
     )
 }
 

@@ -62,8 +62,8 @@ def arm_lines(results: Results, question: str) -> list[str]:
 
 
 def longer(results: Results) -> pd.DataFrame:
-    """LoRA trained twice as long beside LoRA, then LoRI beside LoRA where both are, as :func:`compared` on every task;
-    empty where the study has no such arm.
+    """LoRA trained twice as long beside LoRA, then LoRI, and LoRA trained longer still, beside that, as
+    :func:`compared` on every task; empty where the study has no such arm.
     """
     arms = arms_of(results.settings, "longer")
     beside = dict.fromkeys(get_arm(name).beside for name in arms)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 
 import numpy as np
@@ -15,9 +14,11 @@ from lori_nb.analysis.functional import COLUMNS, interference_of
 from lori_nb.lab.activations import responses
 from lori_nb.lab.models import Base, load_base
 from lori_nb.lab.runs import Run
+from lori_nb.lab.specs import RunSpec
 from lori_nb.lab.tasks import get_task
 from lori_nb.lab.text import encode_rows
 from lori_nb.method.adapters import Factors
+from lori_nb.study import adapter_records
 from lori_nb.study.geometry import adapter_sets
 from lori_nb.study.notebook import Results
 from lori_nb.study.sequence_runs import matrix_of
@@ -26,6 +27,7 @@ from lori_nb.study.style import null_of, title_of
 from lori_nb.study.summary import as_columns, seeds_interval
 
 ROWS = 16  # of a task's test rows, prompt and answer: their tokens are several hundred inputs
+RECIPE = 1  # raise when the interference of the same adapters comes out otherwise
 _NULL_OF = "null of "
 Adapters = Mapping[str, Mapping[str, Factors]]
 
@@ -120,21 +122,26 @@ def later_interference(results: Results, rows: int = ROWS) -> pd.DataFrame:
     return pd.DataFrame(found, columns=["way", "value", "low", "high", "n", "of", "seeds"])
 
 
-def interference_and_forgetting(results: Results, rows: int = ROWS) -> pd.DataFrame:
+def interference_and_forgetting(results: Results, rows: int = ROWS, lasting: bool = False) -> pd.DataFrame:
     """How far what was learned later moves the first task's activations, beside the forgetting that it should predict.
+
+    Args:
+        lasting: keep the interference of a seed's ways with the ledger.
 
     Returns:
         One row for each way and seed, of the way's first order: way, seed, ``interference`` ‖(ΔW_end − ΔW_1) x‖ /
         ‖ΔW_1 x‖, mean over modules, with ΔW_1 the adapter after the first task and x what the base alone feeds the
-        modules on that task's test rows, and ``lost``, the first task's forgetting. Empty where adapters are not here.
+        modules on that task's test rows, and ``lost``, the first task's forgetting. Of a seed whose adapters are in the
+        store, or were all there once and left their record (:mod:`lori_nb.study.adapter_records`).
     """
     settings, found = results.settings, []
-    for way, seed in itertools.product(settings.ways, settings.seed):
-        moved = _moved(results, way, seed, rows)
-        R = None if moved is None else matrix_of(results, way, orders_of(settings, way)[0], seed)
-        if R is not None:
-            found.append({"way": way, "seed": seed, "interference": moved, "lost": float(forgetting(R)[0])})
-    return pd.DataFrame(found, columns=["way", "seed", "interference", "lost"])
+    for seed in settings.seed:
+        for way, moved in _moved_by_ways(results, seed, rows, lasting).items():
+            R = matrix_of(results, way, orders_of(settings, way)[0], seed)
+            if R is not None:
+                found.append({"way": way, "seed": seed, "interference": moved, "lost": float(forgetting(R)[0])})
+    table = pd.DataFrame(found, columns=["way", "seed", "interference", "lost"])
+    return table.sort_values("way", key=lambda ways: ways.map(settings.ways.index), kind="stable", ignore_index=True)
 
 
 def interference_line(found: pd.DataFrame) -> str:
@@ -149,15 +156,36 @@ def interference_line(found: pd.DataFrame) -> str:
     )
 
 
-def _moved(results: Results, way: str, seed: int, rows: int) -> float | None:
+def _moved_by_ways(results: Results, seed: int, rows: int, lasting: bool) -> dict[str, float]:
+    """Way → how far its later updates move the first task's activations, of one seed."""
     settings = results.settings
-    if way in (JOINT, MERGED) or len(settings.sequence) < 2:
-        return None
-    first, *_, last = stage_runs(settings, way, orders_of(settings, way)[0], seed)
-    runs = [results.run(first), results.run(last)]
-    if not all(isinstance(run, Run) for run in runs):
-        return None  # known from the ledger alone, without adapters
-    before, after = (run.adapter.factors for run in runs)
+    ends = {}  # way → its first and its last run
+    for way in settings.ways if len(settings.sequence) > 1 else ():
+        if way not in (JOINT, MERGED):
+            first, *_, last = stage_runs(settings, way, orders_of(settings, way)[0], seed)
+            ends[way] = (first, last)
+    there = {way: specs for way, specs in ends.items() if all(isinstance(results.run(spec), Run) for spec in specs)}
+
+    def computed() -> pd.DataFrame:
+        return pd.DataFrame([(way, _moved(results, *there[way], rows)) for way in there], columns=["way", "moved"])
+
+    def key(of: Mapping[str, tuple]) -> list:
+        return [
+            "sequences",
+            RECIPE,
+            rows,
+            {way: [results.hash_of(spec) for spec in specs] for way, specs in of.items()},
+        ]
+
+    table = adapter_records.kept(key(ends), computed if len(there) == len(ends) else None, lasting) if ends else None
+    if table is None and there:
+        table = adapter_records.kept(key(there), computed)
+    return {} if table is None else dict(zip(table["way"], table["moved"], strict=True))
+
+
+def _moved(results: Results, first: RunSpec, last: RunSpec, rows: int) -> float:
+    settings = results.settings
+    before, after = (results.run(spec).adapter.factors for spec in (first, last))
     later = {
         name: Factors(torch.cat([f.A, before[name].A]), torch.cat([f.B, -before[name].B], 1), f.scale)
         for name, f in after.items()

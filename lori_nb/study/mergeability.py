@@ -6,9 +6,8 @@ meet, by several measures, each as excess over its null. And for merges of more 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -20,9 +19,10 @@ from lori_nb.analysis.nulls import TOTAL, by_pair, expected, null_draws, null_se
 from lori_nb.analysis.overlap import REGISTERED, overlap_table
 from lori_nb.analysis.statistics import t_interval
 from lori_nb.lab.models import load_base
-from lori_nb.lab.paths import data_folder, write_atomically
 from lori_nb.lab.runs import Run
+from lori_nb.lab.specs import RunSpec
 from lori_nb.method.adapters import Factors
+from lori_nb.study import adapter_records
 from lori_nb.study.functional import functional_of
 from lori_nb.study.geometry import drawn_A
 from lori_nb.study.notebook import Results
@@ -80,41 +80,39 @@ def _losses(results: Results) -> dict[tuple[str, str], tuple[float, int]]:
     return {(r.run, r.task): (r.loss, r.n) for r in table[table["split"] == "test"].itertuples()}
 
 
-def pair_overlaps(results: Results) -> pd.DataFrame:
+def pair_overlaps(results: Results, lasting: bool = False) -> pd.DataFrame:
     """One row an ordered pair and measure: columns method, seed, task (i), adapter (j), measure, ``value``, ``null``
-    and ``excess``, the mean over modules minus the null's. Only where the adapters themselves are in the store.
+    and ``excess``, the mean over modules minus the null's. Of every method and seed whose adapters are in the store, or
+    were all there once and left their record (:mod:`lori_nb.study.adapter_records`).
 
-    The null has each adapter's singular values and rows in the A that its policy drew. What was
-    computed is kept in the cache, by the hashes of the runs.
+    The null has each adapter's singular values and rows in the A that its policy drew.
+
+    Args:
+        lasting: keep what is computed of a whole set of adapters with the ledger.
     """
+    frames = []
+    cells: dict[tuple[str, int], dict[str, RunSpec]] = {}
+    for (method, seed, task), spec in alone_specs(results.settings).items() if results.settings.pair_tasks else ():
+        cells.setdefault((method, seed), {})[task] = spec
+    for (method, seed), specs in cells.items():
+        there = {task: spec for task, spec in specs.items() if isinstance(results.run(spec), Run)}
+        compute = partial(_overlaps_of, results, seed, there)
+        whole = compute if len(there) == len(specs) else None
+        table = adapter_records.kept(_key(results, seed, specs), whole, lasting)
+        if table is None and len(there) > 1:
+            table = adapter_records.kept(_key(results, seed, there), compute)
+        frames += [] if table is None else [table.assign(method=method, seed=seed)]
     columns = [*PAIR, "measure", "value", "null", "excess"]
-    if not results.settings.pair_tasks:
-        return pd.DataFrame(columns=columns)
-    runs: dict[tuple[str, int], dict[str, Run]] = {}
-    for (method, seed, task), spec in alone_specs(results.settings).items():
-        run = results.run(spec)
-        if isinstance(run, Run):
-            runs.setdefault((method, seed), {})[task] = run
-    frames = [
-        _kept(_overlaps_of, results, seed, of_tasks).assign(method=method, seed=seed)
-        for (method, seed), of_tasks in runs.items()
-        if len(of_tasks) > 1
-    ]
     return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
 
 
-def _kept(compute, results: Results, seed: int, runs: Mapping[str, Run]) -> pd.DataFrame:
-    key = [RECIPE, MEASURES, DRAWS, ROWS, seed, {task: run.hash for task, run in runs.items()}]
-    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
-    path = data_folder() / "cache" / "overlaps" / f"{name}.parquet"
-    if path.exists():
-        return pd.read_parquet(path)
-    table = compute(results, seed, runs)
-    write_atomically(path, table.to_parquet(index=False))
-    return table
+def _key(results: Results, seed: int, specs: Mapping[str, RunSpec]) -> list:
+    hashes = {task: results.hash_of(spec) for task, spec in specs.items()}
+    return ["pairs", RECIPE, MEASURES, DRAWS, ROWS, seed, hashes]
 
 
-def _overlaps_of(results: Results, seed: int, runs: Mapping[str, Run]) -> pd.DataFrame:
+def _overlaps_of(results: Results, seed: int, specs: Mapping[str, RunSpec]) -> pd.DataFrame:
+    runs = {task: results.run(spec) for task, spec in specs.items()}
     adapters = {task: run.adapter.factors for task, run in runs.items()}
     A = {task: drawn_A(run.adapter) for task, run in runs.items()}
     of_weights = both_ways(excess_of(adapters, A, seed))

@@ -1,7 +1,6 @@
 """What a long measurement leaves of functional interference in sequences, beside the forgetting that it should predict.
 
-Interference needs the adapters, which the ledger does not keep: it is computed where the runs are in the store, and
-stays as it was written elsewhere.
+Interference needs the adapters: it is computed where the runs are in the store, and then kept beside the scores.
 """
 
 from __future__ import annotations
@@ -18,13 +17,14 @@ NAME = "sequence_interference"
 
 
 def tables(results: Results, here: Results) -> dict[str, pd.DataFrame]:
-    """Interference and forgetting of every way and seed whose adapters are there.
+    """Interference and forgetting of every way and seed whose adapters are there, or were.
 
     Args:
-        results: scores of the ledger, of which nothing is taken.
+        results: scores of the ledger.
         here: the same notebook's runs in the store, with their adapters.
     """
-    found = functional.interference_and_forgetting(here)
+    functional.interference_and_forgetting(here, lasting=True)
+    found = functional.interference_and_forgetting(results)
     return {NAME: found} if len(found) else {}
 
 

@@ -2,7 +2,7 @@
 adapters, and whether overlap predicts what a merge costs.
 
 Scores come from the ledger. What pairs of adapters have in common needs the adapters: it is computed where the runs are
-in the store, and stays as it was written elsewhere.
+in the store, and then kept beside the scores.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def tables(results: Results, here: Results) -> dict[str, pd.DataFrame]:
     if len(questions.merge_rows(results, "tune")) and len(questions.merge_rows(results)):
         found |= {WEIGHTS: questions.merged_scores(results), BEST: questions.best_and_paper(results)}
     found[SCALING] = mergeability.scaling(results)
-    found[PAIRS] = mergeability.joined(mergeability.pair_losses(here), mergeability.pair_overlaps(here))
+    overlaps = mergeability.pair_overlaps(here, lasting=True)
+    found[PAIRS] = mergeability.joined(mergeability.pair_losses(results), overlaps)
     found[CORRELATIONS] = mergeability.correlations(found[PAIRS])
     return {name: table for name, table in found.items() if len(table)}
 

@@ -20,7 +20,7 @@ CACHE = "prefix_pflops"
 PAGE = Path("figures", "reference", "README.md")
 LONGER = (
     "With twice the steps: LoRA against the LoRA above, which shows whether that had reached its plateau, then LoRI, "
-    "its calibration as long, against LoRA with as many:"
+    "its calibration as long, and LoRA with four times the steps against LoRA with twice as many:"
 )
 MASKS = "Other masks; all share LoRI-S's learning rate, tuned for the mask as it is:"
 SPARSITY = (
