@@ -74,18 +74,19 @@ def test_five_steps_have_the_losses_and_gradients_of_the_cpu(name, device, base)
     assert assert_same_gradients(here, there, evaluate, steps=5) > 0
 
 
-def test_the_optimiser_takes_the_step_of_the_cpu(device):
+def test_the_optimiser_takes_the_steps_of_double_precision(device):
     """AdamW with equal gradients: ten operations on each number, each right to ε of the parameter or of the step."""
     draws = torch.Generator().manual_seed(0)
     begin, gradients = torch.randn(1000, generator=draws), torch.randn(5, 1000, generator=draws)
     ends = []
-    for where in ("cpu", device):
-        parameter = torch.nn.Parameter(begin.clone().to(where))
+    for where, dtype in (("cpu", torch.float64), (device, torch.float32)):
+        parameter = torch.nn.Parameter(begin.to(where, dtype, copy=True))
         optimiser = torch.optim.AdamW([parameter], lr=1e-2, weight_decay=0.0)
         for gradient in gradients:
-            parameter.grad = gradient.to(where)
+            parameter.grad = gradient.to(where, dtype)
             optimiser.step()
         ends.append(parameter.detach().cpu())
+    assert (ends[0] - ends[1]).abs().max() > 0, "two precisions were compared"
     assert (ends[0] - ends[1]).abs().max() <= 5 * 10 * EPS * (begin.abs().max() + 5 * 1e-2)
     assert (ends[0] - begin).abs().min() > 0
 
