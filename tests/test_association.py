@@ -134,6 +134,30 @@ def test_the_interval_draws_adapters_so_it_is_wider_than_one_over_points():
     assert adapter_interval(X, X + noise, draws=300, seed=1) != found
 
 
+def test_the_interval_is_what_a_loop_over_draws_gives():
+    """Many draws are ranked at once, pairs that are unknown or of an adapter with its copy left out of both."""
+    X, Y = relation(5, 15, seeds=2), relation(5, 16, seeds=2)
+    X[0, 1, 2] = Y[1, 3, 0] = np.nan
+    random, draws, found = np.random.default_rng(7), 150, []
+
+    def rho(pairs: np.ndarray) -> float:
+        return stats.spearmanr(pairs[:, 0], pairs[:, 1]).statistic
+
+    for _ in range(draws):
+        seeds, tasks = random.integers(2, size=2), random.integers(5, size=5)
+        each = []
+        for s in seeds:
+            pairs = [(X[s, i, j], Y[s, i, j]) for i, j in itertools.permutations(tasks, 2) if i != j]
+            known = np.array([pair for pair in pairs if not np.isnan(pair).any()])
+            each.append(rho(known) if np.ptp(known, axis=0).all() else math.nan)
+        found.append(np.mean(each))
+    interval = adapter_interval(X, Y, draws, seed=7)
+    assert 0 < np.isnan(found).sum() < 15, "few tasks drawn: one pair, again and again"
+    wanted = np.nanquantile(found, [0.025, 0.975])
+    assert (interval.low, interval.high) == pytest.approx(tuple(wanted), abs=1e-12)
+    assert interval.mean == pytest.approx(pair_correlation(X, Y))
+
+
 def test_main_effects_are_taken_out():
     random = np.random.default_rng(3)
     rows, columns, own = random.normal(size=(6, 1)), random.normal(size=(1, 6)), random.normal(size=(6, 6))

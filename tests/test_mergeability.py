@@ -14,7 +14,18 @@ from tiny import marked
 from lori_nb.analysis.association import pair_correlation
 from lori_nb.analysis.overlap import total_cosine
 from lori_nb.lab import ledger
-from lori_nb.study import figures, figures_merging, measuring, mergeability, notebook, questions, reference
+from lori_nb.lab.runs import Store
+from lori_nb.study import (
+    adapter_records,
+    figures,
+    figures_merging,
+    functional,
+    measuring,
+    mergeability,
+    notebook,
+    questions,
+    reference,
+)
 from lori_nb.study.pairs import (
     alone_specs,
     joint_specs,
@@ -146,15 +157,34 @@ def test_overlaps_outlive_their_adapters(results, settings, tmp_path, monkeypatc
     another recipe, nothing is known there.
     """
     monkeypatch.setattr(ledger, "ledger_folder", lambda: tmp_path / "ledger")
-    found = mergeability.pair_overlaps(results, lasting=True)
-    assert len(list((tmp_path / "ledger" / "adapters").glob("pairs-*.parquet"))) == 4  # two methods, two seeds
+    found = mergeability.pair_overlaps(results)
+    assert not adapter_records.files(), "kept by a measurement alone"
+    mergeability.record(settings, Store())
+    assert len(adapter_records.files()) == 4  # two methods, two seeds
+    about = pd.read_parquet(adapter_records.files()[0]).attrs["about"]
+    assert set(about["runs"]) == set(settings.pair_tasks) and set(about["runs"].values()) <= set(results.runs)
     monkeypatch.setenv("LORI_NB_HOME", str(tmp_path / "elsewhere"))
     nowhere = replace(results, runs={})
     pd.testing.assert_frame_equal(mergeability.pair_overlaps(nowhere), found)
     others = replace(settings, seed=(2,))
     assert mergeability.pair_overlaps(replace(nowhere, settings=others)).empty
-    monkeypatch.setattr(mergeability, "RECIPE", -1)
-    assert mergeability.pair_overlaps(nowhere).empty
+    turned = replace(settings, pair_tasks=settings.pair_tasks[::-1])
+    assert len(mergeability.pair_overlaps(replace(nowhere, settings=turned))) == len(found), "the order decides nothing"
+    for module in (mergeability, functional):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "RECIPE", -1)
+            assert mergeability.pair_overlaps(nowhere).empty
+
+
+def test_a_set_in_part_is_shown_but_not_kept_with_the_ledger(results, settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger, "ledger_folder", lambda: tmp_path / "ledger")
+    monkeypatch.setenv("LORI_NB_HOME", str(tmp_path / "elsewhere"))
+    gone = results.hash_of(alone_specs(settings)["lora", 0, settings.pair_tasks[0]])
+    part = replace(results, runs={name: run for name, run in results.runs.items() if name != gone})
+    found = mergeability.pair_overlaps(part).query("method == 'lora' and seed == 0")
+    assert set(found["task"]) == set(settings.pair_tasks[1:]) and len(found) == 2 * 14
+    mergeability.record(settings, Store())  # no run is there: what the cache has of whole sets
+    assert len(adapter_records.files()) == 3
 
 
 def test_alignment_is_of_the_other_adapter_with_the_task_s_own(results, settings):

@@ -424,10 +424,17 @@ def test_the_ledger_gives_the_same_tables(results, settings, session_home, tmp_p
         patch.setattr(ledger, "ledger_folder", lambda: tmp_path / "other")
         patch.setenv("LORI_NB_HOME", str(tmp_path / "elsewhere"))
         assert functional.later_interference(from_ledger).empty, "neither adapters nor what was computed of them"
-        moved = functional.interference_and_forgetting(results, lasting=True)
+        patch.setenv("LORI_NB_HOME", str(session_home))
+        functional.record(settings, Store())
+        moved = functional.interference_and_forgetting(results)
+        patch.setenv("LORI_NB_HOME", str(tmp_path / "elsewhere"))
         pd.testing.assert_frame_equal(functional.interference_and_forgetting(from_ledger), moved)
+        fewer = replace(settings, ways=tuple(reversed(settings.ways[:-1])))
+        again = functional.interference_and_forgetting(replace(from_ledger, settings=fewer))
+        assert set(again["way"]) == set(moved["way"]) & set(fewer.ways), "each way has a record of its own"
         patch.setattr(functional, "RECIPE", -1)
         assert functional.later_interference(from_ledger).empty
+    functional.record(settings, Store())
     root = tmp_path / "project"
     readme, page = marked(root, notebook.slug(settings))
     names = {path.name for path in reference.write_reference(settings, ["06_forgetting"], root)}
@@ -435,7 +442,7 @@ def test_the_ledger_gives_the_same_tables(results, settings, session_home, tmp_p
     text = readme.read_text()
     assert "sequence_plane.png" in page.read_text()
     assert {"sequence_sparsity.csv", "sequence_orders.pdf", "sequence_interference.csv"} <= names
-    assert {"sequence_interference.pdf"} <= names  # the adapters are in the store
+    assert {"sequence_interference.pdf"} <= names
     row = forgetting.metrics(results).query("way == 'o-lora' and metric == 'average'").iloc[0]
     assert f"| O-LoRA | {row['value']:.2f} [" in text and " old " not in text
     assert sequence_effects.CLAIM in text and "LoRI-S against LoRA: " in text

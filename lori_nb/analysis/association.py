@@ -24,7 +24,7 @@ from scipy import stats
 
 from lori_nb.analysis.statistics import Interval
 
-BATCH = 100  # draws whose ranks are found at once: a call for each would take fifty times as long
+BATCH = 100  # draws whose ranks are found at once: a call for each takes three to ten times as long
 FEW = 7  # up to so many adapters all permutations are taken: 7! = 5040
 
 

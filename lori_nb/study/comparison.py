@@ -33,7 +33,7 @@ from lori_nb.study.summary import (
 MARGIN = 0.05  # five points: what "equivalent" may cost at most here, a choice of this kit and not of the papers
 OVER_TASKS = "mean over tasks"
 PETA = 1e15
-ALONE, MERGED, SECOND, CHANGE = "alone", "merged", "second task after the first", "change of the first task by it"
+ALONE, MERGED, SECOND, CHANGE = "alone", "two merged", "second task after the first", "change of the first task by it"
 
 
 def other_methods(results: Results) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -13,16 +15,17 @@ from lori_nb.analysis.continual import forgetting
 from lori_nb.analysis.functional import COLUMNS, interference_of
 from lori_nb.lab.activations import responses
 from lori_nb.lab.models import Base, load_base
-from lori_nb.lab.runs import Run
+from lori_nb.lab.runs import Run, Store
 from lori_nb.lab.specs import RunSpec
 from lori_nb.lab.tasks import get_task
 from lori_nb.lab.text import encode_rows
 from lori_nb.method.adapters import Factors
 from lori_nb.study import adapter_records
 from lori_nb.study.geometry import adapter_sets
-from lori_nb.study.notebook import Results
+from lori_nb.study.notebook import Results, adapters_of
 from lori_nb.study.sequence_runs import matrix_of
 from lori_nb.study.sequences import JOINT, MERGED, orders_of, stage_runs
+from lori_nb.study.settings import Settings
 from lori_nb.study.style import null_of, title_of
 from lori_nb.study.summary import as_columns, seeds_interval
 
@@ -113,7 +116,7 @@ def later_interference(results: Results, rows: int = ROWS) -> pd.DataFrame:
     """:func:`interference_and_forgetting`'s interference, mean over seeds.
 
     Returns:
-        Columns way, value, low, high, n, of, seeds. Empty where adapters are not here.
+        Columns way, value, low, high, n, of, seeds.
     """
     found = []
     for way, part in interference_and_forgetting(results, rows).groupby("way", sort=False):
@@ -122,26 +125,29 @@ def later_interference(results: Results, rows: int = ROWS) -> pd.DataFrame:
     return pd.DataFrame(found, columns=["way", "value", "low", "high", "n", "of", "seeds"])
 
 
-def interference_and_forgetting(results: Results, rows: int = ROWS, lasting: bool = False) -> pd.DataFrame:
+def interference_and_forgetting(results: Results, rows: int = ROWS) -> pd.DataFrame:
     """How far what was learned later moves the first task's activations, beside the forgetting that it should predict.
-
-    Args:
-        lasting: keep the interference of a seed's ways with the ledger.
 
     Returns:
         One row for each way and seed, of the way's first order: way, seed, ``interference`` ‖(ΔW_end − ΔW_1) x‖ /
         ‖ΔW_1 x‖, mean over modules, with ΔW_1 the adapter after the first task and x what the base alone feeds the
-        modules on that task's test rows, and ``lost``, the first task's forgetting. Of a seed whose adapters are in the
-        store, or were all there once and left their record (:mod:`lori_nb.study.adapter_records`).
+        modules on that task's test rows, and ``lost``, the first task's forgetting. Of ways and seeds that are scored,
+        and whose adapters are in the store, or were there and left their record
+        (:mod:`lori_nb.study.adapter_records`).
     """
     settings, found = results.settings, []
-    for seed in settings.seed:
-        for way, moved in _moved_by_ways(results, seed, rows, lasting).items():
-            R = matrix_of(results, way, orders_of(settings, way)[0], seed)
-            if R is not None:
-                found.append({"way": way, "seed": seed, "interference": moved, "lost": float(forgetting(R)[0])})
-    table = pd.DataFrame(found, columns=["way", "seed", "interference", "lost"])
-    return table.sort_values("way", key=lambda ways: ways.map(settings.ways.index), kind="stable", ignore_index=True)
+    for (way, seed), ends in _ends(settings).items():
+        R = matrix_of(results, way, orders_of(settings, way)[0], seed)
+        moved = _moved(results, *ends, rows) if R is not None else None
+        if moved is not None:
+            found.append({"way": way, "seed": seed, "interference": moved, "lost": float(forgetting(R)[0])})
+    return pd.DataFrame(found, columns=["way", "seed", "interference", "lost"])
+
+
+def record(settings: Settings, store: Store) -> None:
+    """Keep with the ledger the interference of every way and seed whose adapters are in the store."""
+    for first, last in _ends(settings).values():
+        _moved(adapters_of(settings, (first, last), store), first, last, ROWS, lasting=True)
 
 
 def interference_line(found: pd.DataFrame) -> str:
@@ -156,34 +162,30 @@ def interference_line(found: pd.DataFrame) -> str:
     )
 
 
-def _moved_by_ways(results: Results, seed: int, rows: int, lasting: bool) -> dict[str, float]:
-    """Way → how far its later updates move the first task's activations, of one seed."""
-    settings = results.settings
-    ends = {}  # way → its first and its last run
-    for way in settings.ways if len(settings.sequence) > 1 else ():
-        if way not in (JOINT, MERGED):
-            first, *_, last = stage_runs(settings, way, orders_of(settings, way)[0], seed)
-            ends[way] = (first, last)
-    there = {way: specs for way, specs in ends.items() if all(isinstance(results.run(spec), Run) for spec in specs)}
-
-    def computed() -> pd.DataFrame:
-        return pd.DataFrame([(way, _moved(results, *there[way], rows)) for way in there], columns=["way", "moved"])
-
-    def key(of: Mapping[str, tuple]) -> list:
-        return [
-            "sequences",
-            RECIPE,
-            rows,
-            {way: [results.hash_of(spec) for spec in specs] for way, specs in of.items()},
-        ]
-
-    table = adapter_records.kept(key(ends), computed if len(there) == len(ends) else None, lasting) if ends else None
-    if table is None and there:
-        table = adapter_records.kept(key(there), computed)
-    return {} if table is None else dict(zip(table["way"], table["moved"], strict=True))
+def _ends(settings: Settings) -> dict[tuple[str, int], tuple[RunSpec, RunSpec]]:
+    """(way, seed) → the first and the last run of the way's first order; of ways that go on with one adapter."""
+    ways = [way for way in settings.ways if way not in (JOINT, MERGED)] if len(settings.sequence) > 1 else []
+    chains = {
+        (way, seed): stage_runs(settings, way, orders_of(settings, way)[0], seed)
+        for way, seed in itertools.product(ways, settings.seed)
+    }
+    return {key: (runs[0], runs[-1]) for key, runs in chains.items()}
 
 
-def _moved(results: Results, first: RunSpec, last: RunSpec, rows: int) -> float:
+def _moved(results: Results, first: RunSpec, last: RunSpec, rows: int, lasting: bool = False) -> float | None:
+    """How far what the last run's adapter has beyond the first's moves the first task's activations; None where their
+    adapters are not in the store, and left no record.
+    """
+    there = all(isinstance(results.run(spec), Run) for spec in (first, last))
+    about = {"what": "sequence", "recipe": RECIPE, "rows": rows} | {
+        name: results.hash_of(spec) for name, spec in (("first", first), ("last", last))
+    }
+    compute = partial(_computed, results, first, last, rows) if there else None
+    table = adapter_records.kept(about, compute, lasting)
+    return None if table is None else float(table["moved"].iloc[0])
+
+
+def _computed(results: Results, first: RunSpec, last: RunSpec, rows: int) -> pd.DataFrame:
     settings = results.settings
     before, after = (results.run(spec).adapter.factors for spec in (first, last))
     later = {
@@ -193,7 +195,7 @@ def _moved(results: Results, first: RunSpec, last: RunSpec, rows: int) -> float:
     task, base = get_task(settings.sequence[0]), load_base(settings.base, settings.dtype)
     encoded = encode_rows(base.tokenizer, base.kind, tuple(task.rows("test", rows)), (), task.system)
     moved = interference_of({task.name: responses(base, {task.name: before, "later": later}, encoded)})
-    return float(moved["value"].mean())
+    return pd.DataFrame({"moved": [float(moved["value"].mean())]})
 
 
 def functional_matrix(chosen: pd.DataFrame, column: str = "value") -> pd.DataFrame:

@@ -1,5 +1,7 @@
 """Long measurements that outlive a machine: scores go to the ledger as they come, and what it holds is not done again.
 
+What only adapters can tell goes there too (:mod:`lori_nb.study.adapter_records`), once they are all in the store.
+
 A study of hours trains the methods themselves first, with joint training and Ortho-LoRA where a notebook asks for them,
 and the variants after them, each seed by seed, so that the runs that share a calibration are done together and what is
 there at any time can be read. Tables and figures are then made from the ledger alone, wherever the runs themselves may
@@ -18,7 +20,7 @@ from lori_nb.lab.resolving import resolve
 from lori_nb.lab.run_tables import watched_rows
 from lori_nb.lab.runs import Store, unmeasured
 from lori_nb.lab.specs import Spec
-from lori_nb.study import conflict_records
+from lori_nb.study import adapter_records, conflict_records, functional, mergeability
 from lori_nb.study.joint_arms import JOINT, ORTHO, joint_arm_spec
 from lori_nb.study.notebook import Results, slug
 from lori_nb.study.plans import PLANS, method_specs
@@ -27,6 +29,7 @@ from lori_nb.study.profiles import load_settings
 from lori_nb.study.settings import Settings
 
 BATCH = 24  # runs between two additions to the ledger
+OF_ADAPTERS = {"05_merging": mergeability.record, "06_forgetting": functional.record}
 
 
 def measure(settings: Settings, notebooks: Sequence[str], jobs: int = 2, store: Store | None = None) -> list[Path]:
@@ -39,7 +42,11 @@ def measure(settings: Settings, notebooks: Sequence[str], jobs: int = 2, store: 
     specs = planned(settings, notebooks)
 
     def kept() -> list[Path | None]:
-        return [conflict_records.record(specs, store, study), record(specs, store, study, command)]
+        scores = [conflict_records.record(specs, store, study), record(specs, store, study, command)]
+        known = set(adapter_records.files())
+        for keep in (OF_ADAPTERS[name] for name in notebooks if name in OF_ADAPTERS):
+            keep(settings, store)
+        return [*scores, *(path for path in adapter_records.files() if path not in known)]
 
     added = kept()
     while missing := [spec for spec in unmeasured(specs) if not store.finished(spec)]:

@@ -19,14 +19,14 @@ from lori_nb.analysis.nulls import TOTAL, by_pair, expected, null_draws, null_se
 from lori_nb.analysis.overlap import REGISTERED, overlap_table
 from lori_nb.analysis.statistics import t_interval
 from lori_nb.lab.models import load_base
-from lori_nb.lab.runs import Run
+from lori_nb.lab.runs import Run, Store
 from lori_nb.lab.specs import RunSpec
 from lori_nb.method.adapters import Factors
-from lori_nb.study import adapter_records
-from lori_nb.study.functional import functional_of
+from lori_nb.study import adapter_records, functional
 from lori_nb.study.geometry import drawn_A
-from lori_nb.study.notebook import Results
+from lori_nb.study.notebook import Results, adapters_of
 from lori_nb.study.pairs import alone_specs, bare_specs, joint_specs, pair_merges, pair_settings, subset_merges
+from lori_nb.study.settings import Settings
 from lori_nb.study.style import title_of
 from lori_nb.study.summary import as_columns, text_of
 
@@ -80,35 +80,55 @@ def _losses(results: Results) -> dict[tuple[str, str], tuple[float, int]]:
     return {(r.run, r.task): (r.loss, r.n) for r in table[table["split"] == "test"].itertuples()}
 
 
-def pair_overlaps(results: Results, lasting: bool = False) -> pd.DataFrame:
+def pair_overlaps(results: Results) -> pd.DataFrame:
     """One row an ordered pair and measure: columns method, seed, task (i), adapter (j), measure, ``value``, ``null``
     and ``excess``, the mean over modules minus the null's. Of every method and seed whose adapters are in the store, or
-    were all there once and left their record (:mod:`lori_nb.study.adapter_records`).
+    were all there once and left their record (:mod:`lori_nb.study.adapter_records`); of a set that is there in part,
+    what is there.
 
-    The null has each adapter's singular values and rows in the A that its policy drew.
-
-    Args:
-        lasting: keep what is computed of a whole set of adapters with the ledger.
+    The null has each adapter's singular values and rows in the A that its policy drew; one stream draws it for all
+    adapters of a set, in the order of their tasks' names.
     """
     frames = []
-    cells: dict[tuple[str, int], dict[str, RunSpec]] = {}
-    for (method, seed, task), spec in alone_specs(results.settings).items() if results.settings.pair_tasks else ():
-        cells.setdefault((method, seed), {})[task] = spec
-    for (method, seed), specs in cells.items():
+    for (method, seed), specs in _sets(results.settings).items():
         there = {task: spec for task, spec in specs.items() if isinstance(results.run(spec), Run)}
-        compute = partial(_overlaps_of, results, seed, there)
-        whole = compute if len(there) == len(specs) else None
-        table = adapter_records.kept(_key(results, seed, specs), whole, lasting)
+        table = _kept(results, seed, specs, len(there) == len(specs))
         if table is None and len(there) > 1:
-            table = adapter_records.kept(_key(results, seed, there), compute)
+            table = _kept(results, seed, there, True)
         frames += [] if table is None else [table.assign(method=method, seed=seed)]
     columns = [*PAIR, "measure", "value", "null", "excess"]
     return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
 
 
-def _key(results: Results, seed: int, specs: Mapping[str, RunSpec]) -> list:
-    hashes = {task: results.hash_of(spec) for task, spec in specs.items()}
-    return ["pairs", RECIPE, MEASURES, DRAWS, ROWS, seed, hashes]
+def record(settings: Settings, store: Store) -> None:
+    """Keep with the ledger what :func:`pair_overlaps` gives of every set of adapters that is whole in the store."""
+    for (_, seed), specs in _sets(settings).items():
+        results = adapters_of(settings, specs.values(), store)
+        _kept(results, seed, specs, len(results.runs) == len(specs), lasting=True)
+
+
+def _sets(settings: Settings) -> dict[tuple[str, int], dict[str, RunSpec]]:
+    """(method, seed) → task, in the order of names, → the run of its adapter; none without a study of pairs."""
+    sets: dict[tuple[str, int], dict[str, RunSpec]] = {}
+    for (method, seed, task), spec in alone_specs(settings).items() if settings.pair_tasks else ():
+        sets.setdefault((method, seed), {})[task] = spec
+    return {key: dict(sorted(specs.items())) for key, specs in sets.items()}
+
+
+def _kept(
+    results: Results, seed: int, specs: Mapping[str, RunSpec], there: bool, lasting: bool = False
+) -> pd.DataFrame | None:
+    about = {
+        "what": "pairs",
+        "recipes": [RECIPE, functional.RECIPE],
+        "measures": MEASURES,
+        "digits": DIGITS,
+        "draws": DRAWS,
+        "rows": ROWS,
+        "seed": seed,
+        "runs": {task: results.hash_of(spec) for task, spec in specs.items()},
+    }
+    return adapter_records.kept(about, partial(_overlaps_of, results, seed, specs) if there else None, lasting)
 
 
 def _overlaps_of(results: Results, seed: int, specs: Mapping[str, RunSpec]) -> pd.DataFrame:
@@ -118,7 +138,7 @@ def _overlaps_of(results: Results, seed: int, specs: Mapping[str, RunSpec]) -> p
     of_weights = both_ways(excess_of(adapters, A, seed))
     null = null_set(adapters, torch.Generator().manual_seed(seed), A)
     own = pair_settings(results.settings)
-    of_outputs = functional_of(load_base(own.base, own.dtype), adapters, null, ROWS)
+    of_outputs = functional.functional_of(load_base(own.base, own.dtype), adapters, null, ROWS)
     of_outputs = of_outputs.groupby(["task", "adapter"], sort=False)[["value", "null"]].mean().reset_index()
     table = pd.concat([of_weights, of_outputs.assign(measure=FUNCTIONAL)], ignore_index=True)
     return table.assign(excess=(table["value"] - table["null"]).round(DIGITS))

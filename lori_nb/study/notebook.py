@@ -13,7 +13,7 @@ import ast
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property, partial
 from pathlib import Path
@@ -176,6 +176,13 @@ def collect(name: str, settings: Settings, store: Store | None = None, train: bo
     about = {key: sorted({str(run.provenance.get(key)) for run in runs.values()}) for key in ("device", "dtype")}
     record(run_hashes=list(runs), **{key: ", ".join(values) for key, values in about.items()})
     return results
+
+
+def adapters_of(settings: Settings, specs: Iterable[Spec], store: Store) -> Results:
+    """The finished runs among ``specs``, for their adapters: without a table of scores."""
+    plan = {spec.hash: spec for spec in map(resolve, specs)}
+    runs = {name: store.load(name) for name, spec in plan.items() if store.finished(spec)}
+    return Results("", settings, pd.DataFrame(columns=COLUMNS), runs, len(plan))
 
 
 def _train(missing: list[Spec], store: Store) -> None:

@@ -1,4 +1,4 @@
-"""What a long measurement leaves for readers: tables, figures and the words on them, from the ledger alone.
+"""What a long measurement leaves for readers: tables, figures and the words on them, from the ledger.
 
 All of it can be made at any time, of what the ledger holds by then; every table and figure says how many of the
 planned runs that is.
@@ -30,7 +30,7 @@ from lori_nb.study import (
 from lori_nb.study.arms import arms_of
 from lori_nb.study.joint_arms import JOINT
 from lori_nb.study.measuring import command_of, results_of
-from lori_nb.study.notebook import Results, collect, slug
+from lori_nb.study.notebook import Results, slug
 from lori_nb.study.settings import Settings
 from lori_nb.study.summary import latex
 
@@ -38,11 +38,12 @@ FORESTS = {  # name → question of the arms, the notebook whose plan holds them
     "baselines": ("baseline", "01_lori", ()),
     "masks": ("mask", "02_masks", ("lori-s",)),
 }
-OF_ADAPTERS = {  # not told by scores alone
-    "04_interference": reference_overlap,
-    "05_merging": reference_merging,
-    "06_forgetting": reference_interference,
-}
+MADE = (
+    ("04_interference", reference_overlap),
+    ("05_merging", reference_merging),
+    ("06_forgetting", reference_sequences),
+    ("06_forgetting", reference_interference),
+)
 PRINTED = 200  # rows of the longest table that is written as LaTeX too
 
 
@@ -55,19 +56,14 @@ def write_reference(settings: Settings, notebooks: Sequence[str], root: Path = P
     folder.mkdir(parents=True, exist_ok=True)
     found = {name: results_of(name, settings) for name in notebooks}
     tables = _tables(found)
-    here = {name: collect(name, settings, train=False) for name in notebooks if name in OF_ADAPTERS}
-    for name, runs in here.items():
-        tables |= OF_ADAPTERS[name].tables(found[name], runs)
     tables["runs"] = _with_others(tables["runs"], folder / "runs.csv")
     for name, table in tables.items():
         write_atomically(folder / f"{name}.csv", table.to_csv(index=False, float_format="%.10g"))
         if len(table) <= PRINTED:
             write_atomically(folder / f"{name}.tex", latex(table))
-    figures_of = _figures(found, tables)
-    for name in here:
-        makers = OF_ADAPTERS[name].drawn(found[name], tables)
-        figures_of |= {each: (found[name], draw) for each, draw in makers.items()}
-    drawn = [path for name, (result, draw) in figures_of.items() for path in _save(result, draw, folder, name)]
+    drawn = [
+        path for name, (result, draw) in _figures(found, tables).items() for path in _save(result, draw, folder, name)
+    ]
     sections = reference_text.write_sections(root, folder, command_of(settings, tuple(tables["runs"]["notebook"])))
     printed = [folder / f"{name}.tex" for name, table in tables.items() if len(table) <= PRINTED]
     return [*(folder / f"{name}.csv" for name in tables), *printed, *drawn, *sections]
@@ -103,8 +99,9 @@ def _tables(found: dict[str, Results]) -> dict[str, pd.DataFrame]:
         tables["arrangement_costs"] = sharing.arrangement_costs(shared)
         kept = conflict_records.kept_of(shared.settings, JOINT)
         tables |= {"conflicts": conflict.map_of(kept), "task_cosines": conflict.by_tasks(kept)}
-    if sequences := found.get("06_forgetting"):
-        tables |= reference_sequences.tables(sequences)
+    for name, made in MADE:
+        if name in found:
+            tables |= made.tables(found[name])
     return {name: table for name, table in tables.items() if len(table)}
 
 
@@ -126,8 +123,9 @@ def _figures(found: dict[str, Results], tables: dict[str, pd.DataFrame]) -> dict
     if "task_cosines" in tables:
         tasks = found["03_ortho_lora"].settings.tasks
         drawn["task_cosines"] = found["03_ortho_lora"], lambda: layouts.task_cosines(tables["task_cosines"], tasks)
-    if sequences := found.get("06_forgetting"):
-        drawn |= {name: (sequences, draw) for name, draw in reference_sequences.drawn(sequences, tables).items()}
+    for name, made in MADE:
+        if results := found.get(name):
+            drawn |= {each: (results, draw) for each, draw in made.drawn(results, tables).items()}
     return drawn
 
 

@@ -1,6 +1,6 @@
 """What a long measurement leaves of functional interference in sequences, beside the forgetting that it should predict.
 
-Interference needs the adapters: it is computed where the runs are in the store, and then kept beside the scores.
+Interference needs the adapters: it comes from the records beside the ledger (:mod:`lori_nb.study.adapter_records`).
 """
 
 from __future__ import annotations
@@ -16,14 +16,8 @@ from lori_nb.study.notebook import Results
 NAME = "sequence_interference"
 
 
-def tables(results: Results, here: Results) -> dict[str, pd.DataFrame]:
-    """Interference and forgetting of every way and seed whose adapters are there, or were.
-
-    Args:
-        results: scores of the ledger.
-        here: the same notebook's runs in the store, with their adapters.
-    """
-    functional.interference_and_forgetting(here, lasting=True)
+def tables(results: Results) -> dict[str, pd.DataFrame]:
+    """Interference and forgetting of every way and seed that were recorded."""
     found = functional.interference_and_forgetting(results)
     return {NAME: found} if len(found) else {}
 

@@ -1,8 +1,8 @@
 """What a long measurement of merges leaves for readers: weights chosen and the paper's, merges of more and more
 adapters, and whether overlap predicts what a merge costs.
 
-Scores come from the ledger. What pairs of adapters have in common needs the adapters: it is computed where the runs are
-in the store, and then kept beside the scores.
+Scores come from the ledger, and what pairs of adapters have in common from the records beside it
+(:mod:`lori_nb.study.adapter_records`).
 """
 
 from __future__ import annotations
@@ -20,19 +20,13 @@ from lori_nb.study.summary import markdown, readable, text_of
 WEIGHTS, BEST, SCALING, PAIRS, CORRELATIONS = "merge_weights", "merges", "merge_scaling", "pairs", "pair_correlations"
 
 
-def tables(results: Results, here: Results) -> dict[str, pd.DataFrame]:
-    """Tables of what is there by now, without those that have no row.
-
-    Args:
-        results: scores of the ledger.
-        here: the same notebook's runs in the store, with their adapters.
-    """
+def tables(results: Results) -> dict[str, pd.DataFrame]:
+    """Tables of what is there by now, without those that have no row."""
     found: dict[str, pd.DataFrame] = {}
     if len(questions.merge_rows(results, "tune")) and len(questions.merge_rows(results)):
         found |= {WEIGHTS: questions.merged_scores(results), BEST: questions.best_and_paper(results)}
     found[SCALING] = mergeability.scaling(results)
-    overlaps = mergeability.pair_overlaps(here, lasting=True)
-    found[PAIRS] = mergeability.joined(mergeability.pair_losses(results), overlaps)
+    found[PAIRS] = mergeability.joined(mergeability.pair_losses(results), mergeability.pair_overlaps(results))
     found[CORRELATIONS] = mergeability.correlations(found[PAIRS])
     return {name: table for name, table in found.items() if len(table)}
 

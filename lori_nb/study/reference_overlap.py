@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from lori_nb.study import comparison, figures, functional, geometry, layouts
-from lori_nb.study.notebook import Results
+from lori_nb.study.notebook import Results, collect
 from lori_nb.study.plans import method_specs
 from lori_nb.study.summary import markdown, readable
 
@@ -20,14 +20,12 @@ MEASURES = tuple(figures.MEASURE_LABELS)
 BOUNDS = ["value", "low", "high"]
 
 
-def tables(results: Results, here: Results) -> dict[str, pd.DataFrame]:
-    """What choices buy, and overlaps once every method's adapters of all tasks and seeds are there.
-
-    Args:
-        results: scores of the ledger.
-        here: the same notebook's runs in the store, with their adapters.
+def tables(results: Results) -> dict[str, pd.DataFrame]:
+    """What choices buy, by the ledger, and overlaps where every method's adapters of all tasks and seeds are in the
+    store.
     """
     found = {"choices": comparison.bought(results)}
+    here = collect(results.name, results.settings, train=False)
     if all(here.run(spec) is not None for spec in method_specs(here.settings)):
         overlaps = geometry.overlaps(here)
         pair = ["method", "measure", "adapter_a", "adapter_b"]

@@ -20,8 +20,9 @@ CACHE = "prefix_pflops"
 PAGE = Path("figures", "reference", "README.md")
 LONGER = (
     "With twice the steps: LoRA against the LoRA above, which shows whether that had reached its plateau, then LoRI, "
-    "its calibration as long, and LoRA with four times the steps against LoRA with twice as many:"
+    "its calibration as long"
 )
+LONGEST = "; and LoRA with four times the steps against LoRA with twice as many"
 MASKS = "Other masks; all share LoRI-S's learning rate, tuned for the mask as it is:"
 SPARSITY = (
     "Score at every sparsity with 95 % intervals over seeds. Sparsity 0 is LoRI-D with its own learning rate, the "
@@ -117,8 +118,9 @@ def _methods(folder: Path, shown_in: Path, shown_as: Callable[[pd.DataFrame], st
             *_sizes(folder),
             shown_as(table),
         ]
-    longer = _read(folder, "longer")
-    return parts if longer is None else [*parts, LONGER, shown_as(longer)]
+    if (longer := _read(folder, "longer")) is not None:
+        parts += [f"{LONGER}{LONGEST if 'lora-longest' in set(longer['arm']) else ''}:", shown_as(longer)]
+    return parts
 
 
 def _sizes(folder: Path) -> list[str]:
