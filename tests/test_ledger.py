@@ -68,6 +68,7 @@ def test_a_measured_run_can_be_paired_row_by_row(tmp_path):
     table = measurements("a", "b", "c").assign(n=3, trainable_parameters=7)
     shuffled = {name: predictions(rows).iloc[::-1] for name, rows in credit.items()}
     ledger.append(ledger.with_rows(table, shuffled.get), "one", "command", tmp_path)
+    assert ledger.measured(["z"], tmp_path) == {}
     found = ledger.measured(["a", "b", "c", "z"], tmp_path)
     assert set(found) == {"a", "b"}  # no rows are known of c
     for name, rows in credit.items():

@@ -141,7 +141,7 @@ def unpacked(right: bytes, n: int) -> np.ndarray:
 def measured(hashes: Iterable[str], folder: Path | None = None) -> dict[str, Measured]:
     """The runs among ``hashes`` that the ledger holds with the rows that were right, where rows can be."""
     known = _rows_of(hashes, folder)
-    if "right" not in known:
+    if known.empty or "right" not in known:
         return {}
     where = known["split"].str.partition(AFTER)
     ended = where[1] == ""
