@@ -312,6 +312,14 @@ def test_longer_arms_are_planned_on_every_task_with_what_they_stand_beside():
     assert added == {arm_spec(settings, name, task, 0) for name in pair for task in settings.tasks}
 
 
+def test_at_twice_the_steps_methods_have_every_seed_and_the_check_of_a_plateau_as_other_arms():
+    settings = load_settings("quick", seed=[4, 2, 7], arm_seeds=1, arms=["lori-d-longer", "lora-longest"])
+    planned = set(PLANS["01_lori"](settings))
+    for name, seeds in {"lora-longer": {4, 2, 7}, "lori-d-longer": {4, 2, 7}, "lora-longest": {4}}.items():
+        for task in settings.tasks:
+            assert {s for s in settings.seed if arm_spec(settings, name, task, s) in planned} == seeds, (name, task)
+
+
 def test_what_is_compared_with_the_methods_may_have_fewer_seeds():
     arms = {"arms": ["lora-longer", "lori-s-random", "lora-shared"], "joint_arms": ["joint", "ortho-lora", "gradvac"]}
     settings = load_settings("quick", seed=[4, 2, 7], arm_seeds=2, **arms)

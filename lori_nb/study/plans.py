@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from lori_nb.lab.specs import MergeSpec, RunSpec, Spec
-from lori_nb.study.arms import arm_spec, arms_of
+from lori_nb.study.arms import arm_spec, arms_of, get_arm
 from lori_nb.study.cells import base_runs, single
 from lori_nb.study.choices import choice_specs
 from lori_nb.study.joint_arms import planned_arrangements
@@ -21,8 +21,12 @@ from lori_nb.study.settings import Settings
 
 def plan_lori(settings: Settings) -> list[Spec]:
     """Base, every method on every task, and the other baselines on some."""
-    others = [*beside(settings, "baseline", ("lora",)), *beside(settings, "longer", ("lora-longer",), settings.tasks)]
-    return [*base_runs(settings), *method_specs(settings), *others]
+    return [
+        *base_runs(settings),
+        *method_specs(settings),
+        *beside(settings, "baseline", ("lora",)),
+        *longer_specs(settings),
+    ]
 
 
 def plan_masks(settings: Settings) -> list[Spec]:
@@ -30,16 +34,24 @@ def plan_masks(settings: Settings) -> list[Spec]:
     return [*sparsity_specs(settings), *beside(settings, "mask", ("lora", "lori-s"))]
 
 
-def beside(
-    settings: Settings, question: str, references: Sequence[str], tasks: Sequence[str] | None = None
-) -> list[RunSpec]:
-    """The arms of a question and, where there are any, the references that they are compared with on their tasks, which
-    are those of ``arm_tasks`` unless others are named.
-    """
+def beside(settings: Settings, question: str, references: Sequence[str]) -> list[RunSpec]:
+    """The arms of a question and, where there are any, the references that they are compared with, on ``arm_tasks``."""
     arms = arms_of(settings, question)
-    tasks = settings.arm_tasks if tasks is None else tasks
-    grid = itertools.product((*references, *arms) if arms else (), tasks, settings.arm_seed)
+    grid = itertools.product((*references, *arms) if arms else (), settings.arm_tasks, settings.arm_seed)
     return [arm_spec(settings, name, task, seed) for name, task, seed in grid]
+
+
+def longer_specs(settings: Settings) -> list[RunSpec]:
+    """The arms that train longer, on every task. At twice the steps the methods themselves are compared: on every seed.
+    Whether still more steps would gain is asked of ``arm_seed``.
+    """
+    arms = arms_of(settings, "longer")
+    grid = itertools.product(("lora-longer", *arms) if arms else (), settings.tasks, settings.seed)
+    return [
+        arm_spec(settings, name, task, seed)
+        for name, task, seed in grid
+        if seed in settings.arm_seed or get_arm(name).step_factor == 2
+    ]
 
 
 def sparsity_specs(settings: Settings) -> list[RunSpec]:

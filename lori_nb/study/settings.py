@@ -56,7 +56,7 @@ class Settings:
     calibration_share: float = 1.0  # of the calibration run's schedule, trained before the mask is taken
     arms: tuple[str, ...] = ()  # beside the methods: keys of lori_nb.study.arms.ARMS, or other methods
     arm_tasks: tuple[str, ...] = ()  # what they are trained on; empty takes mask_tasks
-    arm_seeds: int | None = None  # how many seeds they, sparsities, capacity and other joint_arms have; none: all
+    arm_seeds: int | None = None  # how many seeds most of them, sparsities, capacity, other joint_arms have; none: all
     joint_arms: tuple[str, ...] = ("joint", "ortho-lora")  # ways to learn all tasks in one adapter
     warmup: float = 0.1  # share of the steps over which the learning rate rises
     schedule: str = "linear"  # of the learning rate after the warm-up; or constant
