@@ -277,9 +277,11 @@ def test_figures_and_tables_are_drawn_and_kept(results, settings):
     for ax, measure in zip(axes, mergeability.SHOWN, strict=False):
         figures_merging.loss_against_overlap(ax, pairs, found, measure)
         assert "excess over the null" in ax.get_xlabel() and (ax.get_title() != "") == (measure != "mask_overlap")
+    dots = sum(len(line.get_xdata()) for line in axes[0].lines if line.get_linestyle() == "None")
+    assert dots == len(settings.method) * 6, "a dot an ordered pair, whatever the number of seeds"
     empty = figures_merging.loss_against_overlap(axes[-1], pairs.iloc[:0], found, "row_overlap")
     assert "not measured" in empty.texts[0].get_text()
-    assert "n = 3 adapters, 6 ordered pairs, 2 seeds" in figures_merging.correlation_title(found)
+    assert "n = 3 adapters, 6 ordered pairs, means over 2 seeds" in figures_merging.correlation_title(found)
     results.keep_table(found, "pairs")
     folder = notebook.figures_folder() / notebook.slug(settings)
     assert len(pd.read_csv(folder / "05_merging_pairs.csv")) == len(found)

@@ -6,9 +6,11 @@ Like those of :mod:`lori_nb.study.figures`: each function takes ``Axes`` and a t
 
 from __future__ import annotations
 
+import textwrap
+
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from lori_nb.study.figures import metric_label, nothing, places_aside, points, score_against_weight, score_limits
 from lori_nb.study.mergeability import SHOWN
@@ -41,13 +43,14 @@ def score_and_choice(
 
 def loss_against_overlap(ax: Axes, pairs: pd.DataFrame, found: pd.DataFrame, measure: str) -> Axes:
     """What task i loses when adapter j is merged in, against the excess of one measure over its null: a dot an ordered
-    pair and seed; the title gives each method's rank correlation.
+    pair, mean over seeds; the title gives each method's rank correlation.
 
     Args:
         pairs: of :func:`mergeability.joined`.
         found: of :func:`mergeability.correlations`.
     """
     shown = pairs[pairs["measure"] == measure].dropna(subset=["excess", "loss"])
+    shown = shown.groupby(["method", "task", "adapter"], sort=False)[["excess", "loss"]].mean().reset_index()
     if shown.empty:
         return nothing(ax)
     for method, part in shown.groupby("method", sort=False):
@@ -60,7 +63,9 @@ def loss_against_overlap(ax: Axes, pairs: pd.DataFrame, found: pd.DataFrame, mea
     ax.axvline(0, color=GREY, linewidth=0.8)
     ax.axhline(0, color=GREY, linewidth=0.8)
     ax.set_yscale("symlog", linthresh=0.1)  # some losses grow a hundredfold, most hardly
-    ax.set(xlabel=f"{SHOWN.get(measure, measure)}\n(excess over the null)", ylabel="loss of i (nats)")
+    ax.xaxis.set_major_locator(MaxNLocator(3))
+    name = textwrap.fill(SHOWN.get(measure, measure), 24)
+    ax.set(xlabel=f"{name}\n(excess over the null)", ylabel="loss of i (nats)")
     rows = found[found["measure"] == measure]
     ax.set_title("\n".join(f"{title_of(r['method'])} ρ = {text_of(r)}" for _, r in rows.iterrows()), fontsize=8)
     return ax
@@ -74,7 +79,8 @@ def correlation_title(found: pd.DataFrame) -> str:
     seeds = "one seed" if counts["seeds"] == 1 else f"{counts['seeds']} seeds"
     return (
         f"what task i loses when adapter j is merged in\n"
-        f"n = {int(counts['n'])} adapters, {int(counts['pairs'])} ordered pairs, {seeds}; ρ [95 % over adapters]"
+        f"n = {int(counts['n'])} adapters, {int(counts['pairs'])} ordered pairs, means over {seeds}; "
+        "ρ [95 % over adapters]"
     )
 
 

@@ -85,7 +85,7 @@ def overlap_maps(overlaps: pd.DataFrame, measure: str) -> Figure:
     """One measure of every pair of tasks, a heat map a method and a null."""
     names = list(dict.fromkeys(overlaps["method"]))
     matrices = {title_of(name): 100 * geometry.overlap_matrix(overlaps, name, measure) for name in names}
-    figure, axes = figures.panels(len(names), columns=len(names) // 2, height=2.1)
+    figure, axes = figures.panels(len(names), columns=len(names) // 2, height=2.4)
     figures.heat_maps(axes, matrices, f"{figures.MEASURE_LABELS[measure]} (%)", figures.MEASURE_FORMS[measure])
     return figure
 
@@ -114,7 +114,7 @@ def depth(places: pd.DataFrame, measure: str) -> Figure:
     """A measure by layer, a line a kind of module, beside its null, a panel a method."""
     chosen = places[places["measure"] == measure]
     names = list(dict.fromkeys(chosen["method"]))
-    figure, axes = figures.panels(len(names), columns=1, height=2.1)
+    figure, axes = figures.panels(len(names), columns=1, height=2.4)
     for ax, name in zip(axes, names, strict=True):
         figures.by_depth(ax, chosen[chosen["method"] == name]).set_title(title_of(name))
         ax.set_ylabel(figures.MEASURE_LABELS[measure])
@@ -151,7 +151,7 @@ def merge_scaling(table: pd.DataFrame) -> Figure:
 
 def loss_against_overlap(pairs: pd.DataFrame, correlations: pd.DataFrame) -> Figure:
     """What a merge costs against how two adapters meet, a panel a measure."""
-    figure, axes = figures.panels(len(mergeability.SHOWN), columns=3, height=2.1)
+    figure, axes = figures.panels(len(mergeability.SHOWN), columns=3, height=2.4)
     for ax, measure in zip(axes, mergeability.SHOWN, strict=True):
         figures_merging.loss_against_overlap(ax, pairs, correlations, measure)
     figure.suptitle(figures_merging.correlation_title(correlations), fontsize=9)
