@@ -27,6 +27,7 @@ RANK, ADAPTERS = 32, 4
 LLAMA = {"q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096), "o": (4096, 4096)}
 LLAMA |= {"gate": (14336, 4096), "up": (14336, 4096), "down": (4096, 14336)}
 LAYERS = 32
+WHOLE = 10  # interleaved pairs of a whole run: a call of a dense form takes many seconds
 
 
 def random_factors(d_out: int, d_in: int, draw: torch.Generator, rank: int = RANK) -> Factors:
@@ -170,11 +171,14 @@ def merge_rows(pairs: int) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=3, help="interleaved pairs of every timing against a dense form")
+    parser.add_argument(
+        "--pairs", type=int, default=WHOLE, help="interleaved pairs of every timing against a dense form"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = overlap_rows(arguments.pairs) + merge_rows(arguments.pairs) + svd_rows(arguments.pairs)
-    publish(rows, "analysis.json", f"python benchmarks/analysis.py --pairs {arguments.pairs}", ("torch", "peft"))
+    command, whole = f"python benchmarks/analysis.py --pairs {arguments.pairs}", arguments.pairs >= WHOLE
+    publish(rows, "analysis.json", command, ("torch", "peft"), whole)
 
 
 if __name__ == "__main__":

@@ -249,7 +249,8 @@ def main() -> None:
     for dtype, like_base in ((arguments.dtype, False), (arguments.dtype, True), ("float32", False)):
         found += step_rows(dtype, rows, arguments.pairs, like_base)
     found += prefix_rows(arguments.dtype, rows, arguments.pairs)
-    publish(found, "lori.json", f"python benchmarks/lori.py --pairs {arguments.pairs} --dtype {arguments.dtype}")
+    command = f"python benchmarks/lori.py --pairs {arguments.pairs} --dtype {arguments.dtype}"
+    publish(found, "lori.json", command, whole=arguments.pairs >= PAIRS)
 
 
 if __name__ == "__main__":

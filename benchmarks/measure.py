@@ -15,6 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lori_nb.analysis.statistics import t_interval
+from lori_nb.lab.paths import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent / "README.md"
@@ -128,15 +129,16 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def publish(rows: Sequence[dict], file: str, command: str, packages: Sequence[str] = PACKAGES) -> None:
-    """Write the rows to ``results/<file>`` and into the page of all benchmarks, and print them as a table."""
-    RESULTS.mkdir(exist_ok=True)
-    about = circumstances(command, packages)
-    rows = [{**row, **about} for row in rows]
-    (RESULTS / file).write_text(json.dumps(rows, indent=1) + "\n")
-    start, end = f"<!-- {file} -->", f"<!-- /{file} -->"
-    before, _, rest = PAGE.read_text().partition(start)
-    PAGE.write_text(f"{before}{start}\n\n{as_markdown(rows)}\n\n{end}{rest.partition(end)[2]}")
+def publish(
+    rows: Sequence[dict], file: str, command: str, packages: Sequence[str] = PACKAGES, whole: bool = True
+) -> None:
+    """Print the rows as a table, and write those of a whole run to ``results/<file>`` and into the page of all
+    benchmarks: a run of fewer pairs or cases does not take a whole one's place.
+    """
+    if whole:
+        _keep([{**row, **circumstances(command, packages)} for row in rows], file)
+    else:
+        print(f"a part of the benchmark: {file} stays as it is", file=sys.stderr)
     print(f"{'measured':<66} {'ours':>12} {'peer':>12} {'ratio':>18} {'target':>7}  met")
     for row in rows:
         bounds = f" [{row['low']:.3f}, {row['high']:.3f}]" if "low" in row else ""
@@ -144,6 +146,14 @@ def publish(rows: Sequence[dict], file: str, command: str, packages: Sequence[st
         met = {None: "stated", True: "yes", False: "NO"}[row["met"]]
         ratio = f"{row['ratio']:.3f}{bounds}"
         print(f"{row['name']:<66} {row['ours']:>12.4g} {row['peer']:>12.4g} {ratio:>22} {target:>7}  {met}")
+
+
+def _keep(rows: Sequence[dict], file: str) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    write_atomically(RESULTS / file, json.dumps(rows, indent=1) + "\n")
+    start, end = f"<!-- {file} -->", f"<!-- /{file} -->"
+    before, _, rest = PAGE.read_text().partition(start)
+    write_atomically(PAGE, f"{before}{start}\n\n{as_markdown(rows)}\n\n{end}{rest.partition(end)[2]}")
 
 
 def as_markdown(rows: Sequence[dict]) -> str:

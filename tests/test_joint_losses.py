@@ -11,14 +11,16 @@ from steps import Prepared
 from tiny import gaussian, tiny_spec
 from torchjd.aggregation import UPGrad
 
-from lori_nb.lab import regression
+from lori_nb.lab import ledger, regression
 from lori_nb.lab.gradients import TaskGradients
 from lori_nb.lab.regression import Unit, unit_of
 from lori_nb.lab.resolving import check, resolve
 from lori_nb.lab.runs import Store
 from lori_nb.lab.specs import spec_json
 from lori_nb.lab.tasks import SPLITS, Example, task
+from lori_nb.method.adapters import attach
 from lori_nb.method.conflicts import combine_stacked
+from lori_nb.study import measuring
 from lori_nb.study.joint_arms import JOINT_ARMS, joint_arm_spec
 from lori_nb.study.plans import PLANS
 from lori_nb.study.profiles import load_settings
@@ -46,6 +48,29 @@ def tasks(registries):
     def odd(split):
         for n in range(SPLITS.index(split), 300, 3):
             yield Example(f"number {n}", answer=("even", "odd")[n % 2], target=n % 2)
+
+
+@pytest.mark.parametrize(("method", "options", "share"), [("lora", (), 2), ("ortho-lora", (("reduction", "sum"),), 1)])
+def test_heads_count_in_a_mean_over_tasks_as_the_adapter_does(tiny_decoder, home, method, options, share):
+    """So that the gradient that one norm clips is that of a mean of losses, or of their sum, in every part."""
+    loop = Prepared(tiny_spec(tiny_decoder, method, tasks=BOTH, options=options)).loop
+    with attach(loop.base.body, loop.live):
+        found, _ = loop._task_gradients(1)
+    heads = {"head.a.weight": gaussian(2, 3, seed=0)}
+    combined, _ = loop._combined(TaskGradients(found.losses, found.shared, heads), 1)
+    assert torch.equal(combined["head.a.weight"], heads["head.a.weight"] / share)
+    if method == "lora":
+        assert all(torch.equal(combined[name], each.sum(0) / share) for name, each in found.shared.items())
+
+
+def test_the_ledger_keeps_the_metric_beside_a_task_s_own(tiny_encoder, home, tasks, tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger, "ledger_folder", lambda: tmp_path / "ledger")
+    spec = resolve(tiny_spec(tiny_encoder, tasks=["odd", "score"]))
+    run = Store().get(spec)
+    measuring.record([spec], Store(), "study", "command")
+    kept = ledger.measured([spec.hash])[spec.hash]
+    assert kept.value("score", "spearman") == run.value("score", "spearman") != kept.value("score")
+    assert len(ledger.rows_of([spec.hash])) == 2, "a row a task"
 
 
 # Regression

@@ -79,6 +79,20 @@ def test_a_measured_run_can_be_paired_row_by_row(tmp_path):
         found["a"].value("u")
 
 
+def test_metrics_beside_a_task_s_own_are_kept_and_stay_out_of_its_rows(tmp_path):
+    own = measurements("a", "b").assign(n=3, trainable_parameters=7)
+    beside = measurements("a", value=0.7).assign(metric="f1", also=True)
+    credit = {"a": [1.0, 0.0, 1.0], "b": [0.0, 0.0, 1.0]}
+    rows = ledger.with_rows(own, lambda name: predictions(credit[name]))
+    ledger.append(pd.concat([rows, beside], ignore_index=True), "one", "command", tmp_path)
+    assert ledger.rows_of(["a", "b"], tmp_path)["metric"].tolist() == ["accuracy", "accuracy"]
+    found = ledger.measured(["a", "b"], tmp_path)
+    assert (found["a"].value("t"), found["a"].value("t", "f1"), found["a"].value("t", "accuracy")) == (0.5, 0.7, 0.5)
+    for name, metric in (("b", "f1"), ("a", "pearson")):
+        with pytest.raises(KeyError):
+            found[name].value("t", metric)
+
+
 def test_a_ledger_from_before_rows_were_kept(tmp_path):
     ledger.append(measurements("a"), "one", "command", tmp_path)
     assert ledger.measured(["a"], tmp_path) == {}

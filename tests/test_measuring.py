@@ -154,6 +154,8 @@ def test_ways_to_share_an_adapter_are_read_from_the_ledger_without_their_runs(se
     of_ledger = conflict.excess_conflict(conflict_records.kept_of(several, "joint"))[0]
     assert of_ledger.mean == pytest.approx(conflict.excess_conflict(rates)[0].mean, abs=1e-6)
     assert {"recovery.pdf", "conflict_map.svg", "arrangements.csv", "recovery.csv"} <= set(written)
+    assert conflict.rate_line(pd.read_csv(written["conflict_rates.csv"])) in readme.read_text()
+    assert "| Ortho-LoRA | " in page.read_text().partition("What training costs, all adapters")[2]
     text = readme.read_text()
     assert "| single − joint |" in page.read_text() and "| Ortho-LoRA − joint |" in page.read_text()
     assert "conflict_map.png" in page.read_text() and "| Ortho-LoRA |" in page.read_text()

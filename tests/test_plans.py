@@ -320,8 +320,11 @@ def test_at_twice_the_steps_methods_have_every_seed_and_the_check_of_a_plateau_a
             assert {s for s in settings.seed if arm_spec(settings, name, task, s) in planned} == seeds, (name, task)
 
 
+LONGER = ["joint", "ortho-lora", "joint-longer", "ortho-lora-longer"]
+
+
 def test_what_is_compared_with_the_methods_may_have_fewer_seeds():
-    arms = {"arms": ["lora-longer", "lori-s-random", "lora-shared"], "joint_arms": ["joint", "ortho-lora", "gradvac"]}
+    arms = {"arms": ["lora-longer", "lori-s-random", "lora-shared"], "joint_arms": [*LONGER, "gradvac"]}
     settings = load_settings("quick", seed=[4, 2, 7], arm_seeds=2, **arms)
     methods = set(map(resolve, method_specs(settings)))
     assert {spec.seed for spec in methods} == {4, 2, 7}
@@ -329,7 +332,7 @@ def test_what_is_compared_with_the_methods_may_have_fewer_seeds():
         others = set(map(resolve, PLANS[notebook](settings))) - methods - set(map(resolve, base_runs(settings)))
         assert {spec.seed for spec in others} == {4, 2}, notebook
     shared = PLANS["03_ortho_lora"](settings)
-    for name, seeds in {"joint": {4, 2, 7}, "ortho-lora": {4, 2, 7}, "gradvac": {4, 2}}.items():
+    for name, seeds in {"joint": {4, 2, 7}, "ortho-lora-longer": {4, 2, 7}, "gradvac": {4, 2}}.items():
         assert {seed for seed in settings.seed if joint_arm_spec(settings, name, seed) in shared} == seeds
     assert load_settings("quick", seed=[4, 2, 7]).arm_seed == (4, 2, 7)
     assert load_settings("quick", seed=[4], arm_seeds=2).arm_seed == (4,)
@@ -381,10 +384,9 @@ def test_tasks_see_as_many_rows_and_steps_together_as_alone(tasks, rows):
     settings = load_settings("standard", **({} if tasks is None else {"tasks": tasks}))
     assert rows_per_task(settings) == (rows, rows) and settings.steps == settings.joint_steps
     assert len(settings.seed) == 5
-    others, many = len(settings.joint_arms) - 2, len(settings.tasks)  # beside joint training and Ortho-LoRA
-    others += many  # an adapter a task of twice the steps
+    many, others = len(settings.tasks), len(settings.joint_arms) - len(LONGER)
     planned = PLANS["03_ortho_lora"](settings)
-    assert len(set(planned)) == 5 * (many + 2) + len(settings.arm_seed) * others
+    assert len(set(planned)) == 5 * (2 * many + len(LONGER)) + len(settings.arm_seed) * others
     if tasks is not None:
         assert settings.base == "all-minilm-l6-v2"
         assert settings.test_rows >= 5463, "the largest official validation part is scored whole"

@@ -360,7 +360,16 @@ def test_arrangements_and_conflicts(results, settings):
     by_step = halves.assign(rate=halves["value"] < 0).groupby(["step", "tensor"], observed=True)["rate"].mean()
     excess, of = conflict.excess_conflict(rates)
     assert of == "steps" and excess.mean == pytest.approx(by_step.groupby("step").mean().mean() - 0.5)
+    table = conflict.rate_table(rates).set_index("compared")["value"]
+    within = kept[(kept["measure"] == HALVES) & (kept["task"].astype(str) == kept["other"].astype(str))].dropna()
+    own = within.assign(rate=within["value"] < 0).groupby(["step", "tensor"], observed=True)["rate"].mean()
+    assert table["within"] == pytest.approx(own.groupby("step").mean().mean()) != pytest.approx(table["between"])
+    assert table["between − within"] == pytest.approx(table["between"] - table["within"])
+    assert table["between − ½"] == pytest.approx(excess.mean)
+    told = conflict.rate_line(conflict.rate_table(rates))
+    assert f"conflict in {100 * table['between']:.1f} [" in told and "steps)" in told
     nothing = rates.iloc[:0]
+    assert conflict.rate_table(nothing).empty and conflict.rate_line(conflict.rate_table(nothing)) == ""
     assert conflict.excess_conflict(nothing) is None and "not measured" in conflict.conflict_line(nothing)
 
 
@@ -452,6 +461,19 @@ def test_ways_of_twice_the_steps_have_a_gap_of_their_own(settings, results):
     assert asked["LoRA, joint, twice the steps − joint"] == 0
     alone = "LoRA, one adapter a task, twice the steps"
     assert asked[f"{alone} − LoRA, joint, twice the steps"] == pytest.approx(asked["single − joint"])
+
+
+def test_what_projection_buys_without_a_trained_A_is_asked_of_the_same_way_without_it(results, settings):
+    arms = (*settings.joint_arms, "joint-lori-d", "ortho-lori-d")
+    both = replace(settings, joint_arms=arms)
+    stand_ins = {"joint-lori-d": "joint", "ortho-lori-d": "ortho-lora"}  # the same two runs under other names
+    runs = {
+        results.hash_of(joint_arm_spec(both, name, 0)): results.run(joint_arm_spec(settings, own, 0))
+        for name, own in stand_ins.items()
+    }
+    table = sharing.gaps(replace(results, settings=both, runs=results.runs | runs)).set_index("difference")
+    assert table.loc["Ortho-LoRI-D − LoRI-D, joint", "value"] == table.loc["Ortho-LoRA − joint", "value"]
+    assert table["p"].isna().all(), "one seed"
 
 
 def test_merges(results, settings):

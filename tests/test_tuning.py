@@ -12,6 +12,7 @@ from lori_nb.lab.methods import METHODS, method
 from lori_nb.lab.resolving import resolve
 from lori_nb.lab.runs import Store, unmeasured
 from lori_nb.study import tuning
+from lori_nb.study.joint_arms import joint_arm_spec
 from lori_nb.study.profiles import load_settings
 
 
@@ -58,6 +59,18 @@ def test_a_method_comes_after_the_one_that_calibrates_it():
 def test_what_cannot_be_tuned_is_named(name):
     with pytest.raises(ValueError, match=f"methods must be among lora, .*joint.*dora.*; found '{name}'"):
         tuning.first_grids(["lora", name])
+
+
+def test_solvers_and_switched_ways_are_tuned_as_the_others_are():
+    """So that no way to learn all tasks at once stands with a rate that was chosen for another."""
+    names = ["mgda", "ortho-lora grouping=module"]
+    settings = load_settings("quick", joint_arms=["joint", *names])
+    grids = tuning.first_grids(names)
+    assert grids == {name: tuning.first_grids(["ortho-lora"])["ortho-lora"] for name in names}
+    for name in names:
+        (spec,) = tuning.tuning_specs(settings, name, 1e-3)
+        plain = joint_arm_spec(settings, name, settings.seed[0])
+        assert spec.learning_rate == 1e-3 and spec.options == plain.options and spec.tasks == settings.tasks
 
 
 def test_methods_that_project_are_tuned_on_all_tasks_at_once():

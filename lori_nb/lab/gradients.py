@@ -32,6 +32,7 @@ from lori_nb.method.streams import words
 from lori_nb.method.task_gradients import by_task
 
 RECIPE = 1  # of several tasks' gradients; raise when the same rows give other bits
+HEADS_RECIPE = 2  # of heads beside a shared adapter, which decoders have not; 1 did not average their gradients
 PADDING = 0.1  # more tokens than this share of their own, and batches go through the model apart
 LOSSES = "losses"
 

@@ -3,6 +3,7 @@
 Append-only Parquet files under ``figures/reference/ledger``, keyed by run hash: a measurement is never rewritten, a new
 file holds what is new. Sweeps skip the hashes that it holds, unless the adapter itself is asked for. Where every row of
 a task is right or wrong, the row's bits are kept too (column ``right``), so that runs can be paired row by row later.
+Scores by the metrics that a task reports beside its own are rows of their own (column ``also``).
 """
 
 from __future__ import annotations
@@ -70,14 +71,17 @@ def on_the_way(split: str, step: int) -> str:
 
 
 def rows_of(hashes: Iterable[str], folder: Path | None = None) -> pd.DataFrame:
-    """The ledger's rows for some runs, as they ended."""
-    rows = _rows_of(hashes, folder)
+    """The ledger's rows for some runs, as they ended, each task by its own metric."""
+    rows, _ = _rows_of(hashes, folder)
     return rows[~rows["split"].str.contains(AFTER)].reset_index(drop=True) if len(rows) else rows
 
 
-def _rows_of(hashes: Iterable[str], folder: Path | None) -> pd.DataFrame:
+def _rows_of(hashes: Iterable[str], folder: Path | None) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The rows of some runs by the tasks' own metrics, and by those beside them."""
     known = read(folder)
-    return known[known["run"].isin(set(hashes))].reset_index(drop=True)
+    known = known[known["run"].isin(set(hashes))]
+    beside = known["also"].eq(True) if "also" in known else pd.Series(False, index=known.index)
+    return known[~beside].reset_index(drop=True), known[beside].reset_index(drop=True)
 
 
 @dataclass(frozen=True)
@@ -87,15 +91,20 @@ class Measured:
     hash: str
     rows: pd.DataFrame
     watched: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=["step", "task", "value"]))
+    also: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=["task", "metric", "value"]))
 
     @property
     def provenance(self) -> dict:
         """What the ledger keeps of it: the number of trainable parameters."""
         return {"trainable_parameters": int(self.rows["trainable_parameters"].iloc[0])}
 
-    def value(self, task: str) -> float:
-        """The score on one task; KeyError for one that was not scored."""
-        return float(self.rows.set_index("task").loc[task, "value"])
+    def value(self, task: str, metric: str | None = None) -> float:
+        """The score on one task: by its own metric, or by one of those reported beside it; KeyError for one that was
+        not scored, or not kept.
+        """
+        if metric is None:
+            return float(self.rows.set_index("task").loc[task, "value"])
+        return float(pd.concat([self.rows, self.also]).set_index(["task", "metric"])["value"].loc[(task, metric)])
 
     @cached_property
     def predictions(self) -> pd.DataFrame:
@@ -140,7 +149,7 @@ def unpacked(right: bytes, n: int) -> np.ndarray:
 
 def measured(hashes: Iterable[str], folder: Path | None = None) -> dict[str, Measured]:
     """The runs among ``hashes`` that the ledger holds with the rows that were right, where rows can be."""
-    known = _rows_of(hashes, folder)
+    known, also = _rows_of(hashes, folder)
     if known.empty or "right" not in known:
         return {}
     where = known["split"].str.partition(AFTER)
@@ -148,6 +157,11 @@ def measured(hashes: Iterable[str], folder: Path | None = None) -> dict[str, Mea
     whole = known["right"].map(lambda right: isinstance(right, bytes)) | known["metric"].isin(OF_VALUES)
     watched = known[~ended].assign(split=where[0], step=pd.to_numeric(where[2]))
     return {
-        name: Measured(name, rows.reset_index(drop=True), watched[watched["run"] == name].reset_index(drop=True))
+        name: Measured(
+            name,
+            rows.reset_index(drop=True),
+            watched[watched["run"] == name].reset_index(drop=True),
+            also[also["run"] == name].reset_index(drop=True),
+        )
         for name, rows in known[ended & whole].groupby("run", sort=False)
     }

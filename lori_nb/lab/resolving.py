@@ -144,6 +144,7 @@ def _joint_digests(spec: RunSpec) -> tuple[tuple[str, str], ...]:
     name = dict(spec.options).get("solver", "project")
     solver = solvers.get_solver(name)
     found = [(f"recipe:{each}", str(module.RECIPE)) for each, module in deciding.items()]
+    found += [("recipe:heads", str(gradients.HEADS_RECIPE))] if base_kind(spec.base) == "encoder" else []
     found += [("torchjd", version("torchjd"))] if name in solvers.WEIGHTINGS else []
     return (*found, *([] if is_own(solver) else [("solver", source_digest((solver,)))]))
 

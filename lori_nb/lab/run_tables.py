@@ -36,6 +36,13 @@ def run_rows(run: Run) -> pd.DataFrame:
     return run.metrics.drop_duplicates(["task", "split"]).assign(**about)
 
 
+def also_rows(run: Run) -> pd.DataFrame:
+    """The scores by the metrics that a task reports beside its own, as rows for the ledger (column ``also``)."""
+    rows = run.metrics[run.metrics.duplicated(["task", "split"])]
+    about = {"run": run.hash, "kind": run.spec.kind, "method": run.spec.method, "seed": run.spec.seed}
+    return rows.assign(trained_on="+".join(run.spec.tasks), also=True, **about)
+
+
 def watched_rows(run: Run) -> pd.DataFrame:
     """The scores that were taken while a run trained, as rows for the ledger: split "test@30" is after step 30."""
     rows = run.watched.drop_duplicates(["step", "task", "split"])

@@ -188,6 +188,11 @@ class Loop:
         return found.losses, norm
 
     @property
+    def _sums(self) -> bool:
+        """Whether tasks' gradients are summed; else their mean is taken."""
+        return dict(self.spec.options).get("reduction") == "sum"
+
+    @property
     def parameters(self) -> list[nn.Parameter]:
         """Everything trained, in a fixed order."""
         return list(self.named.values())
@@ -217,7 +222,8 @@ class Loop:
         """The gradient that the optimiser sees: the mean over tasks of the weighted gradients, or what solver or the
         method's transform makes of these; with a solver also the conflicts in its blocks.
 
-        A head has a gradient from its own task alone, so it is neither projected nor averaged.
+        A head has a gradient from its own task alone, so it is not projected; in a mean over tasks it counts as the
+        others do, so that one norm clips them all.
         """
         tasks, blocks = len(found.losses), None
         if self.hooks["transform"] is not None:
@@ -226,7 +232,8 @@ class Loop:
             shared, blocks = self._solved(found.shared, step)
         else:
             shared = found.of(0) if tasks == 1 else self._plain(found)
-        return shared | found.heads, blocks
+        share = 1 if self._sums else tasks
+        return shared | {name: each / share for name, each in found.heads.items()}, blocks
 
     def _record(self, step: int, found: TaskGradients, combined, blocks: Conflicts | None, halves) -> None:
         by_tensor = dict(self.spec.options).get("grouping", "tensor") == "tensor"
@@ -242,7 +249,7 @@ class Loop:
 
     def _plain(self, found: TaskGradients) -> dict[str, Tensor]:
         """What joint training takes: the mean over tasks, or their sum where the options say so."""
-        tasks = 1 if dict(self.spec.options).get("reduction") == "sum" else len(found.losses)
+        tasks = 1 if self._sums else len(found.losses)
         return {name: sum(each.unbind()) / tasks for name, each in found.shared.items()}
 
     def save(self, path: Path, about: dict) -> None:

@@ -114,6 +114,51 @@ def conflict_line(rates: pd.DataFrame) -> str:
     return f"Gradients of different tasks conflict {told} unrelated ones would: rate between tasks − ½ = {bounds}."
 
 
+def rate_table(rates: pd.DataFrame, arrangement: str = JOINT) -> pd.DataFrame:
+    """How often half batches conflict: between tasks, within one, and the differences between the two and to one half.
+
+    Args:
+        rates: columns arrangement, seed, step, pairs and rate, of :func:`conflict_rates` or a record of these.
+
+    Returns:
+        Columns compared, value, low, high, n, of, seeds: t intervals over seeds, or of one seed over the steps looked
+        at. Empty where nothing was measured.
+    """
+    columns = ["compared", "value", "low", "high", "n", "of", "seeds"]
+    chosen = rates[rates["arrangement"] == arrangement]
+    if set(chosen["pairs"]) != {BETWEEN, WITHIN}:
+        return pd.DataFrame(columns=columns)
+    seeds = chosen["seed"].nunique()
+    unit = "seed" if seeds > 1 else "step"
+    means = chosen.groupby([unit, "pairs"])["rate"].mean().unstack()
+    compared = {
+        BETWEEN: means[BETWEEN],
+        WITHIN: means[WITHIN],
+        f"{BETWEEN} − {WITHIN}": means[BETWEEN] - means[WITHIN],
+        f"{BETWEEN} − ½": means[BETWEEN] - 0.5,
+    }
+    rows = [{"compared": name} | as_columns(t_interval(each), f"{unit}s") for name, each in compared.items()]
+    return pd.DataFrame(rows).assign(seeds=seeds)[columns]
+
+
+def rate_line(table: pd.DataFrame) -> str:
+    """One sentence of a table of :func:`rate_table`; empty where it has no rows."""
+    if table.empty:
+        return ""
+    told = table.set_index("compared")
+
+    def percent(name: str, signed: bool = False) -> str:
+        return interval_text(*(100 * told.loc[name, ["value", "low", "high"]]), 1, signed=signed)
+
+    row = table.iloc[0]
+    return (
+        f"In joint training the gradients of two tasks' half batches conflict in {percent(BETWEEN)} % of cases, those "
+        f"of the two halves of one task's batch in {percent(WITHIN)} %: between − within "
+        f"{percent(f'{BETWEEN} − {WITHIN}', True)} points, between − ½ (what unrelated gradients give) "
+        f"{percent(f'{BETWEEN} − ½', True)} points (n = {int(row['n'])} {row['of']})."
+    )
+
+
 def task_cosines(results: Results, arrangement: str = JOINT) -> pd.DataFrame:
     """:func:`by_tasks` of one way to learn all tasks."""
     table = recorded(results, HALVES)
@@ -155,8 +200,8 @@ def conflict_map(results: Results, arrangement: str = JOINT) -> pd.DataFrame:
     """Cosine between tasks by step, layer and factor, beside that within a task: one row a cell.
 
     Columns step, layer, factor, between with low and high (a t interval over seeds), within, n, and inside: whether the
-    interval reaches 0 or more, what unrelated tasks have, or that of between − within does, so that two batches of one
-    task are as far apart. Each cell stands for itself: one in forty lies outside by chance. With one seed nothing is
+    interval contains 0, what unrelated tasks have, or that of between − within does, so that two batches of one task
+    are as far apart. Each cell stands for itself: one in forty lies outside by chance. With one seed nothing is
     tested: no interval, and inside is False. All are means over half batches.
     """
     table = recorded(results, HALVES)
@@ -177,8 +222,12 @@ def map_of(table: pd.DataFrame) -> pd.DataFrame:
         about = dict(zip(("step", "layer", "factor"), key, strict=True))
         means = {BETWEEN: cosine.mean, "low": cosine.low, "high": cosine.high, WITHIN: part[WITHIN].mean()}
         apart = t_interval(part[BETWEEN] - part[WITHIN])
-        rows.append(about | means | {"n": cosine.n, "inside": cosine.high >= 0 or apart.high >= 0})
+        rows.append(about | means | {"n": cosine.n, "inside": _holds_zero(cosine) or _holds_zero(apart)})
     return pd.DataFrame(rows, columns=columns)
+
+
+def _holds_zero(interval: Interval) -> bool:
+    return interval.low <= 0 <= interval.high
 
 
 def changes(results: Results) -> pd.DataFrame:

@@ -88,7 +88,11 @@ def conflict_map(axes: Sequence[Axes], table: pd.DataFrame) -> None:
         ax.grid(False)
     axes[-1].figure.colorbar(image, ax=list(axes), label="cosine between tasks' half batches", shrink=0.9)
     several = bool((table["n"] > 1).all())
-    label = "inside the null: not below 0 beyond noise" if several else "one seed: not tested against the null"
+    label = (
+        "inside the null: 0, or as far apart as a task's own halves"
+        if several
+        else "one seed: not tested against the null"
+    )
     hatch = HATCH if several else None
     handles = [Patch(facecolor="none", edgecolor=GREY, hatch=hatch, label=label, linewidth=1.0 if several else 0)]
     if missing:

@@ -20,6 +20,7 @@ from lori_nb.study.settings import Settings
 
 SINGLE, JOINT, ORTHO = "single", "joint", "ortho-lora"
 SINGLE_LONGER, JOINT_LONGER, ORTHO_LONGER = (f"{name}-longer" for name in (SINGLE, JOINT, ORTHO))
+ON_EVERY_SEED = (SINGLE, JOINT, ORTHO, SINGLE_LONGER, JOINT_LONGER, ORTHO_LONGER)  # what the gap is made of
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class JointArm:
         like: whose learning rate is taken where there is no own one.
         step_factor: times the steps of the schedule.
         beside: the way that it is compared with.
+        unprojected: the same way without projection, where that is not ``beside``.
     """
 
     name: str
@@ -43,6 +45,7 @@ class JointArm:
     like: str = JOINT
     step_factor: int = 1
     beside: str = JOINT
+    unprojected: str | None = None
 
     @property
     def alone(self) -> str:
@@ -64,7 +67,7 @@ JOINT_ARMS: dict[str, JointArm] = {
         _solved("upgrad", "UPGrad, whole adapter", grouping="adapter", solver="upgrad"),
         _solved("gradvac", "GradVac, whole adapter", grouping="adapter", solver="gradvac"),
         JointArm("joint-lori-d", "LoRI-D, joint", "lori-d", like="lori-d"),
-        JointArm("ortho-lori-d", "Ortho-LoRI-D", "ortho-lori-d", like="lori-d"),
+        JointArm("ortho-lori-d", "Ortho-LoRI-D", "ortho-lori-d", like="lori-d", unprojected="joint-lori-d"),
         JointArm(JOINT_LONGER, "LoRA, joint, twice the steps", "lora", step_factor=2),
         JointArm(ORTHO_LONGER, "Ortho-LoRA, twice the steps", "ortho-lora", (), False, ORTHO, 2, JOINT_LONGER),
     )
@@ -134,11 +137,13 @@ def arrangement_specs(settings: Settings, seed: int) -> dict[str, list[RunSpec]]
 
 
 def planned_arrangements(settings: Settings) -> list[RunSpec]:
-    """Joint training and Ortho-LoRA beside one adapter a task on every seed, the other ways on ``arm_seed``."""
+    """Joint training and Ortho-LoRA beside one adapter a task on every seed, also where they train twice as long; the
+    other ways on ``arm_seed``.
+    """
     return [
         spec
         for seed in settings.seed
         for name, specs in arrangement_specs(settings, seed).items()
-        if name in (SINGLE, JOINT, ORTHO) or seed in settings.arm_seed
+        if name in ON_EVERY_SEED or seed in settings.arm_seed
         for spec in specs
     ]

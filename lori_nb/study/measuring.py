@@ -17,7 +17,7 @@ import pandas as pd
 
 from lori_nb.lab import ledger
 from lori_nb.lab.resolving import resolve
-from lori_nb.lab.run_tables import watched_rows
+from lori_nb.lab.run_tables import also_rows, watched_rows
 from lori_nb.lab.runs import Store, unmeasured
 from lori_nb.lab.specs import Spec
 from lori_nb.study import adapter_records, conflict_records, functional, mergeability
@@ -82,8 +82,10 @@ def record(specs: Sequence[Spec], store: Store, study: str, command: str) -> Pat
     if not finished:
         return None
     ended = ledger.with_rows(store.table(finished), store.predictions)
-    on_the_way = [watched_rows(run) for spec in finished if len((run := store.load(spec.hash)).watched)]
-    return ledger.append(pd.concat([ended, *on_the_way], ignore_index=True), study, command)
+    runs = [store.load(spec.hash) for spec in finished]
+    on_the_way = [watched_rows(run) for run in runs if len(run.watched)]
+    also = [rows for run in runs if len(rows := also_rows(run))]
+    return ledger.append(pd.concat([ended, *on_the_way, *also], ignore_index=True), study, command)
 
 
 def results_of(name: str, settings: Settings) -> Results:

@@ -99,6 +99,7 @@ def _tables(found: dict[str, Results]) -> dict[str, pd.DataFrame]:
         tables["arrangement_costs"] = sharing.arrangement_costs(shared)
         kept = conflict_records.kept_of(shared.settings, JOINT)
         tables |= {"conflicts": conflict.map_of(kept), "task_cosines": conflict.by_tasks(kept)}
+        tables |= {"conflict_rates": conflict.rate_table(kept), "other_metrics": sharing.other_metrics(shared)}
     for name, made in MADE:
         if name in found:
             tables |= made.tables(found[name])

@@ -9,10 +9,18 @@ import pandas as pd
 
 from lori_nb.analysis.statistics import interval_text
 from lori_nb.lab.paths import write_atomically
-from lori_nb.study import reference_interference, reference_merging, reference_overlap, reference_sequences, sharing
+from lori_nb.study import (
+    conflict,
+    reference_interference,
+    reference_merging,
+    reference_overlap,
+    reference_sequences,
+    sharing,
+)
 from lori_nb.study.arms import BASELINE
 from lori_nb.study.comparison import OVER_TASKS, marked_verdict
 from lori_nb.study.joint_arms import get_joint_arm
+from lori_nb.study.summary import markdown, readable
 
 COMPARED = ("methods", "longer", "baselines", "masks")  # tables of comparison.compared
 SEQUENCES = (reference_sequences, reference_interference)
@@ -27,6 +35,10 @@ MASKS = "Other masks; all share LoRI-S's learning rate, tuned for the mask as it
 SPARSITY = (
     "Score at every sparsity with 95 % intervals over seeds. Sparsity 0 is LoRI-D with its own learning rate, the "
     "others share LoRI-S's, tuned at the study's own sparsity: a part of any difference may be the rate."
+)
+SHARED_COSTS = (
+    "What training costs, all adapters of a way together, and the mean score over tasks. Operations are counted from "
+    "shapes, without what is done to finished gradients: what projection adds is measured by `make bench-ortho`."
 )
 CAPTIONS = {
     "methods": "Points against tuned LoRA",
@@ -53,7 +65,7 @@ def headlines(folder: Path, command: str) -> str:
         parts += [words, _means(table)]
     parts += [words for made in (reference_overlap, reference_merging) if (words := made.headline(folder))]
     if (recovered := _read(folder, "recovery")) is not None:
-        parts += [RECOVERED, _recovered(recovered), sharing.claimed_recovery(recovered)]
+        parts += [RECOVERED, _recovered(recovered), sharing.claimed_recovery(recovered), *_conflicts(folder)]
         parts += _shown(folder, Path(PAGE.parent, folder.name), "recovery", "conflict_map")
     parts += [words for made in SEQUENCES if (words := made.text(folder))]
     return "\n\n".join(parts)
@@ -80,6 +92,11 @@ def page(folder: Path, command: str) -> str:
         parts += [RECOVERED, _recovered(recovered), sharing.claimed_recovery(recovered)]
         if (gaps := _read(folder, "gaps")) is not None:
             parts += [_gaps(gaps)]
+        if (costs := _read(folder, "arrangement_costs")) is not None:
+            parts += [SHARED_COSTS, _shared_costs(costs)]
+        if (others := _read(folder, "other_metrics")) is not None:
+            parts += ["By the other official metrics:", _other_metrics(others)]
+        parts += _conflicts(folder)
         parts += _shown(folder, here, "recovery", "conflict_map", "task_cosines")
     parts += [words for made in SEQUENCES if (words := made.text(folder))]
     parts += _shown(folder, here, "sequence*")
@@ -213,11 +230,32 @@ def _recovered(table: pd.DataFrame) -> str:
 
 
 def _gaps(table: pd.DataFrame) -> str:
-    lines = ["| difference, mean over tasks (points) | | n |", "|---" * 3 + "|"]
+    lines = ["| difference, mean over tasks (points) | | p | detectable | n |", "|---" * 5 + "|"]
     for row in table.itertuples():
         value = interval_text(*(100 * bound for bound in (row.value, row.low, row.high)), 1, signed=True)
-        lines.append(f"| {row.difference} | {value} | {int(row.n)} {row.of} |")
+        tests = "– | –" if pd.isna(row.p) else f"{row.p:.3f} | {100 * row.detectable:.1f}"
+        lines.append(f"| {row.difference} | {value} | {tests} | {int(row.n)} {row.of} |")
     return "\n".join(lines)
+
+
+def _conflicts(folder: Path) -> list[str]:
+    """A sentence on how often gradients conflict, where that was recorded."""
+    rates = _read(folder, "conflict_rates")
+    return [] if rates is None else [conflict.rate_line(rates)]
+
+
+def _shared_costs(table: pd.DataFrame) -> str:
+    lines = ["| way | mean score | adapters | trainable parameters | PFLOPs | n |", "|---" * 6 + "|"]
+    for row in table.itertuples():
+        score = interval_text(row.value, row.low, row.high, 3)
+        size = f"{row.adapters} | {row.trainable_parameters:,} | {row.training_pflops:.4f}"
+        lines.append(f"| {row.title} | {score} | {size} | {int(row.n)} {row.of} |")
+    return "\n".join(lines)
+
+
+def _other_metrics(table: pd.DataFrame) -> str:
+    named = table.assign(metric=table["task"] + ": " + table["metric"])
+    return markdown(readable(named, "arrangement", "metric", 3))
 
 
 def _share(row: pd.Series) -> str:

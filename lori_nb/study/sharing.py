@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -11,6 +12,7 @@ from lori_nb.analysis.equivalence import detectable_effect, difference_p
 from lori_nb.analysis.statistics import Interval, interval_text, paired_estimate, ratio_interval, t_interval
 from lori_nb.lab.flops import training_flops
 from lori_nb.lab.specs import RunSpec
+from lori_nb.lab.tasks import get_task
 from lori_nb.study.comparison import OVER_TASKS, PETA
 from lori_nb.study.cost import trainable_parameters
 from lori_nb.study.joint_arms import (
@@ -28,7 +30,7 @@ from lori_nb.study.notebook import Results
 from lori_nb.study.questions import run_pairs, unit_of
 from lori_nb.study.settings import Settings
 from lori_nb.study.style import title_of
-from lori_nb.study.summary import Pair, as_columns, difference, seed_differences, summarise
+from lori_nb.study.summary import Pair, as_columns, difference, seed_differences, seeds_interval, summarise
 
 ROUNDING = 1e-12  # a mean difference of scores, all at most 1 in size, that is nothing but rounding
 CLAIMED = 0.95  # of the gap, won back by Ortho-LoRA (arXiv 2601.09684)
@@ -43,9 +45,30 @@ def arrangement_scores(results: Results) -> pd.DataFrame:
     return summarise(pd.concat(frames), ["arrangement", "task"])
 
 
+def other_metrics(results: Results) -> pd.DataFrame:
+    """Scores by the metrics that tasks report beside their own, such as MRPC's accuracy and STS-B's rank correlation.
+
+    Columns arrangement, task, metric, value, low, high, n, of: means with t intervals over seeds. Empty where no task
+    has such a metric.
+    """
+    settings, rows = results.settings, []
+    for name, (place, task) in itertools.product(arrangements(settings), enumerate(settings.tasks)):
+        runs = [results.run(arrangement_specs(settings, seed)[name][place]) for seed in settings.seed]
+        for metric in get_task(task).also:
+            values = [run.value(task, metric) for run in runs if run is not None]
+            if values:
+                about = {"arrangement": name, "task": task, "metric": metric}
+                rows.append(about | as_columns(seeds_interval(values), "seeds"))
+    return pd.DataFrame(rows, columns=["arrangement", "task", "metric", "value", "low", "high", "n", "of"])
+
+
 def gaps(results: Results) -> pd.DataFrame:
-    """Mean over tasks: what joint training loses against single tasks, what the other ways gain on it, and where some
-    train twice as long, what that gains and what joint training then loses.
+    """Mean over tasks: what joint training loses against single tasks, what the other ways gain on it, what projection
+    gains where joint training is not the same way without it, and where some train twice as long, what that gains and
+    what joint training then loses.
+
+    Columns difference, over, seeds, value, low, high, n, of; p, the paired t test over seeds, each for itself, and
+    detectable, the least difference that it would find in four of five studies (NaN of one seed).
     """
     settings = results.settings
     asked = {"single − joint": (SINGLE, JOINT)}
@@ -53,14 +76,25 @@ def gaps(results: Results) -> pd.DataFrame:
         beside = get_joint_arm(name).beside
         if beside != name:
             asked[f"{title_of(name)} − {beside if beside == JOINT else title_of(beside)}"] = (name, beside)
+        if (plain := get_joint_arm(name).unprojected) in settings.joint_arms:
+            asked[f"{title_of(name)} − {title_of(plain)}"] = (name, plain)
     if SINGLE_LONGER in arrangements(settings):
         asked |= {f"{title_of(SINGLE_LONGER)} − {title_of(a)}": (SINGLE_LONGER, a) for a in (SINGLE, JOINT_LONGER)}
     rows = []
     for title, (a, b) in asked.items():
         pairs = arrangement_pairs(results, a, b)
         about = {"difference": title, "over": "mean over tasks", "seeds": len(pairs)}
-        rows.append(about | as_columns(difference(pairs, settings.tasks), unit_of(pairs, settings.tasks)))
+        interval = as_columns(difference(pairs, settings.tasks), unit_of(pairs, settings.tasks))
+        rows.append(about | interval | _tested(list(seed_differences(pairs, settings.tasks).values())))
     return pd.DataFrame(rows)
+
+
+def _tested(differences: Sequence[float]) -> dict[str, float]:
+    """The paired t test over seeds, and the difference that it would find in four of five studies."""
+    if len(differences) < 2:
+        return {"p": math.nan, "detectable": math.nan}
+    found = paired_estimate(differences)
+    return {"p": difference_p(found), "detectable": detectable_effect(found)}
 
 
 def gap_recovery(results: Results) -> pd.DataFrame:
@@ -88,17 +122,11 @@ def gap_recovery(results: Results) -> pd.DataFrame:
 
 
 def _recovery(gains: Sequence[float], losses: Sequence[float]) -> dict:
-    gap, gain = t_interval(losses), paired_estimate(gains)
+    gap = t_interval(losses)
     none = abs(gap.mean) < ROUNDING
     ratio = Interval(math.nan, math.nan, math.nan, len(gains)) if none else ratio_interval(gains, losses)
     about = {"gap": gap.mean, "gap_low": gap.low, "gap_high": gap.high, "shown": gap.low > 0}
-    several = len(gains) > 1
-    tests = (
-        {"p": difference_p(gain), "detectable": detectable_effect(gain)}
-        if several
-        else {"p": math.nan, "detectable": math.nan}
-    )
-    return as_columns(ratio, "seeds") | about | tests
+    return as_columns(ratio, "seeds") | about | _tested(gains)
 
 
 def claimed_recovery(table: pd.DataFrame) -> str:

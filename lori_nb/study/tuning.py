@@ -18,8 +18,9 @@ from lori_nb.lab.methods import METHODS, get_method
 from lori_nb.lab.paths import write_atomically
 from lori_nb.lab.runs import Store, unmeasured
 from lori_nb.lab.specs import RunSpec, with_parents
+from lori_nb.method.solvers import SOLVERS
 from lori_nb.study.cells import joint, like_of, single
-from lori_nb.study.joint_arms import JOINT_ARMS, joint_arm_spec
+from lori_nb.study.joint_arms import JOINT_ARMS, get_joint_arm, joint_arm_spec
 from lori_nb.study.notebook import slug
 from lori_nb.study.pool import train_all
 from lori_nb.study.profiles import load_settings
@@ -41,18 +42,28 @@ def first_grids(arms: Sequence[str] = tuple(CENTRES)) -> dict[str, list[float]]:
     """Arm → the rates that its grid begins with, a method after the one that calibrates it, at whose rate it does so.
 
     Args:
-        arms: "joint" for LoRA on all tasks at once, and any method that trains, own ones too.
+        arms: "joint" for LoRA on all tasks at once, other ways to learn all tasks at once as ``joint_arms`` takes them,
+            and any method that trains, own ones too.
 
     Raises:
         ValueError: another name; it lists the known ones.
     """
     known = list(dict.fromkeys((*CENTRES, *JOINT_ARMS, *(name for name, method in METHODS.items() if method.trains))))
-    unknown = [arm for arm in arms if arm not in known]
-    if unknown:
-        raise ValueError(f"methods must be among {', '.join(known)}; found {unknown[0]!r}")
-    ordered = sorted((arm for arm in known if arm in arms), key=_is_calibrated)
+    for arm in arms:
+        if arm not in known and not _is_joint_arm(arm):
+            raise ValueError(f"methods must be among {', '.join(dict.fromkeys((*known, *SOLVERS)))}; found {arm!r}")
+    ordered = sorted((arm for arm in dict.fromkeys((*known, *arms)) if arm in arms), key=_is_calibrated)
     steps = range(-(RATES // 2), RATES // 2 + 1)
     return {arm: [centre_of(arm) * FACTOR**step for step in steps] for arm in ordered}
+
+
+def _is_joint_arm(name: str) -> bool:
+    """Whether it is a way to learn all tasks in one adapter: a listed one, a conflict solver, or one with switches."""
+    try:
+        get_joint_arm(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_calibrated(arm: str) -> bool:
@@ -64,13 +75,13 @@ def centre_of(arm: str) -> float:
     known = CENTRES | OTHER_CENTRES
     if arm in known:
         return known[arm]
-    like = JOINT_ARMS[arm].like if arm in JOINT_ARMS else like_of(arm)[0]
+    like = get_joint_arm(arm).like if _is_joint_arm(arm) else like_of(arm)[0]
     return known[like]
 
 
 def is_joint(arm: str) -> bool:
     """Whether an arm is tuned on all tasks at once: the ways to learn all in one adapter, own methods that project."""
-    return arm in JOINT_ARMS or get_method(arm).projects
+    return _is_joint_arm(arm) or get_method(arm).projects
 
 
 def tune(settings: Settings, grids: dict[str, list[float]], jobs: int = 2, store: Store | None = None) -> pd.DataFrame:
@@ -110,7 +121,9 @@ def tuning_specs(settings: Settings, name: str, rate: float) -> list[RunSpec]:
     held_out = {"score_on": "tune", "test_rows": TUNE_ROWS}
     fixed = replace(settings, learning_rate={**settings.learning_rate, name: rate})
     if is_joint(name):
-        specs = [joint_arm_spec(fixed, name, s) if name in JOINT_ARMS else joint(fixed, name, s) for s in settings.seed]
+        specs = [
+            joint_arm_spec(fixed, name, s) if _is_joint_arm(name) else joint(fixed, name, s) for s in settings.seed
+        ]
         return [replace(spec, **held_out) for spec in specs]
     singles = [single(fixed, name, task, seed) for task in settings.tasks for seed in settings.seed]
     return [replace(spec, **held_out, calibration=_held_out(spec.calibration, held_out)) for spec in singles]
