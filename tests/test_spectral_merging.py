@@ -217,6 +217,70 @@ def test_directions_that_rounding_made_do_not_enter(name):
     assert (found - expected).norm() <= 1e-5 * expected.norm()  # some u of float32 times the factors' condition
 
 
+def orthonormal_pair() -> list[Factors]:
+    """B_1 and B_2 of six orthonormal columns together, A_1 of three orthonormal rows, A_2 = 0.3 A_1."""
+    draw = torch.Generator().manual_seed(3)
+    B = torch.linalg.qr(torch.randn(D_OUT, 6, generator=draw, dtype=torch.float64)).Q
+    A = torch.linalg.qr(torch.randn(D_IN, 3, generator=draw, dtype=torch.float64)).Q.T
+    return [Factors(A, B[:, :3], 1.0), Factors(0.3 * A, B[:, 3:], 1.0)]
+
+
+def as_stored(f: Factors, dtype) -> Factors:
+    return Factors(f.A.to(dtype), f.B.to(dtype), f.scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["iso-c", "tsv-m"])
+def test_what_rounding_to_a_narrow_dtype_made_is_no_direction(name, dtype):
+    """Of A_2 = 0.3 A_1 only rounding tells A_2's rows from A_1's.
+
+    Rounding moves ΔW_i by δ_i ≤ ε ‖A_i‖ ‖B_i‖, relatively by 3 ε here. Iso-C: the polar factor moves by at most
+    δ / σ, the mean by δ / √R, with δ = Σ δ_i and all σ equal, so that the merge moves by 2 δ to first order. TSV-M,
+    which here is (ΔW_1 + ΔW_2) / √2: each U_i and V_i moves by √2 · 3 ε, their nearest orthonormal matrices by no more
+    than 2 · 3 ε and √2 · 3 ε, the values by δ / √2. Both stay below five times δ.
+    """
+    exact = orthonormal_pair()
+    if name == "tsv-m":
+        expected = sum(f.delta() for f in exact) / 2**0.5
+    else:
+        expected = DENSE[name]([f.delta() for f in exact], [1.0, 1.0])
+    moved = torch.finfo(dtype).eps * sum(float(f.A.norm() * f.B.norm()) for f in exact)
+    stored = [{"m": as_stored(f, dtype)} for f in exact]
+    found = merge(stored, [1.0, 1.0], name)["m"]
+    assert found.A.dtype == found.B.dtype == torch.float32
+    assert not torch.equal(found.A, found.A.to(dtype).float()), "nor is the result rounded to the dtype"
+    assert 0 < (found.delta().double() - expected).norm() <= 5 * moved < 0.2 * expected.norm()
+    unaware = merge([{"m": as_stored(each["m"], torch.float32)} for each in stored], [1.0, 1.0], name)["m"]
+    assert (unaware.delta().double() - expected).norm() > 5 * moved
+
+
+def test_common_spaces_are_as_large_as_what_was_stored_is_real():
+    one, two = (as_stored(f, torch.bfloat16) for f in orthonormal_pair())
+    assert cores_of([one, two]).rows.shape[1] == 3 and cores_of([one, two]).columns.shape[1] == 6
+    wide = [as_stored(f, torch.float32) for f in (one, two)]
+    assert cores_of(wide).rows.shape[1] == 6
+    assert cores_of([wide[0], two]).rows.shape[1] == 3, "the narrower dtype decides what two of them have in common"
+    small = Factors(two.A, two.B * 1e-4, 1.0)
+    assert cores_of([one, small]).columns.shape[1] == 6, "an adapter is not rounding to a larger one"
+
+
+@pytest.mark.parametrize("name", ["tsv-m", "iso-c", "iso-cts"])
+def test_a_task_brings_no_more_directions_than_its_own_rank(name):
+    """A rank-2 B in 6 columns of float32, beside a generic adapter in whose space its rounding has a part."""
+    draw = torch.Generator().manual_seed(4)
+    left, right = (torch.randn(*shape, generator=draw, dtype=torch.float64) for shape in ((D_OUT, 2), (2, 6)))
+    deficient = Factors(torch.randn(6, D_IN, generator=draw, dtype=torch.float64), left @ right, 1.0)
+    exact = [deficient, random_factors(1, 3)]
+    stored = [as_stored(f, torch.float32) for f in exact]
+    found, expected = (MERGE_METHODS[name](each, [1.0, 1.0]).delta().double() for each in (stored, exact))
+    # Rounding moves each update by ε ‖A‖ ‖B‖ at most; polar factors and singular vectors by that times the condition.
+    moved = torch.finfo(torch.float32).eps * sum(float(f.scale * f.A.norm() * f.B.norm()) for f in exact)
+    smallest = min(float(dsvd(f.delta())[1][-1]) for f in exact)
+    assert (found - expected).norm() <= 10 * moved / smallest * expected.norm() < 1e-3 * expected.norm()
+    full = [Factors(deficient.A.float(), (deficient.B + 1e-3 * random_factors(6, 6).B).float(), 1.0), stored[1]]
+    assert (MERGE_METHODS[name](full, [1.0, 1.0]).delta() - expected).norm() > 1e-2 * expected.norm()
+
+
 def test_zero_updates_merge_to_zero():
     zero = Factors(random_factors(0).A, torch.zeros(D_OUT, 3, dtype=torch.float64), 1.0)
     for name in METHODS:

@@ -50,7 +50,7 @@ class Folder:
         saved: whole tensors beside the factors (heads, extended embeddings), which are neither compared nor merged.
         base: the base model that the folder names, "" where it names none.
         digest: SHA-256 of the file of tensors.
-        dtype: that of the tensors in the file.
+        dtypes: module → those of A and B in the file.
     """
 
     name: str
@@ -61,12 +61,13 @@ class Folder:
     saved: tuple[str, ...]
     config: dict[str, Any]
     digest: str
-    dtype: torch.dtype
+    dtypes: dict[str, tuple[torch.dtype, torch.dtype]]
 
     @property
     def stored(self) -> dict[str, Factors]:
-        """The factors in the dtype of the file, whose rounding decides which directions are real."""
-        return {name: Factors(f.A.to(self.dtype), f.B.to(self.dtype), f.scale) for name, f in self.factors.items()}
+        """The factors in the dtypes of the file, whose rounding decides which directions are real."""
+        pairs = ((name, f, *self.dtypes[name]) for name, f in self.factors.items())
+        return {name: Factors(f.A.to(of_A), f.B.to(of_B), f.scale) for name, f, of_A, of_B in pairs}
 
 
 def read_folders(names: Sequence[str]) -> dict[str, Folder]:
@@ -132,7 +133,10 @@ def _read(path: Path) -> dict[str, Any]:
         factors[module] = Factors(pair["A"], pair["B"], scale_of(config, spelt, len(pair["A"])))
         keys[module] = key
     with safe_open(path / WEIGHTS, framework="pt") as file:  # the header alone is read again
-        dtypes = {_DTYPES[file.get_slice(f"{TOP}{key.format('B')}").get_dtype()] for key in pairs}
+        dtypes = {
+            module: tuple(_DTYPES[file.get_slice(f"{TOP}{key.format(x)}").get_dtype()] for x in "AB")
+            for module, key in keys.items()
+        }
     with (path / WEIGHTS).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {
@@ -143,7 +147,7 @@ def _read(path: Path) -> dict[str, Any]:
         "saved": tuple(saved),
         "config": config,
         "digest": digest,
-        "dtype": max(dtypes, key=lambda dtype: torch.finfo(dtype).eps),
+        "dtypes": dtypes,
     }
 
 

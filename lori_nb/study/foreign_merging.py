@@ -54,7 +54,7 @@ def _merged(found: Mapping[str, Folder], way: str, weight: float) -> dict:
 
 
 def _factors_of(found: Mapping[str, Folder], way: str, weight: float) -> dict[str, Factors]:
-    return merge([folder.factors for folder in found.values()], [weight] * len(found), way)
+    return merge([folder.stored for folder in found.values()], [weight] * len(found), way)
 
 
 def _written(found: Mapping[str, Folder], factors: Mapping[str, Factors], way: str, weight: float) -> Path:
