@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lori_nb.analysis.merging import MERGE_METHODS, merge
-from lori_nb.analysis.spectral_merging import cores_of, ties
+from lori_nb.analysis.spectral_merging import cores_of, knots, ties
 from lori_nb.method.adapters import Factors
 
 D_OUT, D_IN = 14, 11
@@ -38,11 +38,22 @@ def hard_bank() -> dict[str, list[Factors]]:
         "alone": [one],
         "large ranks": [random_factors(7, 10), random_factors(8, 9)],
         "a rank above a dimension": [random_factors(9, 13), random_factors(10, 2)],
+        "disjoint rows, 8 adapters": disjoint_rows(8),
     }
 
 
+def disjoint_rows(count: int) -> list[Factors]:
+    """Adapters of rank 2, each of which writes to rows of the output that no other does."""
+    found = []
+    for place in range(count):
+        f, own = random_factors(20 + place, 2), torch.zeros(D_OUT, 1, dtype=torch.float64)
+        own[place::count] = 1
+        found.append(Factors(f.A, own * f.B, f.scale))
+    return found
+
+
 def weights_of(factors) -> list[float]:
-    return [0.7, -0.4, 1.3][: len(factors)]
+    return [0.7, -0.4, 1.3, 0.9, -1.1, 0.6, 0.8, 1.2][: len(factors)]
 
 
 # The definitions, on dense matrices
@@ -89,10 +100,20 @@ def dense_iso_cts(deltas, weights):
     return torch.cat(values).mean() * dpolar(torch.cat(left, 1)) @ dpolar(torch.cat(right, 1)).T
 
 
+def cleaned(entries, norms):
+    """Zero what is zero in exact arithmetic: in the bank no other entry is below 1e-9 of the norm of the update that it
+    is of, and none of these above. A decomposition's error is some 1e-15 of the norm, and singular values of the bank
+    are at least a thousandth apart, so that vectors turn by some 1e-12.
+    """
+    shares = entries.abs() / norms[:, None, None].clamp(min=1e-300)
+    assert not ((shares > 1e-11) & (shares < 1e-7)).any()
+    return torch.where(shares > 1e-9, entries, 0.0)
+
+
 def dense_knots(deltas, weights):
     U, s, Vh = dsvd(torch.cat(deltas, 1))
-    right = (s[:, None] * Vh).split(D_IN, dim=1)
-    return U @ ties(torch.stack(right), weights)
+    right = torch.stack((s[:, None] * Vh).split(D_IN, dim=1))
+    return U @ ties(cleaned(right, torch.stack([d.norm() for d in deltas])), weights)
 
 
 def dense_svd(deltas, weights):
@@ -129,9 +150,23 @@ def test_core_space_equals_its_dense_definition(case):
     weights = weights_of(factors)
     U = dsvd(torch.cat([f.B for f in factors], 1))[0]
     V = dsvd(torch.cat([f.A for f in factors]))[2].T
-    expected = U @ ties(torch.stack([U.T @ f.delta() @ V for f in factors]), weights) @ V.T
+    cores = torch.stack([U.T @ f.delta() @ V for f in factors])
+    expected = U @ ties(cleaned(cores, torch.linalg.matrix_norm(cores)), weights) @ V.T
     found = MERGE_METHODS["core-ties"](factors, weights).delta()
     assert (found - expected).norm() <= 1e-10 * condition(factors) * max(1.0, expected.norm())
+
+
+@pytest.mark.parametrize("count", [2, 8, 12])
+def test_knots_of_adapters_that_write_to_different_rows_is_their_sum(count):
+    """[ΔW_1 … ΔW_N] has U in blocks, so that every row of the right factors is of one task: its sign is elected, and it
+    is the mean of one. What rounding leaves of the others must neither be counted nor kept by the trim.
+    """
+    factors, weights = disjoint_rows(count), [1.0 - 0.1 * place for place in range(count)]
+    exact = sum(w * f.delta() for w, f in zip(weights, factors, strict=True))
+    assert (knots(factors, weights, density=1.0).delta() - exact).norm() <= 1e-12 * exact.norm()
+    same_rows = [random_factors(20 + place, 2) for place in range(count)]
+    exact = sum(w * f.delta() for w, f in zip(weights, same_rows, strict=True))
+    assert (knots(same_rows, weights, density=1.0).delta() - exact).norm() > 0.1 * exact.norm()
 
 
 @pytest.mark.parametrize("case", hard_bank())

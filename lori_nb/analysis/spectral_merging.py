@@ -35,7 +35,8 @@ DENSITY = 0.2  # share of entries that TIES keeps of each task, its paper's choi
 class Cores:
     """ΔW_i = columns · lefts[i] · diag(values[i]) · rights[i]ᵀ · rowsᵀ, in float64: orthonormal ``columns`` (d_out × p)
     and ``rows`` (d_in × q), and between them each update's own decomposition at its own rank ρ_i: ``lefts`` (p × ρ_i),
-    ``values`` (ρ_i) and ``rights`` (q × ρ_i). ``like`` says what dtypes the result has.
+    ``values`` (ρ_i) and ``rights`` (q × ρ_i). ``turns`` (p × q) is how much of ‖K_i‖ rounding can put into an entry of
+    a core by turning its column and its row; ``like`` says what dtypes the result has.
     """
 
     columns: Tensor
@@ -43,6 +44,7 @@ class Cores:
     values: tuple[Tensor, ...]
     rights: tuple[Tensor, ...]
     rows: Tensor
+    turns: Tensor
     like: Factors
 
     @cached_property
@@ -62,14 +64,16 @@ class Cores:
 
 def cores_of(factors: Sequence[Factors]) -> Cores:
     """The updates of one module in common bases, at the ranks that are more than rounding to the factors' dtypes."""
-    columns, rows = _span([f.B for f in factors], "B"), _span([f.A.T for f in factors], "A")
+    columns, from_B = _span([f.B for f in factors], "B")
+    rows, from_A = _span([f.A.T for f in factors], "A")
     parts = [reduced(f).singular for f in factors]
     lefts, values, rights = zip(*((columns.T @ U, s, rows.T @ V) for U, s, V in parts), strict=True)
-    return Cores(columns, lefts, values, rights, rows, factors[0])
+    return Cores(columns, lefts, values, rights, rows, from_B[:, None] + from_A, factors[0])
 
 
-def _span(parts: Sequence[Tensor], name: str) -> Tensor:
-    """Left singular vectors (d × k) of N matrices side by side, of the space that is more than rounding made.
+def _span(parts: Sequence[Tensor], name: str) -> tuple[Tensor, Tensor]:
+    """Left singular vectors (d × k) of N matrices side by side, of the space that is more than rounding made, and how
+    far rounding may :func:`turn <_turns>` each (k).
 
     Rounding to its dtype moves a matrix by at most ε/2 of its Frobenius norm. With every norm at 1, so that a small
     adapter is not rounding to a large one, no singular value of them all moves by more than √Σ (ε_i/2)² (Weyl).
@@ -80,7 +84,30 @@ def _span(parts: Sequence[Tensor], name: str) -> Tensor:
     floor = math.sqrt(sum((torch.finfo(X.dtype).eps / 2) ** 2 for X in parts))
     basis = basis[:, torch.linalg.vector_norm(rest, dim=1) > floor]
     # Within that space the vectors are those of the matrices as they are: core-ties depends on them.
-    return basis @ torch.linalg.svd(basis.T @ torch.cat(wide, dim=1), full_matrices=False).U
+    beside = torch.cat(wide, dim=1)
+    U, singular, _ = torch.linalg.svd(basis.T @ beside, full_matrices=False)
+    return basis @ U, _turns(singular, max(beside.shape))
+
+
+def _turns(singular: Tensor, size: int) -> Tensor:
+    """How far (in radians) rounding in float64 may turn each singular vector (k) of a matrix with these values.
+
+    A decomposition is that of a matrix which is size · ε · σ_1 away at most, and this turns a vector by no more than
+    that over the distance from its singular value to the nearest other one, or to zero (Wedin). At most √ε: where
+    values are equal up to rounding, their vectors are any, and no entry is known to be zero.
+    """
+    distance = (singular[:, None] - singular).abs().fill_diagonal_(math.inf)
+    gap = torch.minimum(distance.amin(dim=1), singular) if len(singular) else singular
+    eps = torch.finfo(torch.float64).eps
+    return (size * eps * singular[:1].sum() / gap).clamp(max=math.sqrt(eps))
+
+
+def _known(entries: Tensor, turns: Tensor, cores: Tensor) -> Tensor:
+    """Entries (N × …) that N cores have in some bases, with zeros for those that may come of turned bases alone: up to
+    ``turns`` of the norm of their core. Zeros have no vote, but entries of 1e-17 do.
+    """
+    norms = torch.linalg.matrix_norm(cores)[:, None, None] if cores[0].numel() else cores.new_zeros(len(cores), 1, 1)
+    return torch.where(entries.abs() > turns * norms, entries, 0.0)
 
 
 def _svd(K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,14 +183,15 @@ def isotropic_with_task_directions(
 def knots(factors: Sequence[Factors], weights: Sequence[float], density: float = DENSITY) -> Factors:
     """KnOTS with TIES: [ΔW_1 … ΔW_N] = U Σ [V_1ᵀ … V_Nᵀ] side by side, then U · TIES({Σ V_iᵀ}).
 
-    The right factors (k × d_in) are merged entry by entry in the coordinates of the module's input.
+    The right factors (k × d_in) are merged entry by entry in the coordinates of the module's input. Of adapters that
+    write to different rows each has directions of its own, and the merge at density 1 is the weighted sum.
     """
     common = cores_of(factors)
-    U, singular, Vh = _svd(torch.cat(list(common.cores), dim=1))
-    right = (singular[:, None] * Vh).unflatten(1, (len(factors), -1)).transpose(0, 1)  # (N × k × q)
-    # A zero update's right factor is zero but for rounding, which would take part in the election.
-    right = right * common.cores.flatten(1).any(dim=1)[:, None, None]
-    merged = ties(right @ common.rows.T, weights, density)  # (k × d_in)
+    beside = torch.cat(list(common.cores), dim=1)
+    U, singular, _ = _svd(beside)
+    right = U.T @ common.cores @ common.rows.T  # Σ V_iᵀ (N × k × d_in)
+    turns = _turns(singular, max(len(beside), len(factors) * len(common.rows)))
+    merged = ties(_known(right, turns[:, None], common.cores), weights, density)  # (k × d_in)
     return common.whole(common.columns @ U, merged)
 
 
@@ -174,7 +202,7 @@ def core_space(factors: Sequence[Factors], weights: Sequence[float], density: fl
     Which entries a core has depends on its bases: the singular vectors of the stacked factors, as in the paper.
     """
     common = cores_of(factors)
-    merged = ties(common.cores, weights, density)
+    merged = ties(_known(common.cores, common.turns, common.cores), weights, density)
     return common.factors(merged, torch.eye(merged.shape[1], dtype=merged.dtype, device=merged.device))
 
 
