@@ -110,10 +110,12 @@ def _known(entries: Tensor, turns: Tensor, cores: Tensor) -> Tensor:
     return torch.where(entries.abs() > turns * norms, entries, 0.0)
 
 
-def _svd(K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U, Σ, Vᵀ of a core at its numerical rank."""
+def _svd(K: Tensor, of: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """U, Σ, Vᵀ of a core at its numerical rank; of one that was computed from another, at the rounding of that one."""
     U, singular, Vh = torch.linalg.svd(K, full_matrices=False)
     rank = numerical_rank(singular, max(K.shape))
+    if of is not None:  # what nothing is left of is zero
+        rank = min(rank, int((singular > max(K.shape) * torch.finfo(K.dtype).eps * torch.linalg.norm(of)).sum()))
     return U[:, :rank], singular[:rank], Vh[:rank]
 
 
@@ -161,20 +163,24 @@ def isotropic_with_task_directions(
 ) -> Factors:
     """Iso-CTS: the leading ``common_share`` of the common directions, the rest from what the tasks add outside of them.
 
-    With U Σ Vᵀ the sum at rank R, k = ⌊share · R⌋ common directions stay. Of each w_i (ΔW_i − U_k U_kᵀ ΔW_i) the
-    leading (R − k) / N directions join them, all are made orthonormal, and every singular value is the mean.
+    With U Σ Vᵀ the sum at rank R, every task gets t = max(1, [(R − ⌊share · R⌋) / N]) directions of its own, rounded to
+    the nearest number (halves to even), and the k = max(0, R − N t) leading common ones stay. Of each w_i (ΔW_i − U_k U_kᵀ ΔW_i) the
+    leading t directions join them, all are made orthonormal, and every singular value is the mean.
+
+    The authors' code rounds so too, and gives the common part what does not divide, but lets t be 0, which at small
+    ranks leaves the common directions alone.
     """
     common = cores_of(factors)
     U, singular, Vh = _svd(_weighted(common.cores, weights))
-    keep = int(common_share * len(singular))
-    each = (len(singular) - keep) // len(factors)
+    own_rank = max(1, round((len(singular) - int(common_share * len(singular))) / len(factors)))
+    keep = max(0, len(singular) - own_rank * len(factors))
     left, right, values = [U[:, :keep]], [Vh[:keep].T], [singular[:keep]]
     for weight, core in zip(weights, common.cores, strict=True):
         own = weight * core
-        u, s, vh = _svd(own - U[:, :keep] @ (U[:, :keep].T @ own))
-        left.append(u[:, :each])
-        right.append(vh[:each].T)
-        values.append(s[:each])
+        u, s, vh = _svd(own - U[:, :keep] @ (U[:, :keep].T @ own), of=own)
+        left.append(u[:, :own_rank])
+        right.append(vh[:own_rank].T)
+        values.append(s[:own_rank])
     mean = torch.cat(values).mean() if sum(map(len, values)) else 0.0
     return common.factors(_polar(torch.cat(left, dim=1)) * mean, _polar(torch.cat(right, dim=1)).T)
 
