@@ -16,9 +16,10 @@ from lori_nb.lab.peft_writing import write_peft
 from lori_nb.lab.runs import Store
 from lori_nb.lab.specs import MergeSpec
 from lori_nb.method.adapters import Factors, target_linears
-from lori_nb.study import figures, figures_merging, foreign_merging, notebook, questions
+from lori_nb.study import figures, figures_merging, foreign_merging, geometry, notebook, questions
 from lori_nb.study.plans import PLANS
 from lori_nb.study.profiles import load_settings
+from lori_nb.study.style import null_of
 
 
 def folder_of(base, place, rank: int, seed: int, layers: int = 2):
@@ -146,3 +147,27 @@ def test_modules_that_the_base_lacks_are_named(tiny_decoder):
         check_fit(str(tiny_decoder), {name: Factors(f.A[:, :32], f.B, 1.0)})
     with pytest.raises(ValueError, match="module 'embed_tokens' must be a linear module in a layer"):
         check_fit(str(tiny_decoder), {"embed_tokens": f})
+
+
+def test_in_notebook_4_they_count_once_however_many_seeds_draw_their_null(settings, tiny_decoder, tmp_path):
+    """An interval over seeds would have no width: no seed made them."""
+    third = folder_of(tiny_decoder, tmp_path / "third", 2, 9)
+    found = {}
+    for seeds in ([4], [4, 7]):
+        asked = load_settings(**changed(settings, adapters=[*settings.adapters, third]), seed=seeds)
+        results = notebook.collect("04_interference", asked)
+        overlaps = geometry.overlaps(results)
+        found[len(seeds)] = overlaps[overlaps["method"] == "adapters"], geometry.overlap_summary(overlaps)
+        counts = overlaps[overlaps["measure"] == "cosine"].groupby("method").size()
+        assert counts["adapters"] == 3 * 4 and counts[null_of("adapters")] == 3 * 4 * len(seeds), "pairs × modules"
+        angles = geometry.angle_spectra(results)
+        assert set(angles["method"]) == {"adapters", null_of("adapters")}
+    (once, one), (twice, two) = found[1], found[2]
+    assert once.equals(twice)
+    for table in (one, two):
+        assert set(table["of"]) == {"pairs of tasks"} and set(table["n"]) == {3} and set(table["seeds"]) == {1}
+        assert (table["high"] > table["low"]).all()
+    theirs, null = (
+        [t.set_index(["method", "measure"]).loc[m] for t in (one, two)] for m in ("adapters", null_of("adapters"))
+    )
+    assert theirs[0].equals(theirs[1]) and not null[0].equals(null[1])

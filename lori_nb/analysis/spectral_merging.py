@@ -164,8 +164,9 @@ def isotropic_with_task_directions(
     """Iso-CTS: the leading ``common_share`` of the common directions, the rest from what the tasks add outside of them.
 
     With U Σ Vᵀ the sum at rank R, every task gets t = max(1, [(R − ⌊share · R⌋) / N]) directions of its own, rounded to
-    the nearest number (halves to even), and the k = max(0, R − N t) leading common ones stay. Of each w_i (ΔW_i − U_k U_kᵀ ΔW_i) the
-    leading t directions join them, all are made orthonormal, and every singular value is the mean.
+    the nearest number (halves to even), and the k = max(0, R − N t) leading common ones stay. Of each
+    w_i (ΔW_i − U_k U_kᵀ ΔW_i) the leading t directions join them, all are made orthonormal, and every singular value is
+    the mean.
 
     The authors' code rounds so too, and gives the common part what does not divide, but lets t be 0, which at small
     ranks leaves the common directions alone.
