@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -65,6 +67,39 @@ def test_a_folder_that_was_changed_does_not_reload_to_the_merge(settings):
     folder, other = table["folder"].iloc[0], table["folder"].iloc[1]
     shutil.copy(f"{other}/adapter_model.safetensors", f"{folder}/adapter_model.safetensors")
     assert foreign_merging.merged_folders(settings)["reloads"].tolist() == [False, True, True, True, True, True]
+
+
+def test_another_scale_of_the_same_tensors_is_another_merge(settings):
+    """α stands in the configuration alone, beside the same file of tensors."""
+    before = foreign_merging.merged_folders(settings).set_index(["merge", "weight"])
+    digest, other = (folder.digest for folder in read_folders(settings.adapters).values())
+    scored = foreign_merging.scores(settings)
+    rewritten(settings.adapters[0], lambda config: config.update(lora_alpha=4 * config["lora_alpha"]))
+    found = read_folders(settings.adapters)
+    assert [f.digest == d for f, d in zip(found.values(), (digest, other), strict=True)] == [False, True]
+    after = foreign_merging.merged_folders(settings).set_index(["merge", "weight"])
+    assert not set(after["folder"]) & set(before["folder"]) and after["reloads"].all()
+    (merged,) = read_folders([after.loc[("cat", 0.5), "folder"]]).values()
+    name, f = next(iter(merged.factors.items()))
+    wanted = sum(0.5 * each.factors[name].delta() for each in found.values())
+    torch.testing.assert_close(f.delta(), wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+    again = foreign_merging.scores(settings)
+    assert again is not scored and foreign_merging.scores(settings) is again, "scored anew, once"
+
+
+def test_what_decides_nothing_names_no_other_folder_and_a_recipe_does(settings, monkeypatch):
+    before = foreign_merging.merged_folders(settings)["folder"].tolist()
+    rewritten(settings.adapters[0], lambda config: config.update(lora_dropout=0.3))
+    assert foreign_merging.merged_folders(settings)["folder"].tolist() == before
+    monkeypatch.setattr("lori_nb.analysis.merging.RECIPE", -1)
+    assert not set(foreign_merging.merged_folders(settings)["folder"]) & set(before)
+
+
+def rewritten(folder, change) -> None:
+    path = Path(folder) / "adapter_config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
 
 
 def test_a_way_that_refuses_them_says_why_and_what_they_do_not_share_is_said(settings, tiny_decoder, tmp_path):

@@ -28,6 +28,7 @@ from lori_nb.analysis.merging import compress, concatenate, merge_method, widene
 from lori_nb.analysis.reduced import numerical_rank, orthonormal, reduced
 from lori_nb.method.adapters import Factors
 
+RECIPE = 2  # raise when a merge on cores gives another result; counts for those alone
 DENSITY = 0.2  # share of entries that TIES keeps of each task, its paper's choice
 
 

@@ -8,6 +8,7 @@ adapter on an embedding, B A of shape d × vocabulary, counts as a module like a
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ class Folder:
         keys: module → the key of its factors in the file, after what PEFT puts before every key, "{}" for A or B.
         saved: whole tensors beside the factors (heads, extended embeddings), which are neither compared nor merged.
         base: the base model that the folder names, "" where it names none.
-        digest: SHA-256 of the file of tensors.
+        digest: SHA-256 of the file of tensors and of every module's scale, which the configuration decides.
         dtypes: module → those of A and B in the file.
     """
 
@@ -138,7 +139,8 @@ def _read(path: Path) -> dict[str, Any]:
             for module, key in keys.items()
         }
     with (path / WEIGHTS).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256")
+    digest.update(json.dumps({name: f.scale for name, f in sorted(factors.items())}).encode())
     return {
         "path": path,
         "base": str(config.get("base_model_name_or_path") or ""),
@@ -146,7 +148,7 @@ def _read(path: Path) -> dict[str, Any]:
         "keys": keys,
         "saved": tuple(saved),
         "config": config,
-        "digest": digest,
+        "digest": digest.hexdigest(),
         "dtypes": dtypes,
     }
 
