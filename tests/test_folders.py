@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import gaussian
+from tiny import gaussian, random_factors
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -24,12 +24,12 @@ from lori_nb.analysis.overlap import total_cosine
 from lori_nb.analysis.reduced import reduced
 from lori_nb.lab.folders import not_shared, read_folders, short_names, unwrapped, write_merged
 from lori_nb.lab.interop import export_peft, import_peft
-from lori_nb.lab.models import load_base
-from lori_nb.lab.peft_writing import portability
+from lori_nb.lab.models import empty_body, load_base
+from lori_nb.lab.peft_writing import portability, write_peft
 from lori_nb.lab.tasks import get_task
 from lori_nb.lab.text import encode_rows
 from lori_nb.method.adapter_file import load_adapter
-from lori_nb.method.adapters import Factors
+from lori_nb.method.adapters import Factors, target_linears
 from lori_nb.study import foreign
 
 TOKENS = torch.arange(3, 27).view(2, 12) * 5
@@ -282,10 +282,41 @@ def test_a_merge_in_a_narrower_dtype(pair, tmp_path):
     merged = merge([folder.factors for folder in found.values()], [0.5, 0.5])
     out = write_merged(tmp_path / "merged", merged, found, dtype=torch.bfloat16)
     (again,) = read_folders([str(out)]).values()
-    assert again.dtype == torch.bfloat16
+    assert set(again.dtypes.values()) == {(torch.bfloat16, torch.bfloat16)}
     for module, f in merged.items():
         assert torch.equal(again.factors[module].A, f.A.bfloat16().float())
         assert torch.equal(again.factors[module].B, f.B.bfloat16().float())
+
+
+@pytest.mark.parametrize("method", ["tsv-m", "iso-c", "iso-cts", "core-ties"])
+def test_a_merge_of_folders_in_bfloat16_has_no_direction_that_rounding_made(tiny_decoder, tmp_path, home, method):
+    """The A of one is 0.3 times that of the other: they read one space, whatever bfloat16 makes of it."""
+    linears = target_linears(empty_body(str(tiny_decoder)), "q_proj", 1)
+    one, two = random_factors(linears, 3, 0), random_factors(linears, 3, 1)
+    two = {name: Factors(0.3 * one[name].A, f.B, f.scale) for name, f in two.items()}
+    ranks = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        pair = []
+        for place, factors in enumerate((one, two)):
+            # what is stored in float32 has the same entries: those that bfloat16 leaves
+            factors = {n: Factors(f.A.bfloat16().float(), f.B.bfloat16().float(), f.scale) for n, f in factors.items()}
+            keyed = {f"model.{name}.lora_{{}}.weight": f for name, f in factors.items()}
+            pair.append(write_peft(tmp_path / f"{dtype}-{place}", keyed, str(tiny_decoder), dtype=dtype))
+        said = invoke("merge", *pair, "--method", method, "--out", tmp_path / f"{dtype}-merged")
+        assert said.exit_code == 0, said.output
+        (merged,) = read_folders([str(tmp_path / f"{dtype}-merged")]).values()
+        assert set(merged.dtypes.values()) == {(torch.float32, torch.float32)}
+        ranks[dtype] = {int(torch.linalg.matrix_rank(f.A, rtol=1e-5)) for f in merged.factors.values()}
+    assert max(ranks[torch.bfloat16]) <= 3 and min(ranks[torch.float32]) > 3
+
+
+def test_each_factor_is_stored_in_its_own_dtype(pair):
+    rewritten(pair[0], lambda t: t.update({key: X.bfloat16() for key, X in t.items() if "lora_B" in key}))
+    (found,) = read_folders([str(pair[0])]).values()
+    assert set(found.dtypes.values()) == {(torch.float32, torch.bfloat16)}
+    for name, f in found.stored.items():
+        assert torch.equal(f.A, found.factors[name].A) and f.A.dtype == torch.float32
+        assert torch.equal(f.B.float(), found.factors[name].B) and f.B.dtype == torch.bfloat16
 
 
 def test_an_embedding_survives_a_merge_and_no_portable_folder_holds_one(tiny_decoder, tmp_path, home):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,9 +18,10 @@ from lori_nb.lab.peft_writing import write_peft
 from lori_nb.lab.runs import Store
 from lori_nb.lab.specs import MergeSpec
 from lori_nb.method.adapters import Factors, target_linears
-from lori_nb.study import figures, figures_merging, foreign_merging, notebook, questions
+from lori_nb.study import figures, figures_merging, foreign_merging, geometry, notebook, questions
 from lori_nb.study.plans import PLANS
 from lori_nb.study.profiles import load_settings
+from lori_nb.study.style import null_of
 
 
 def folder_of(base, place, rank: int, seed: int, layers: int = 2):
@@ -64,6 +67,39 @@ def test_a_folder_that_was_changed_does_not_reload_to_the_merge(settings):
     folder, other = table["folder"].iloc[0], table["folder"].iloc[1]
     shutil.copy(f"{other}/adapter_model.safetensors", f"{folder}/adapter_model.safetensors")
     assert foreign_merging.merged_folders(settings)["reloads"].tolist() == [False, True, True, True, True, True]
+
+
+def test_another_scale_of_the_same_tensors_is_another_merge(settings):
+    """α stands in the configuration alone, beside the same file of tensors."""
+    before = foreign_merging.merged_folders(settings).set_index(["merge", "weight"])
+    digest, other = (folder.digest for folder in read_folders(settings.adapters).values())
+    scored = foreign_merging.scores(settings)
+    rewritten(settings.adapters[0], lambda config: config.update(lora_alpha=4 * config["lora_alpha"]))
+    found = read_folders(settings.adapters)
+    assert [f.digest == d for f, d in zip(found.values(), (digest, other), strict=True)] == [False, True]
+    after = foreign_merging.merged_folders(settings).set_index(["merge", "weight"])
+    assert not set(after["folder"]) & set(before["folder"]) and after["reloads"].all()
+    (merged,) = read_folders([after.loc[("cat", 0.5), "folder"]]).values()
+    name, f = next(iter(merged.factors.items()))
+    wanted = sum(0.5 * each.factors[name].delta() for each in found.values())
+    torch.testing.assert_close(f.delta(), wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+    again = foreign_merging.scores(settings)
+    assert again is not scored and foreign_merging.scores(settings) is again, "scored anew, once"
+
+
+def test_what_decides_nothing_names_no_other_folder_and_a_recipe_does(settings, monkeypatch):
+    before = foreign_merging.merged_folders(settings)["folder"].tolist()
+    rewritten(settings.adapters[0], lambda config: config.update(lora_dropout=0.3))
+    assert foreign_merging.merged_folders(settings)["folder"].tolist() == before
+    monkeypatch.setattr("lori_nb.analysis.merging.RECIPE", -1)
+    assert not set(foreign_merging.merged_folders(settings)["folder"]) & set(before)
+
+
+def rewritten(folder, change) -> None:
+    path = Path(folder) / "adapter_config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
 
 
 def test_a_way_that_refuses_them_says_why_and_what_they_do_not_share_is_said(settings, tiny_decoder, tmp_path):
@@ -146,3 +182,27 @@ def test_modules_that_the_base_lacks_are_named(tiny_decoder):
         check_fit(str(tiny_decoder), {name: Factors(f.A[:, :32], f.B, 1.0)})
     with pytest.raises(ValueError, match="module 'embed_tokens' must be a linear module in a layer"):
         check_fit(str(tiny_decoder), {"embed_tokens": f})
+
+
+def test_in_notebook_4_they_count_once_however_many_seeds_draw_their_null(settings, tiny_decoder, tmp_path):
+    """An interval over seeds would have no width: no seed made them."""
+    third = folder_of(tiny_decoder, tmp_path / "third", 2, 9)
+    found = {}
+    for seeds in ([4], [4, 7]):
+        asked = load_settings(**changed(settings, adapters=[*settings.adapters, third]), seed=seeds)
+        results = notebook.collect("04_interference", asked)
+        overlaps = geometry.overlaps(results)
+        found[len(seeds)] = overlaps[overlaps["method"] == "adapters"], geometry.overlap_summary(overlaps)
+        counts = overlaps[overlaps["measure"] == "cosine"].groupby("method").size()
+        assert counts["adapters"] == 3 * 4 and counts[null_of("adapters")] == 3 * 4 * len(seeds), "pairs × modules"
+        angles = geometry.angle_spectra(results)
+        assert set(angles["method"]) == {"adapters", null_of("adapters")}
+    (once, one), (twice, two) = found[1], found[2]
+    assert once.equals(twice)
+    for table in (one, two):
+        assert set(table["of"]) == {"pairs of tasks"} and set(table["n"]) == {3} and set(table["seeds"]) == {1}
+        assert (table["high"] > table["low"]).all()
+    theirs, null = (
+        [t.set_index(["method", "measure"]).loc[m] for t in (one, two)] for m in ("adapters", null_of("adapters"))
+    )
+    assert theirs[0].equals(theirs[1]) and not null[0].equals(null[1])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lori_nb.analysis import interference
 from lori_nb.analysis.interference import ALL, similarity_curve
-from lori_nb.analysis.nulls import TOTAL, by_pair, expected, null_draws, null_update
+from lori_nb.analysis.nulls import TOTAL, by_pair, expected, null_draws, null_set, null_update
 from lori_nb.analysis.overlap import REGISTERED, Pair, measure, overlap_table
 from lori_nb.analysis.reduced import reduced
 from lori_nb.method.adapters import Factors
@@ -282,6 +282,43 @@ def test_one_zero_or_padded_ranks_do_not_change_the_null():
             {"plain": f, "one zero": one_zero, "padded": padded}.items()}  # fmt: skip
     assert torch.allclose(null["plain"].delta(), null["padded"].delta(), atol=1e-12)
     assert spectrum(null["one zero"]).shape == (4,) and (null["one zero"].B != 0).all()
+
+
+def under_mask(seed: int, density: float, rows: int = 60) -> Factors:
+    """An update whose B is zero outside of a random mask."""
+    mask = torch.rand(rows, 5, generator=torch.Generator().manual_seed(seed)) < density
+    return Factors(noise(5, D_IN, seed), noise(rows, 5, seed + 1) * mask, 1.0)
+
+
+@pytest.mark.parametrize("density", [0.3, 0.5, 0.7])
+def test_masks_overlap_by_chance_as_their_density_says(density):
+    """Rows in random places: column by column Σ n_f n_g / d_out entries meet; of independent masks the density."""
+    adapters = {name: {"m": under_mask(40 + 2 * place, density)} for place, name in enumerate("abc")}
+    _, draws = null_draws(adapters, 24, measures=("mask_overlap",))
+    draws = draws[draws["measure"] == "mask_overlap"]
+    for (a, b), part in draws.groupby(["adapter_a", "adapter_b"]):
+        f, g = (adapters[name]["m"].B != 0 for name in (a, b))
+        expected_share = float((f.sum(0) * g.sum(0)).sum() / len(f) / min(f.sum(), g.sum()))
+        assert expected_share == pytest.approx(max(float(m.double().mean()) for m in (f, g)), abs=0.03)
+        # 24 draws of some 300 · density entries: five standard errors, of a share with at most √(¼ / n) each
+        reach = 5 * (0.25 / int(min(f.sum(), g.sum())) / 24) ** 0.5
+        assert part["value"].mean() == pytest.approx(expected_share, abs=reach) and reach < 0.06
+        assert part["value"].nunique() > 1 and part["value"].max() < 1
+
+
+def test_the_null_of_a_mask_leaves_every_other_draw_as_it_is():
+    """Those of other measures, and of other adapters, are those of an update without zeros and the same spectrum."""
+    f = under_mask(40, 0.7)
+    (U, singular, V), other = reduced(f).singular, under_mask(42, 0.3)
+    dense_one = Factors(V.T, U * singular, 1.0)
+    assert not (dense_one.B == 0).any()
+    masked, plain = (
+        null_set({"f": {"m": each}, "g": {"m": other}}, torch.Generator().manual_seed(3)) for each in (f, dense_one)
+    )
+    assert torch.equal(masked["g"]["m"].B, plain["g"]["m"].B) and torch.equal(masked["g"]["m"].A, plain["g"]["m"].A)
+    assert torch.equal(masked["f"]["m"].A, plain["f"]["m"].A)
+    assert torch.allclose(masked["f"]["m"].B, plain["f"]["m"].B, rtol=1e-10)
+    assert reduced(plain["f"]["m"]).support.all() and not reduced(masked["f"]["m"]).support.all()
 
 
 def nulls_of(adapters, draws=4, **more) -> pd.Series:

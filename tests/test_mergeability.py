@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.text import Text
 from tiny import marked
 
 from lori_nb.analysis.association import pair_correlation
@@ -20,11 +22,13 @@ from lori_nb.study import (
     figures,
     figures_merging,
     functional,
+    layouts,
     measuring,
     mergeability,
     notebook,
     questions,
     reference,
+    style,
 )
 from lori_nb.study.pairs import (
     alone_specs,
@@ -269,6 +273,24 @@ def test_the_study_of_pairs_does_not_change_the_other_tables(results, settings):
     assert mergeability.scaling(without).empty
 
 
+def test_titles_stay_within_the_figure_and_apart_at_their_widest():
+    methods, pairs = ("lora", "lori-d", "lori-s"), [("a", "b"), ("b", "a")]
+    rows = [(m, t, a, name, x, x) for m in methods for name in mergeability.SHOWN for x, (t, a) in enumerate(pairs)]
+    table = pd.DataFrame(rows, columns=["method", "task", "adapter", "measure", "excess", "loss"])
+    about = {"value": -0.55, "low": -0.73, "high": -0.1, "n": 12, "p": 0.001, "pairs": 132, "seeds": 5}
+    found = pd.DataFrame([{"method": m, "measure": name} | about for name in mergeability.SHOWN for m in methods])
+    style.use()
+    figure = layouts.loss_against_overlap(table, found)
+    figure.canvas.draw()
+    titles = [
+        t for ax in figure.axes for t in ax.findobj(Text) if t.get_text() and t.get_text() == ax.get_title(loc="right")
+    ]
+    boxes = [title.get_window_extent() for title in titles]
+    assert len(boxes) == len(mergeability.SHOWN) and {title.get_fontsize() for title in titles} == {8}
+    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.width for box in boxes)
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+
+
 def test_figures_and_tables_are_drawn_and_kept(results, settings):
     losses, overlaps = mergeability.pair_losses(results), mergeability.pair_overlaps(results)
     pairs = mergeability.joined(losses, overlaps)
@@ -276,9 +298,12 @@ def test_figures_and_tables_are_drawn_and_kept(results, settings):
     figure, axes = figures.panels(len(mergeability.SHOWN) + 1)
     for ax, measure in zip(axes, mergeability.SHOWN, strict=False):
         figures_merging.loss_against_overlap(ax, pairs, found, measure)
-        assert "excess over the null" in ax.get_xlabel() and (ax.get_title() != "") == (measure != "mask_overlap")
+        said = ax.get_title(loc="right").splitlines()
+        assert "excess over the null" in ax.get_xlabel() and (said != []) == (measure != "mask_overlap")
+        assert all(re.search(r" ρ = .* \[.*\], p (<0\.01|[01]\.\d\d)$", line) for line in said)
     dots = sum(len(line.get_xdata()) for line in axes[0].lines if line.get_linestyle() == "None")
     assert dots == len(settings.method) * 6, "a dot an ordered pair, whatever the number of seeds"
+    assert [figures_merging.p_text(p) for p in (0.0004, 0.0123, 0.4, 1.0)] == ["<0.01", "0.01", "0.40", "1.00"]
     empty = figures_merging.loss_against_overlap(axes[-1], pairs.iloc[:0], found, "row_overlap")
     assert "not measured" in empty.texts[0].get_text()
     assert "n = 3 adapters, 6 ordered pairs, means over 2 seeds" in figures_merging.correlation_title(found)

@@ -217,6 +217,17 @@ def test_a_task_registered_again_gives_other_digests(base, registries):
     assert dict(one.digests)["train:own"] != dict(two.digests)["train:own"]
 
 
+def test_the_recipe_of_merges_on_cores_counts_for_these_alone(base, monkeypatch):
+    merged = MergeSpec((tiny_spec(base),), (1.0,), "cat")
+    hashes = {}
+    for number in (2, 3):
+        monkeypatch.setattr("lori_nb.analysis.spectral_merging.RECIPE", number)
+        hashes[number] = [
+            resolve(replace(merged, merge=way)).hash for way in ("cat", "svd", "ties", "tsv-m", "core-ties")
+        ]
+    assert [one == other for one, other in zip(*hashes.values(), strict=True)] == [True, True, True, False, False]
+
+
 def test_registered_merges_and_metrics_count_by_their_source(base, registries):
     @merge_method("first")
     def first(factors, weights):

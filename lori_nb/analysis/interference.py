@@ -119,7 +119,7 @@ def mask_overlap(pair: Pair) -> float:
 
     Of independent masks the larger density max(|S|) / n is expected. NaN where shapes differ or a B is zero.
     """
-    f, g = (each.factors.B != 0 for each in (pair.f, pair.g))
+    f, g = pair.f.support, pair.g.support
     smaller = min(int(f.sum()), int(g.sum()))
     return int((f & g).sum()) / smaller if f.shape == g.shape and smaller else UNDEFINED
 

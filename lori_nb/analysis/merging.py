@@ -27,20 +27,32 @@ MergeMethod = Callable[[Sequence[Factors], Sequence[float]], Factors]
 
 RECIPE = 1  # raise when the same input gives another result
 MERGE_METHODS: dict[str, MergeMethod] = {}
+AS_STORED: set[str] = set()  # those that want factors in the dtypes in which they come
 ALSO_CALLED = {"task-arithmetic": "cat", "knots": "knots-ties", "core-space": "core-ties"}  # by :func:`merge` alone
 
 
-def merge_method(name: str) -> Callable[[MergeMethod], MergeMethod]:
+def merge_method(name: str, *, as_stored: bool = False) -> Callable[[MergeMethod], MergeMethod]:
     """Decorator that registers ``(factors, weights) -> Factors``; a name registered again is replaced.
 
-    The function gets the factors of one module from the adapters that have it, with those adapters' weights.
+    The function gets the factors of one module from the adapters that have it, with those adapters' weights, in
+    float32 or wider.
+
+    Args:
+        as_stored: it gets them in the dtypes in which they come, whose rounding says which directions are real.
     """
 
     def register(function: MergeMethod) -> MergeMethod:
         MERGE_METHODS[name] = function
+        (AS_STORED.add if as_stored else AS_STORED.discard)(name)
         return function
 
     return register
+
+
+def widened(f: Factors) -> Factors:
+    """The same factors, in float32 where they were narrower."""
+    A, B = (X.to(torch.promote_types(X.dtype, torch.float32)) for X in (f.A, f.B))
+    return Factors(A, B, f.scale)
 
 
 def merge(
@@ -53,15 +65,16 @@ def merge(
 
     Args:
         adapters: for each adapter, module name → factors. Ranks and scales may differ; a module that an adapter lacks
-            counts as ΔW = 0 there.
+            counts as ΔW = 0 there. Of adapters that were stored in bfloat16 or float16, as tensors of that dtype: some
+            methods leave out what its rounding made.
         weights: one finite w_i an adapter, which may be below zero; or, for an adapter whose modules differ, a mapping
             module → w_i of every module that it has.
         method: a key of :data:`MERGE_METHODS`, or another name of one in :data:`ALSO_CALLED`.
         rank: cut each merged module to at most this rank, as soon as it is made (:func:`compress`).
 
     Returns:
-        module name → merged factors, for every module of any adapter; of rank 1 at least, of zeros where the merge is
-        zero.
+        module name → merged factors in float32 or wider, for every module of any adapter; of rank 1 at least, of zeros
+        where the merge is zero.
 
     Raises:
         ValueError: no adapter, unknown method, weights of another number, not finite or without a module, a rank below
@@ -81,7 +94,8 @@ def merge(
         factors, own_weights = zip(*present, strict=True)
         _check_shapes(module, factors)
         try:
-            found = MERGE_METHODS[method](factors, own_weights)
+            own = factors if method in AS_STORED else [widened(f) for f in factors]
+            found = MERGE_METHODS[method](own, own_weights)
         except ValueError as error:
             raise ValueError(f"method {method!r} cannot merge module {module!r}: {error}") from error
         if not len(found.A):  # a merge of zeros at its numerical rank; no folder holds an adapter of rank 0

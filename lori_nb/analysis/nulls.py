@@ -9,6 +9,8 @@ uniform (Haar) over the module's outputs, and V
 
 Where more than half of B is zero, the null keeps how B's zeros lie, since overlaps depend on them: the rows of B change
 places at random, and A's rows are turned as above with their inner products kept. The singular values stay the same.
+With fewer zeros the null's B has none, but for the overlap of masks, which takes B's support with its rows in other
+places: a null without zeros would call it 1.
 """
 
 from __future__ import annotations
@@ -22,11 +24,11 @@ from scipy import stats
 from torch import Tensor
 
 from lori_nb.analysis.overlap import MEASURES, overlap_table, total_cosines
-from lori_nb.analysis.reduced import orthonormal, reduced
+from lori_nb.analysis.reduced import Masked, orthonormal, reduced
 from lori_nb.method.adapters import Factors
 
 Adapters = Mapping[str, Mapping[str, Factors]]
-SPARSE = 0.5  # share of zeros in B above which they are kept
+SPARSE = 0.5  # share of zeros in B above which all measures keep them
 TOTAL = "total_cosine"  # over all modules of both, where all other measures are means over modules
 
 
@@ -46,9 +48,14 @@ def null_update(f: Factors, generator: torch.Generator, A: Tensor | None = None)
         _, root = orthonormal(own_A.T, "A")  # (k × r): rootᵀ root = A Aᵀ keeps the inner products of A's rows
         turned = _turned(own_A.shape[1], len(root), generator, A)  # orthonormal columns (d_in × k)
         return Factors(root.T @ turned.T, own_B[rows], 1.0)
+    places = _beside(generator)
     _, singular, _ = reduced(f).singular
     inside = _turned(f.A.shape[1], len(singular), generator, A)
-    return Factors(inside.T.contiguous(), _haar(len(f.B), len(singular), generator) * singular, 1.0)
+    null = Factors(inside.T.contiguous(), _haar(len(f.B), len(singular), generator) * singular, 1.0)
+    if not (f.B == 0).any():
+        return null
+    support = f.B != 0
+    return Masked(null.A, null.B, null.scale, support[torch.randperm(len(support), generator=places)])
 
 
 def null_set(
@@ -109,6 +116,11 @@ def expected(draws: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
     mean, deviation, n = values.mean(), values.std(), values.count()
     reach = stats.t.ppf(0.975, (n - 1).clip(lower=1)) * deviation * (1 + 1 / n.clip(lower=1)).map(math.sqrt)
     return pd.DataFrame({"null": mean, "null_low": mean - reach, "null_high": mean + reach}).reset_index()
+
+
+def _beside(generator: torch.Generator) -> torch.Generator:
+    """A generator at the same place: what it draws leaves the draws of the other as they are."""
+    return torch.Generator().set_state(generator.get_state())
 
 
 def _gaussian(rows: int, columns: int, generator: torch.Generator) -> Tensor:

@@ -20,6 +20,15 @@ LARGEST = 0.2  # share of entries that count as large, TIES' density
 
 
 @dataclass(frozen=True)
+class Masked(Factors):
+    """Factors of which other entries count as B's support than those that are not zero: ``support`` (bool, d_out ×
+    any), of a random update that stands for one under a mask.
+    """
+
+    support: Tensor
+
+
+@dataclass(frozen=True)
 class Reduced:
     """ΔW = columns · core · rowsᵀ with orthonormal ``columns`` (d_out × p) and ``rows`` (d_in × q), core (p × q).
 
@@ -52,6 +61,11 @@ class Reduced:
         U, values, Vh = torch.linalg.svd(core, full_matrices=False)
         rank = numerical_rank(values, max(core.shape))
         return self.columns[:, : self.written] @ U[:, :rank], values[:rank], self.rows[:, : self.read] @ Vh[:rank].T
+
+    @property
+    def support(self) -> Tensor:
+        """Which entries of B are not zero (bool, d_out × r), or count as such."""
+        return self.factors.support if isinstance(self.factors, Masked) else self.factors.B != 0
 
     @cached_property
     def signs(self) -> Tensor:

@@ -103,7 +103,7 @@ def merge(
     numbers = [_number(word) for word in names_in(weights)]
     numbers = numbers * len(folders) if len(numbers) == 1 else numbers
     found = read_folders(folders)
-    merged = merging.merge([folder.factors for folder in found.values()], numbers, method, rank)
+    merged = merging.merge([folder.stored for folder in found.values()], numbers, method, rank)
     about = {"method": method, "weights": numbers, "rank": rank}
     path = write_merged(Path(out), merged, found, portable, about, stored)
     for line in not_shared(found):

@@ -8,6 +8,7 @@ adapter on an embedding, B A of shape d × vocabulary, counts as a module like a
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,8 +50,8 @@ class Folder:
         keys: module → the key of its factors in the file, after what PEFT puts before every key, "{}" for A or B.
         saved: whole tensors beside the factors (heads, extended embeddings), which are neither compared nor merged.
         base: the base model that the folder names, "" where it names none.
-        digest: SHA-256 of the file of tensors.
-        dtype: that of the tensors in the file.
+        digest: SHA-256 of the file of tensors and of every module's scale, which the configuration decides.
+        dtypes: module → those of A and B in the file.
     """
 
     name: str
@@ -61,12 +62,13 @@ class Folder:
     saved: tuple[str, ...]
     config: dict[str, Any]
     digest: str
-    dtype: torch.dtype
+    dtypes: dict[str, tuple[torch.dtype, torch.dtype]]
 
     @property
     def stored(self) -> dict[str, Factors]:
-        """The factors in the dtype of the file, whose rounding decides which directions are real."""
-        return {name: Factors(f.A.to(self.dtype), f.B.to(self.dtype), f.scale) for name, f in self.factors.items()}
+        """The factors in the dtypes of the file, whose rounding decides which directions are real."""
+        pairs = ((name, f, *self.dtypes[name]) for name, f in self.factors.items())
+        return {name: Factors(f.A.to(of_A), f.B.to(of_B), f.scale) for name, f, of_A, of_B in pairs}
 
 
 def read_folders(names: Sequence[str]) -> dict[str, Folder]:
@@ -132,9 +134,13 @@ def _read(path: Path) -> dict[str, Any]:
         factors[module] = Factors(pair["A"], pair["B"], scale_of(config, spelt, len(pair["A"])))
         keys[module] = key
     with safe_open(path / WEIGHTS, framework="pt") as file:  # the header alone is read again
-        dtypes = {_DTYPES[file.get_slice(f"{TOP}{key.format('B')}").get_dtype()] for key in pairs}
+        dtypes = {
+            module: tuple(_DTYPES[file.get_slice(f"{TOP}{key.format(x)}").get_dtype()] for x in "AB")
+            for module, key in keys.items()
+        }
     with (path / WEIGHTS).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256")
+    digest.update(json.dumps({name: f.scale for name, f in sorted(factors.items())}).encode())
     return {
         "path": path,
         "base": str(config.get("base_model_name_or_path") or ""),
@@ -142,8 +148,8 @@ def _read(path: Path) -> dict[str, Any]:
         "keys": keys,
         "saved": tuple(saved),
         "config": config,
-        "digest": digest,
-        "dtype": max(dtypes, key=lambda dtype: torch.finfo(dtype).eps),
+        "digest": digest.hexdigest(),
+        "dtypes": dtypes,
     }
 
 

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
 
-from lori_nb.analysis import merging
-from lori_nb.analysis.merging import MERGE_METHODS
+from lori_nb.analysis import merging, spectral_merging
+from lori_nb.analysis.merging import AS_STORED, MERGE_METHODS
 from lori_nb.lab import (
     baselines,
     continual,
@@ -167,6 +167,7 @@ def _extension_digests(spec: Spec) -> tuple[tuple[str, str], ...]:
     found += [(f"task:{task.name}", task.source_digest) for task in tasks if not is_own(task.load)]
     if isinstance(spec, MergeSpec):
         functions[f"merge:{spec.merge}"] = MERGE_METHODS[spec.merge]
+        found += merge_recipe(spec.merge)
     elif not get_method(spec.method).built_in:
         found.append(("method", get_method(spec.method).source_digest))
     if getattr(spec, "start", None) is not None and get_method(spec.method).begin is not None:
@@ -175,6 +176,12 @@ def _extension_digests(spec: Spec) -> tuple[tuple[str, str], ...]:
         deciding |= {"conflicts": conflicts}
         found += [(f"recipe:{name}", str(module.RECIPE)) for name, module in deciding.items()]
     return (*found, *((label, source_digest((f,))) for label, f in functions.items() if not is_own(f)))
+
+
+def merge_recipe(name: str) -> list[tuple[str, str]]:
+    """What the hash of a merge says of its way beside the recipe of all merges: that of merges on cores."""
+    of_cores = MERGE_METHODS[name].__module__ == spectral_merging.__name__ and name in AS_STORED
+    return [("recipe:spectral_merging", str(spectral_merging.RECIPE))] if of_cores else []
 
 
 def check(spec: Spec) -> None:

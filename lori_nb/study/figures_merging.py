@@ -43,7 +43,8 @@ def score_and_choice(
 
 def loss_against_overlap(ax: Axes, pairs: pd.DataFrame, found: pd.DataFrame, measure: str) -> Axes:
     """What task i loses when adapter j is merged in, against the excess of one measure over its null: a dot an ordered
-    pair, mean over seeds; the title gives each method's rank correlation.
+    pair, mean over seeds; the title gives each method's rank correlation, its interval, and the p value of adapters
+    permuted.
 
     Args:
         pairs: of :func:`mergeability.joined`.
@@ -67,8 +68,15 @@ def loss_against_overlap(ax: Axes, pairs: pd.DataFrame, found: pd.DataFrame, mea
     name = textwrap.fill(SHOWN.get(measure, measure), 24)
     ax.set(xlabel=f"{name}\n(excess over the null)", ylabel="loss of i (nats)")
     rows = found[found["measure"] == measure]
-    ax.set_title("\n".join(f"{title_of(r['method'])} ρ = {text_of(r)}" for _, r in rows.iterrows()), fontsize=8)
+    lines = [f"{title_of(r['method'])} ρ = {text_of(r)}, p {p_text(r['p'])}" for _, r in rows.iterrows()]
+    # a line is as wide as the panel with its labels: flush right it ends with the panel, and not beyond the figure
+    ax.set_title("\n".join(lines), fontsize=8, loc="right")
     return ax
+
+
+def p_text(p: float) -> str:
+    """Two digits behind the point, which leaves room beside an interval; "<0.01" below."""
+    return "<0.01" if p < 0.01 else f"{p:.2f}"
 
 
 def correlation_title(found: pd.DataFrame) -> str:
@@ -80,7 +88,7 @@ def correlation_title(found: pd.DataFrame) -> str:
     return (
         f"what task i loses when adapter j is merged in\n"
         f"n = {int(counts['n'])} adapters, {int(counts['pairs'])} ordered pairs, means over {seeds}; "
-        "ρ [95 % over adapters]"
+        "ρ [95 % over adapters], p of adapters permuted"
     )
 
 

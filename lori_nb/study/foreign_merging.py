@@ -10,18 +10,21 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 import torch
 
+from lori_nb.analysis import merging
 from lori_nb.analysis.merging import merge
 from lori_nb.analysis.overlap import norm
+from lori_nb.lab.extensions import is_own, source_digest
 from lori_nb.lab.folders import Folder, not_shared, read_folders, write_merged
 from lori_nb.lab.laboratory import check_fit, score_factors
 from lori_nb.lab.models import BaseModelError, base_kind
 from lori_nb.lab.paths import data_folder
+from lori_nb.lab.resolving import merge_recipe
 from lori_nb.method.adapters import Factors
 from lori_nb.study.settings import Settings
 
@@ -54,17 +57,29 @@ def _merged(found: Mapping[str, Folder], way: str, weight: float) -> dict:
 
 
 def _factors_of(found: Mapping[str, Folder], way: str, weight: float) -> dict[str, Factors]:
-    return merge([folder.factors for folder in found.values()], [weight] * len(found), way)
+    return merge([folder.stored for folder in found.values()], [weight] * len(found), way)
 
 
 def _written(found: Mapping[str, Folder], factors: Mapping[str, Factors], way: str, weight: float) -> Path:
     """The folder of a merge, named by what it is made of and how; one that is there was made of the same."""
     about = {"method": way, "weights": [weight] * len(found), "rank": None}
-    made_of = json.dumps([about, [folder.digest for folder in found.values()]])
-    name = f"{way}-{weight:g}-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}"
+    first = next(iter(found.values()))  # whose base and task the folder names
+    made_of = [about, _made_of(found, [way]), first.base, first.config.get("task_type")]
+    name = f"{way}-{weight:g}-{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:8]}"
     folder = data_folder() / "merged" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
     return folder if folder.is_dir() else write_merged(folder, factors, found, about=about)
+
+
+def _made_of(found: Mapping[str, Folder], ways: Sequence[str]) -> list:
+    """What decides the factors of merges by some ways: the adapters, and recipes, or the source of an own way."""
+    recipes = [[way, merging.RECIPE, merge_recipe(way), *_own_source(way)] for way in ways]
+    return [[folder.digest for folder in found.values()], recipes]
+
+
+def _own_source(way: str) -> list[str]:
+    function = merging.MERGE_METHODS[way]
+    return [] if is_own(function) else [source_digest((function,))]
 
 
 def _apart(merged: Mapping[str, Factors], exact: Mapping[str, Factors]) -> float:
@@ -109,9 +124,12 @@ def scores(settings: Settings) -> pd.DataFrame:
     """Scores as a table of runs has them: every adapter alone (``adapter``, no ``merge``) on the test rows, and every
     merge and weight on those and on rows held out of training (``split``). Empty where they cannot be scored.
     """
-    key = repr(settings)
+    if unscored(settings):
+        return pd.DataFrame(columns=_SCORED)
+    # a folder of the same name may hold another adapter by now
+    key = repr((settings, _made_of(read_folders(settings.adapters), settings.merges)))
     if key not in _known:
-        _known[key] = _scores(settings) if not unscored(settings) else pd.DataFrame(columns=_SCORED)
+        _known[key] = _scores(settings)
     return _known[key]
 
 

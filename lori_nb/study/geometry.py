@@ -8,7 +8,7 @@ overlap of rows from near r / d_in to 1.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -34,6 +34,7 @@ from lori_nb.study.plans import sparsity_specs
 from lori_nb.study.style import null_of, seeds_of, title_of
 from lori_nb.study.summary import as_columns
 
+GIVEN = "adapters"  # what tables call those from elsewhere
 SIDES = {"A": "rows of A (what is read)", "B": "columns of B (what is written)"}
 
 
@@ -126,7 +127,7 @@ def adapter_sets(results: Results, seed: int) -> dict[str, dict[str, dict[str, F
     settings = results.settings
     if settings.adapters:
         given = {name: folder.stored for name, folder in read_folders(settings.adapters).items()}
-        return {"adapters": given, null_of("adapters"): null_set(given, torch.Generator().manual_seed(seed))}
+        return {GIVEN: given, null_of(GIVEN): null_set(given, torch.Generator().manual_seed(seed))}
     return _beside_nulls({method: single_adapters(results, method, seed) for method in settings.method}, seed)
 
 
@@ -185,6 +186,20 @@ def choice_sets(results: Results, seed: int) -> dict[str, dict[str, dict[str, Fa
     return _beside_nulls(found, seed)
 
 
+def _counted(results: Results, sets_of: Callable[[Results, int], dict]) -> Iterator[tuple[int, str, dict]]:
+    """(seed, method, its adapters) of every set. Adapters from elsewhere are the same for every seed: they count once,
+    and seeds draw their null again, under the first one's number, so that no interval over seeds is made of them.
+    """
+    seeds = results.settings.seed
+    given = bool(results.settings.adapters) and sets_of is adapter_sets
+    for seed in seeds:
+        for method, adapters in sets_of(results, seed).items():
+            if not given:
+                yield seed, method, adapters
+            elif seed == seeds[0] or method != GIVEN:
+                yield seeds[0], method, adapters
+
+
 def overlaps(
     results: Results,
     sets_of: Callable[[Results, int], dict] = adapter_sets,
@@ -196,12 +211,12 @@ def overlaps(
         sets_of: :func:`adapter_sets` or :func:`choice_sets`.
         measures: names of registered measures.
 
-    Columns method (or the null of one), seed, adapter_a and adapter_b (tasks), module, measure, value.
+    Columns method (or the null of one), seed (of adapters from elsewhere always the first), adapter_a and adapter_b
+    (tasks), module, measure, value.
     """
     frames = [
         overlap_table(adapters, measures).assign(method=method, seed=seed)
-        for seed in results.settings.seed
-        for method, adapters in sets_of(results, seed).items()
+        for seed, method, adapters in _counted(results, sets_of)
     ]
     columns = ["method", "seed", "adapter_a", "adapter_b", "module", "measure", "value"]
     return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
@@ -288,11 +303,7 @@ def angle_spectra(results: Results) -> pd.DataFrame:
     Columns method, side ("A": row spaces, "B": column spaces), index (1 the smallest), degrees, low, high.
     ``degrees`` is the median over pairs of tasks, modules and seeds, ``low`` and ``high`` are its quartiles.
     """
-    frames = [
-        angles_between(adapters).assign(method=method)
-        for seed in results.settings.seed
-        for method, adapters in adapter_sets(results, seed).items()
-    ]
+    frames = [angles_between(adapters).assign(method=method) for _, method, adapters in _counted(results, adapter_sets)]
     return quartiles(pd.concat(frames, ignore_index=True), ["method", "side", "index"])
 
 

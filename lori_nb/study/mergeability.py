@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lori_nb.analysis.association import adapter_interval, mantel, without_main_effects
+from lori_nb.analysis.interference import ELEMENTWISE
 from lori_nb.analysis.nulls import TOTAL, by_pair, expected, null_draws, null_set
 from lori_nb.analysis.overlap import REGISTERED, overlap_table
 from lori_nb.analysis.statistics import t_interval
@@ -48,7 +49,11 @@ SHOWN = {  # in the order of the panels
     FUNCTIONAL: "‖ΔWⱼ x‖ / ‖ΔWᵢ x‖ on task i's activations",
 }
 MEASURES = tuple(name for name in SHOWN if name not in (TOTAL, FUNCTIONAL))
-DRAWS = 2  # sets of null adapters: each of their numbers is a mean over all modules
+# Sets of null adapters behind the null of each pair, whose noise is in every excess: 16 cost 12 adapters of 56 modules
+# at rank 16 some 2 minutes of a core. Entries of dense updates cost twice as much as all other measures, and their null
+# is a mean over millions of them.
+DRAWS = 16
+ENTRY_DRAWS = 2
 DIGITS = 9  # of an excess: what a frozen A decides is the same in the null, but for rounding that must not be ranked
 ROWS = 8  # of a task's test rows, whose tokens are the inputs of the functional measure
 RECIPE = 1  # raise when overlaps of the same adapters come out otherwise
@@ -123,7 +128,7 @@ def _kept(
         "recipes": [RECIPE, functional.RECIPE],
         "measures": MEASURES,
         "digits": DIGITS,
-        "draws": DRAWS,
+        "draws": [DRAWS, ENTRY_DRAWS],
         "rows": ROWS,
         "seed": seed,
         "runs": {task: results.hash_of(spec) for task, spec in specs.items()},
@@ -154,7 +159,10 @@ def excess_of(
     """
     keys = ["adapter_a", "adapter_b", "measure"]
     found = by_pair(overlap_table(adapters, MEASURES), adapters)
-    _, draws = null_draws(adapters, DRAWS, seed, MEASURES, A)
+    of_factors = [name for name in MEASURES if name not in ELEMENTWISE]
+    _, draws = null_draws(adapters, DRAWS, seed, of_factors, A)
+    _, of_entries = null_draws(adapters, ENTRY_DRAWS, seed, ELEMENTWISE, A)  # the first of the same sets
+    draws = pd.concat([draws, of_entries[of_entries["measure"] != TOTAL]], ignore_index=True)
     return found.merge(expected(draws, keys)[[*keys, "null"]], on=keys)
 
 
