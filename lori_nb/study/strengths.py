@@ -16,7 +16,7 @@ import pandas as pd
 from lori_nb.lab import ledger
 from lori_nb.lab.paths import write_atomically
 from lori_nb.lab.runs import Store, unmeasured
-from lori_nb.lab.specs import Spec
+from lori_nb.lab.specs import Spec, with_parents
 from lori_nb.study.pool import train_all
 from lori_nb.study.sequences import MERGED, get_way, stage_runs, stages
 from lori_nb.study.settings import Settings
@@ -65,15 +65,25 @@ def specs_at(settings: Settings, way: str, value: float) -> list[Spec]:
     return [replace(spec, score_on="tune", test_rows=TUNE_ROWS, evaluate=fixed.sequence) for spec in last]
 
 
+def first_specs(settings: Settings, ways: list[str]) -> list[Spec]:
+    """Every run of the grids as they begin, once, after those it depends on; errors as in :func:`tune_strengths`."""
+    _check(settings, ways)
+    return with_parents(s for way in ways for value in GRIDS[way].values for s in specs_at(settings, way, value))
+
+
+def _check(settings: Settings, ways: list[str]) -> None:
+    check_ways(ways)
+    if len(settings.sequence) < 2:
+        raise ValueError(f"sequence must hold at least two tasks; found {', '.join(settings.sequence)}")
+
+
 def tune_strengths(settings: Settings, ways: list[str], jobs: int = 2, store: Store | None = None) -> pd.DataFrame:
     """Run the grids and return one measurement a row, with :data:`COLUMNS`.
 
     Raises:
         ValueError: a way without a number to choose, or a sequence of one task.
     """
-    check_ways(ways)
-    if len(settings.sequence) < 2:
-        raise ValueError(f"sequence must hold at least two tasks; found {', '.join(settings.sequence)}")
+    _check(settings, ways)
     store, tables = store or Store(), []
     for way in ways:
         table = _tune_one(settings, way, jobs, store)
