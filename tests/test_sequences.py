@@ -20,6 +20,7 @@ from lori_nb.lab.runs import Store
 from lori_nb.lab.tasks import get_task
 from lori_nb.lab.text import encode_rows
 from lori_nb.study import (
+    conduct,
     figures,
     figures_sequences,
     forgetting,
@@ -31,7 +32,7 @@ from lori_nb.study import (
     sequences,
 )
 from lori_nb.study.cells import joint
-from lori_nb.study.profiles import load_settings
+from lori_nb.study.profiles import NOTEBOOKS, load_settings
 
 TASKS = ["refusal", "chain_sum", "family_relationships"]
 
@@ -410,6 +411,21 @@ def test_capacity(settings, session_home):
     figure, (ax,) = figures.panels(1)
     figures_sequences.score_of_nth_task(ax, nth, 4)
     assert len(ax.get_legend_handles_labels()[0]) == 3
+
+
+@pytest.mark.parametrize("notebooks", [["06_forgetting"], ["07_report"], None])
+def test_masks_that_draw_another_A_are_refused_before_any_work(notebooks, in_the_home):
+    """A whole study asks for sequences too; the message is one line that names the setting."""
+    fresh = load_settings("smoke", mask_origin="fresh-a")
+    with pytest.raises(ValueError, match="mask_origin must be one of same-a, random, free where an ad") as caught:
+        conduct.planned(fresh, notebooks or NOTEBOOKS)
+    assert str(caught.value).endswith("lori-s); found 'fresh-a', which draws another A")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"mask_origin .* \(lori-s\); found 'fresh-a'"):  # its second tasks
+        conduct.planned(replace(fresh, arms=("lora-shared",)), ["04_interference"])
+    others = replace(fresh, arms=(), ways=("lora", "lori-d", "merged"))  # an A a task is what is merged anyway
+    assert conduct.planned(others, ["06_forgetting"])
+    conduct.planned(replace(fresh, ways=("lori-s",), sequence=("refusal",)), ["06_forgetting"])
 
 
 def test_the_ledger_gives_the_same_tables(results, settings, session_home, tmp_path, monkeypatch):

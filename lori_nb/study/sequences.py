@@ -13,12 +13,12 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from lori_nb.lab.methods import METHODS, get_mask_origin, get_method
+from lori_nb.lab.methods import METHODS, get_mask_origin, get_method, without_begin
 from lori_nb.lab.models import empty_body
 from lori_nb.lab.specs import MergeSpec, RunSpec, Spec
 from lori_nb.method.adapters import target_linears
 from lori_nb.method.masks import capacity, group_of
-from lori_nb.study.cells import base_runs, joint, rate_of, single
+from lori_nb.study.cells import base_runs, check_goes_on, joint, rate_of, single
 from lori_nb.study.pairs import pair_settings
 from lori_nb.study.settings import Settings
 
@@ -68,11 +68,14 @@ WAYS: dict[str, Way] = {
 
 
 def get_way(name: str) -> Way:
-    """The named way; a registered method's own name is that method on every task. ValueError lists the known ones."""
+    """The named way; a registered method's own name is that method on every task, but that one which differs from a
+    built-in method by its hook ``begin`` alone starts with that method, whose first run it shares. ValueError lists the
+    known ones.
+    """
     if name in WAYS:
         return WAYS[name]
     if name in METHODS and METHODS[name].trains:
-        return Way(name, METHODS[name].title, name, name)
+        return Way(name, METHODS[name].title, without_begin(name) or name, name)
     trained = [method for method in METHODS if METHODS[method].trains]
     raise ValueError(f"ways must be among {', '.join(dict.fromkeys((*WAYS, *trained)))}; found {name!r}")
 
@@ -178,10 +181,10 @@ def merged_weight(settings: Settings, count: int) -> float:
 def sequence_specs(settings: Settings) -> list[Spec]:
     """Everything that the study of forgetting asks for: all sequences, every task alone, the bare base.
 
-    Raises ValueError for disjoint masks on more tasks than fit.
+    Raises ValueError for disjoint masks on more tasks than fit, and for masks that draw another A for every task.
     """
     for way in settings.ways:
-        _check_fits(settings, way)
+        _check_masks(settings, way)
     grid = [(way, order, seed) for way in settings.ways for seed in settings.seed for order in orders_of(settings, way)]
     every = [spec for way, order, seed in grid for spec in stages(settings, way, order, seed)]
     chains = [run for way, order, seed in grid if way != JOINT for run in chain_of(settings, way, order, seed)]
@@ -208,10 +211,13 @@ def base_of(settings: Settings) -> list[RunSpec]:
     return [spec for spec in base_runs(shorter) if spec.shots == 0]
 
 
-def _check_fits(settings: Settings, way: str) -> None:
+def _check_masks(settings: Settings, way: str) -> None:
     origin = get_way(way).changes.get("mask_origin", settings.mask_origin)
-    disjoint = get_method(get_way(way).later).masked and get_mask_origin(origin).disjoint
-    if disjoint and len(settings.sequence) > (fits := fitting(settings)):
+    if not get_method(get_way(way).later).masked:
+        return
+    if way != MERGED and len(settings.sequence) > 1:  # what is merged has an A a task anyway
+        check_goes_on(origin, f"way {way}")
+    if get_mask_origin(origin).disjoint and len(settings.sequence) > (fits := fitting(settings)):
         raise ValueError(
             f"sequence must hold at most {fits} tasks for {way}, which fit; found {len(settings.sequence)}"
         )
