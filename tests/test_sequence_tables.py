@@ -15,7 +15,7 @@ from lori_nb.analysis.statistics import t_interval
 from lori_nb.lab.tasks import Example, get_task, task
 from lori_nb.lab.tasks.refusal import REFUSAL
 from lori_nb.method.masks import magnitude_masks
-from lori_nb.study import figures, figures_sequences, forgetting, functional, sequence_effects, sequences
+from lori_nb.study import budget, figures, figures_sequences, forgetting, functional, sequence_effects, sequences
 from lori_nb.study.profiles import load_settings
 
 ROWS = 8  # of the refusal set: harmful and harmless in turn
@@ -224,3 +224,37 @@ def test_as_many_tasks_fit_as_disjoint_masks_can_be_found(tiny_decoder, home, st
             taken = {name: taken[name] | mask for name, mask in masks.items()}
             found += 1
     assert found == fit
+
+
+# Budgets
+
+
+def test_rows_trained_on_are_counted_from_the_runs_of_profile_standard():
+    """Four tasks in batches of 8: 240 steps of the first, 48 of the others; merged adapters have as many."""
+    settings = load_settings("standard")
+    chains = {
+        way: sequences.chain_of(settings, way, settings.sequence, 0)
+        for way in ("lora", "lori-s", "replay", "merged", "lori-s-masks-alone")
+    }
+    assert [run.steps for run in chains["merged"]] == [240, 48, 48, 48]
+    assert {way: budget.trained_rows(chain) for way, chain in chains.items()} == dict.fromkeys(chains, 384 * 8)
+    masked = {way: budget.calibration_rows(chain) for way, chain in chains.items()}
+    assert masked == {"lora": 0, "lori-s": 3072, "replay": 0, "merged": 3072, "lori-s-masks-alone": 3072}
+    assert budget.replayed_rows(chains["replay"]) == 3 * 48 * 2 and budget.replayed_rows(chains["lora"]) == 0
+    assert budget.budget_line(settings) == (
+        "Rows trained on in one order: 3,072 by a sequence, 3,072 more by calibrations of a way under masks, 288 more "
+        "of earlier tasks by replay, 6,144 by the merged adapters with their calibrations, 7,680 jointly."
+    )
+
+
+def test_rows_trained_on_follow_the_settings():
+    settings = replace(load_settings("standard"), ways=("lora", "replay"), sequence_steps=10)
+    assert budget.budget_line(settings) == (
+        "Rows trained on in one order: 2,160 by a sequence, 60 more of earlier tasks by replay."
+    )
+    few = replace(settings, ways=("replay",), strengths={"replay": {"rows": 4, "memory": 3}})
+    assert "90 more of earlier tasks by replay" in budget.budget_line(few)  # no more than are kept
+    part = replace(settings, ways=("lori-s",), calibration_share=0.5)
+    assert "1,080 more by calibrations" in budget.budget_line(part)
+    alone = replace(settings, ways=("joint",))
+    assert budget.budget_line(alone) == "Rows trained on in one order: 7,680 jointly."

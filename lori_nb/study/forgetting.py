@@ -17,6 +17,7 @@ from lori_nb.analysis.statistics import interval_text, proportion_interval, t_in
 from lori_nb.lab.runs import Run
 from lori_nb.lab.scoring import GENERATED
 from lori_nb.lab.tasks import get_task
+from lori_nb.study.budget import budget_line
 from lori_nb.study.notebook import Results
 from lori_nb.study.questions import unit_of
 from lori_nb.study.sequence_runs import (
@@ -35,7 +36,6 @@ from lori_nb.study.sequences import (
     MERGED,
     alone_spec,
     base_of,
-    budget_line,
     capacity_alone,
     capacity_runs,
     get_way,

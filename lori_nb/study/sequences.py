@@ -259,19 +259,6 @@ def _of_capacity(settings: Settings) -> Settings:
     return pair_settings(settings) if settings.pair_tasks else settings
 
 
-def budget_line(settings: Settings) -> str:
-    """Rows trained on by a whole sequence, jointly, and by adapters that are merged, in one sentence."""
-    first, *later = settings.sequence
-    stages = _as_stages(settings)
-    sequence = settings.steps_on(first) + sum(stages.steps_on(task) for task in later)
-    alone = sum(settings.steps_on(task) for task in settings.sequence)
-    joint_rows = settings.joint_steps * settings.joint_batch_size
-    return (
-        f"Rows trained on: {sequence * settings.batch_size:,} by a sequence (earlier tasks' rows not counted), "
-        f"{alone * settings.batch_size:,} by the adapters that are merged, {joint_rows:,} jointly."
-    )
-
-
 def check_sequence(settings: Settings) -> None:
     """ValueError, naming the parameter, for ways, orders or tasks that cannot be studied."""
     for name, least in {"sequence_rows": 1, "watch_rows": 1}.items():
