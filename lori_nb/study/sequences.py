@@ -87,6 +87,8 @@ def orders_of(settings: Settings, way: str) -> list[tuple[str, ...]]:
     are such tasks, each of them once at every place (a cyclic Latin square: places are balanced, neighbours are not);
     "auto" all of up to :data:`ALL_OF` such tasks and balanced ones of more. Ways without ``every_order`` have balanced
     ones in place of all.
+    The first task stays first in every order, whether or not it is one to be kept such as safety, since tables ask what
+    becomes of it: "all" orders of three tasks are two sequences of the six.
     """
     first, *others = settings.sequence
     if settings.orders == "given" or way == JOINT:
