@@ -187,7 +187,7 @@ def test_the_claim_is_decided_by_the_mask_alone_over_seeds(monkeypatch, gap, wor
     found = table.set_index(["way", "against", "measure"])
     assert found.loc[("lori-s", "lori-d", "forgetting"), "verdict"].partition(" (")[0] == words
     first, *others = sequence_effects.effect_lines(table)
-    assert first.startswith(f"The mask alone, LoRI-S, independent masks against LoRI-D: {gap:+.2f} [")
+    assert first.startswith(f"The mask alone (LoRI-S, independent masks against LoRI-D): {gap:+.2f} [")
     assert first.endswith(f"-0.10 [-0.10, -0.10] average score at the end (n = 3 seeds): {word}.")
     assert len(others) == 2 and not any(each.endswith(("confirmed.", "refuted.", "undecided.")) for each in others)
     one = effects_of(monkeypatch, ("lora", "lori-d", "lori-s"), lost, seeds=(0,))
@@ -200,7 +200,7 @@ def test_the_authors_own_masks_decide_where_they_are_measured(monkeypatch):
     table = effects_of(monkeypatch, ways, lambda way, seed: 0.5)
     assert sequence_effects.primary(table) == ("lori-s-masks-alone", "lori-d")
     assert sequence_effects.effect_lines(table)[0].startswith(
-        "The mask alone, LoRI-S, masks found alone against LoRI-D"
+        "The mask alone (LoRI-S, masks found alone against LoRI-D"
     )
     assert sequence_effects.primary(table[table["against"] == "lora"]) is None
     assert len(sequence_effects.effect_lines(table[table["against"] == "lora"])) == 3

@@ -106,11 +106,11 @@ def effect_lines(effects: pd.DataFrame) -> list[str]:
     lines = []
     for pair, part in several:
         rows = {row["measure"]: row for _, row in part.iterrows()}
-        about = f"{way_title(pair[0])} against {way_title(pair[1])}: {_told(rows)}"
+        compared = f"{way_title(pair[0])} against {way_title(pair[1])}"
         if pair == chosen:
-            lines.insert(0, f"The mask alone, {about}: {word_of(rows['forgetting'])}.")
+            lines.insert(0, f"The mask alone ({compared}): {_told(rows)}: {word_of(rows['forgetting'])}.")
         else:
-            lines.append(f"{about}{_adjusted(rows, effects)}.")
+            lines.append(f"{compared}: {_told(rows)}{_adjusted(rows, effects)}.")
     return lines
 
 
