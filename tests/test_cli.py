@@ -45,6 +45,7 @@ def invoke(*words: str):
         (["sweep", "09_none"], "notebook must be a file or one of"),
         (["tune", "--methods", "lorri"], "methods must be among"),
         (["tune", "--tasks", "sums"], "task must be one of"),
+        (["tune", "--profile", "smoke", "--strengths", "lora", "--plan"], "strengths must be among ewc, "),
         (["measure", "--tasks", "rte,sums"], "task must be one of"),
         (["runs", "show", "abc"], "found 0 for 'abc'"),
         (["publish"], "the study must be finished first"),
@@ -117,6 +118,19 @@ def test_the_plan_of_glue_on_roberta_needs_neither_weights_nor_rows(home, monkey
         lines = [line for line in result.stdout.splitlines() if line.startswith("lora · rte ·")]
         assert len(lines) == 1 and f" {count} " in lines[0]
         assert "16 runs, 0 of them done" in result.stdout  # eight tasks alone, eight ways to share an adapter
+    assert not (home / "runs").exists()
+
+
+def test_the_plan_of_strengths_trains_nothing(home, monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("a plan must train nothing")
+
+    monkeypatch.setattr("lori_nb.study.strengths.train_all", refuse)
+    result = invoke("tune", "--profile", "smoke", "--strengths", "ewc,merged", "--plan")
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert len([line for line in lines if line.startswith("ewc ·")]) == 5  # a run for each value, after one first run
+    assert len([line for line in lines if line.startswith("lora ·")]) == 1
     assert not (home / "runs").exists()
 
 

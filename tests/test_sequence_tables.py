@@ -10,12 +10,22 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import stats
 
 from lori_nb.analysis.statistics import t_interval
 from lori_nb.lab.tasks import Example, get_task, task
 from lori_nb.lab.tasks.refusal import REFUSAL
 from lori_nb.method.masks import magnitude_masks
-from lori_nb.study import figures, figures_sequences, forgetting, functional, sequence_effects, sequences
+from lori_nb.study import (
+    budget,
+    figures,
+    figures_sequences,
+    forgetting,
+    functional,
+    sequence_effects,
+    sequence_runs,
+    sequences,
+)
 from lori_nb.study.profiles import load_settings
 
 ROWS = 8  # of the refusal set: harmful and harmless in turn
@@ -140,31 +150,107 @@ def test_effects_of_sparsity_are_paired_over_seeds_on_common_orders(monkeypatch)
         return {"forgetting": lost[way] + extra, "average": 1 - lost[way]}
 
     monkeypatch.setattr(sequence_effects, "metrics_of", metrics_of)
-    table = sequence_effects.sparsity_effects(SimpleNamespace(settings=settings))
+    table = sequence_effects.paired_effects(SimpleNamespace(settings=settings))
     found = table.set_index(["way", "against", "measure"])
     row = found.loc[("lori-s", "lora", "forgetting")]  # all six orders, three of which cost LoRA a tenth more
     expected = t_interval([0.9 + 0.05 - 0.5 - 0.01 * seed for seed in (0, 1, 2)])
     assert row[["value", "low", "high"]].tolist() == pytest.approx([expected.mean, expected.low, expected.high])
-    assert (row["n"], row["verdict"]) == (3, "held")
-    assert found.loc[("lori-s-masks-alone", "lora", "forgetting"), "value"] == pytest.approx(0.2)  # the balanced three
+    assert (row["n"], row["verdict"], row["orders"]) == (3, "held", 6)
+    alone = found.loc[("lori-s-masks-alone", "lora", "forgetting")]
+    assert alone["value"] == pytest.approx(0.2) and alone["orders"] == 3  # the balanced ones
     worse = found.loc[("lori-s-masks-alone", "lori-d", "forgetting")]
     assert worse["value"] == pytest.approx(-0.1) and worse["n"] == 2  # the seed that lacks a run is left out
     assert found.loc[("lori-s", "lori-d", "average"), "value"] == pytest.approx(0.1)
-    assert len(sequence_effects.effect_lines(table)) == 4
-    assert "LoRI-S against LoRA: +0.44 [" in sequence_effects.effect_lines(table)[1]
 
 
-@pytest.mark.parametrize(("gap", "words"), [(0.2, "held"), (-0.2, "not held"), (0.0, "cannot tell")])
-def test_verdicts_on_sparsity_need_the_whole_interval_on_one_side(monkeypatch, gap, words):
+def effects_of(monkeypatch, ways, forgotten, seeds=(0, 1, 2), average=lambda way, seed: 0.5):
+    """The table where ``forgotten(way, seed)`` was lost by every sequence."""
+
     def metrics_of(results, way, order, seed):
-        return {"forgetting": 0.5 + (gap + (0.01, -0.01, 0.0)[seed]) * (way == "lora"), "average": 0.5}
+        return {"forgetting": forgotten(way, seed), "average": average(way, seed)}
 
     monkeypatch.setattr(sequence_effects, "metrics_of", metrics_of)
-    settings = replace(of_safety(), ways=("lora", "lori-s"), seed=(0, 1, 2))
-    table = sequence_effects.sparsity_effects(SimpleNamespace(settings=settings)).set_index("measure")
-    assert table.loc["forgetting", "verdict"].partition(" (")[0] == words
-    one = sequence_effects.sparsity_effects(SimpleNamespace(settings=replace(settings, seed=(0,))))
-    assert set(one["verdict"]) == {"cannot tell (no interval)"}
+    settings = replace(of_safety(), ways=ways, seed=seeds)
+    return sequence_effects.paired_effects(SimpleNamespace(settings=settings))
+
+
+@pytest.mark.parametrize(
+    ("gap", "words", "word"),
+    [(0.2, "held", "confirmed"), (-0.2, "not held", "refuted"), (0.0, "cannot tell", "undecided")],
+)
+def test_the_claim_is_decided_by_the_mask_alone_over_seeds(monkeypatch, gap, words, word):
+    def lost(way, seed):
+        return 0.5 + (gap + (0.01, -0.01, 0.0)[seed]) * (way == "lori-d")
+
+    score = lambda way, seed: 0.6 - 0.1 * (way == "lori-s")  # noqa: E731
+    table = effects_of(monkeypatch, ("lora", "lori-d", "lori-s"), lost, average=score)
+    found = table.set_index(["way", "against", "measure"])
+    assert found.loc[("lori-s", "lori-d", "forgetting"), "verdict"].partition(" (")[0] == words
+    first, *others = sequence_effects.effect_lines(table)
+    assert first.startswith(f"The mask alone (LoRI-S, independent masks against LoRI-D): {gap:+.2f} [")
+    assert first.endswith(f"-0.10 [-0.10, -0.10] average score at the end (n = 3 seeds): {word}.")
+    assert len(others) == 2 and not any(each.endswith(("confirmed.", "refuted.", "undecided.")) for each in others)
+    one = effects_of(monkeypatch, ("lora", "lori-d", "lori-s"), lost, seeds=(0,))
+    assert set(one["verdict"]) == {"cannot tell (no interval)"} and one["p_holm"].isna().all()
+    assert sequence_effects.effect_lines(one)[0].endswith("(n = one seed): undecided.")
+
+
+def test_the_authors_own_masks_decide_where_they_are_measured(monkeypatch):
+    ways = ("lora", "lori-d", "lori-s", "lori-s-masks-alone")
+    table = effects_of(monkeypatch, ways, lambda way, seed: 0.5)
+    assert sequence_effects.primary(table) == ("lori-s-masks-alone", "lori-d")
+    assert sequence_effects.effect_lines(table)[0].startswith(
+        "The mask alone (LoRI-S, masks found alone against LoRI-D"
+    )
+    assert sequence_effects.primary(table[table["against"] == "lora"]) is None
+    assert len(sequence_effects.effect_lines(table[table["against"] == "lora"])) == 3
+
+
+def test_every_way_stands_against_lora_with_p_values_adjusted_for_their_number(monkeypatch):
+    """t = mean / (sd / √3) of differences d − 0.01, d, d + 0.01: p by Student's t with two degrees of freedom."""
+    spared = {"lora": 0.0, "ewc": 0.1, "replay": 0.02, "merged": 0.0, "joint": math.nan}
+
+    def lost(way, seed):
+        return 0.5 - spared[way] - 0.01 * (seed - 1) * (way != "lora")
+
+    table = effects_of(monkeypatch, tuple(spared), lost, average=lambda way, seed: 0.5 + 0.1 * (way == "joint"))
+    found = table[table["measure"] == "forgetting"].set_index("way")
+    assert list(found.index) == ["ewc", "replay", "merged"] and set(found["against"]) == {"lora"}
+    p = [2 * stats.t.sf(abs(spared[way]) / (0.01 / math.sqrt(3)), 2) for way in found.index]
+    assert found["p"].tolist() == pytest.approx(p)
+    assert found["p_holm"].tolist() == pytest.approx([3 * p[0], 2 * p[1], p[2]])
+    joint = table[table["way"] == "joint"]
+    assert joint["measure"].tolist() == ["average"] and joint["value"].iloc[0] == pytest.approx(0.1)
+    lines = sequence_effects.effect_lines(table)
+    assert lines[0].endswith(f", p = {3 * p[0]:.3f} after Holm over 3 contrasts.")
+    assert lines[-1].startswith("LoRA, all tasks jointly against LoRA: +0.10 [") and "forgetting" not in lines[-1]
+
+
+def test_ways_are_compared_on_the_orders_that_all_have():
+    settings = replace(of_safety(), sequence=tuple("abcd"), orders="all", ways=("lora", "ewc", "joint"))
+    balanced = sequences.orders_of(settings, "ewc")
+    assert sorted(sequence_runs.common_orders(settings)) == sorted(balanced) and len(balanced) == 3
+    assert len(sequence_runs.common_orders(replace(settings, ways=("lora", "lori-s")))) == 6
+    assert sequence_runs.common_orders(replace(settings, ways=("joint",))) == [settings.sequence]
+    assert "Ways are compared on the 3 that all have." in forgetting.orders_line(
+        load_settings("standard", ways=["lora", "ewc"])
+    )
+    assert "compared" not in forgetting.orders_line(load_settings("quick"))
+
+
+def test_scores_on_first_rows_are_those_of_the_rows_themselves():
+    """Balanced accuracy weighs classes alike; other metrics than shares, and rows that were not kept, stay."""
+    credit = {"refusal": [1, 0, 1, 1, 0, 0, 0, 0], "chain_sum": [1, 1, 0, 0]}
+    frames = [pd.DataFrame({"task": t, "split": "test", "row": range(len(c)), "correct": c}) for t, c in credit.items()]
+    run = SimpleNamespace(predictions=pd.concat(frames))
+    about = [("refusal", "balanced_accuracy", 8), ("chain_sum", "exact_match", 4), ("lost", "accuracy", 4)]
+    table = pd.DataFrame(
+        [{"task": t, "split": "test", "metric": m, "value": 0.9, "n": n} for t, m, n in [*about, ("x", "f1", 4)]]
+    )
+    found = sequence_runs.on_first_rows(run, table, {"refusal": 3, "chain_sum": 4, "lost": 2, "x": 2})
+    # harmful rows 0 and 2 are right, the harmless row 1 is wrong; chain_sum has as many rows as asked for
+    assert found.set_index("task")["value"].to_dict() == {"refusal": 0.5, "chain_sum": 0.9, "lost": 0.9, "x": 0.9}
+    assert found["n"].tolist() == [3, 4, 4, 4] and found["same_rows"].tolist() == [True, True, False, False]
 
 
 def test_the_effect_of_order_is_its_spread_with_friedman_s_test(monkeypatch):
@@ -224,3 +310,37 @@ def test_as_many_tasks_fit_as_disjoint_masks_can_be_found(tiny_decoder, home, st
             taken = {name: taken[name] | mask for name, mask in masks.items()}
             found += 1
     assert found == fit
+
+
+# Budgets
+
+
+def test_rows_trained_on_are_counted_from_the_runs_of_profile_standard():
+    """Four tasks in batches of 8: 240 steps of the first, 48 of the others; merged adapters have as many."""
+    settings = load_settings("standard")
+    chains = {
+        way: sequences.chain_of(settings, way, settings.sequence, 0)
+        for way in ("lora", "lori-s", "replay", "merged", "lori-s-masks-alone")
+    }
+    assert [run.steps for run in chains["merged"]] == [240, 48, 48, 48]
+    assert {way: budget.trained_rows(chain) for way, chain in chains.items()} == dict.fromkeys(chains, 384 * 8)
+    masked = {way: budget.calibration_rows(chain) for way, chain in chains.items()}
+    assert masked == {"lora": 0, "lori-s": 3072, "replay": 0, "merged": 3072, "lori-s-masks-alone": 3072}
+    assert budget.replayed_rows(chains["replay"]) == 3 * 48 * 2 and budget.replayed_rows(chains["lora"]) == 0
+    assert budget.budget_line(settings) == (
+        "Rows trained on in one order: 3,072 by a sequence, 3,072 more by calibrations of a way under masks, 288 more "
+        "of earlier tasks by replay, 6,144 by the merged adapters with their calibrations, 7,680 jointly."
+    )
+
+
+def test_rows_trained_on_follow_the_settings():
+    settings = replace(load_settings("standard"), ways=("lora", "replay"), sequence_steps=10)
+    assert budget.budget_line(settings) == (
+        "Rows trained on in one order: 2,160 by a sequence, 60 more of earlier tasks by replay."
+    )
+    few = replace(settings, ways=("replay",), strengths={"replay": {"rows": 4, "memory": 3}})
+    assert "90 more of earlier tasks by replay" in budget.budget_line(few)  # no more than are kept
+    part = replace(settings, ways=("lori-s",), calibration_share=0.5)
+    assert "1,080 more by calibrations" in budget.budget_line(part)
+    alone = replace(settings, ways=("joint",))
+    assert budget.budget_line(alone) == "Rows trained on in one order: 7,680 jointly."

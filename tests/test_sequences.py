@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import io
 import itertools
 import math
 from dataclasses import replace
 from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,15 +19,18 @@ from tiny import marked
 
 from lori_nb.lab import ledger
 from lori_nb.lab.models import load_base
+from lori_nb.lab.paths import PROJECT
 from lori_nb.lab.resolving import resolve
 from lori_nb.lab.runs import Store
 from lori_nb.lab.tasks import get_task
 from lori_nb.lab.text import encode_rows
 from lori_nb.study import (
+    conduct,
     figures,
     figures_sequences,
     forgetting,
     functional,
+    layouts,
     measuring,
     notebook,
     reference,
@@ -31,7 +38,8 @@ from lori_nb.study import (
     sequences,
 )
 from lori_nb.study.cells import joint
-from lori_nb.study.profiles import load_settings
+from lori_nb.study.profiles import NOTEBOOKS, load_settings
+from lori_nb.study.stored import read_notebook
 
 TASKS = ["refusal", "chain_sum", "family_relationships"]
 
@@ -227,8 +235,14 @@ def every_matrix(results, way) -> list[np.ndarray]:
 
 def test_all_tasks_are_scored_after_every_stage(varied, settings):
     shown = forgetting.matrices(varied)
-    assert set(shown) == {"LoRA", "LoRI-S", "LoRI-S, disjoint masks", "O-LoRA", "LoRI-S, one a task, merged"}
-    for title, way in (("LoRA", "lora"), ("O-LoRA", "o-lora")):
+    assert set(shown) == {
+        "LoRA",
+        "LoRI-S, independent masks",
+        "LoRI-S, disjoint masks",
+        "O-LoRA",
+        "LoRI-S, one a task, merged",
+    }
+    for title, way in (("LoRA", "lora"), ("LoRI-S, independent masks", "lori-s")):
         np.testing.assert_allclose(shown[title].to_numpy(), np.mean(every_matrix(varied, way), axis=0))
         assert not shown[title].isna().any(axis=None)
 
@@ -347,6 +361,58 @@ def test_scores_while_the_second_task_trains(varied, settings):
     at_four = [run.watched.set_index(["step", "task"])["value"][4, order[0]] for run in runs]
     shown = course.query("way == 'lora' and role == 'old' and step == 4")["value"]
     assert shown.iloc[0] == pytest.approx(np.mean(at_four))
+    assert course["same_rows"].all()
+    targets = np.array([row.target for row in get_task("refusal").rows("test", 6)])  # the first of 30 rows
+    for step, stage in ((0, 0), (6, 1)):
+        ends = []
+        for seed in settings.seed:
+            rows = varied.run(sequences.stages(settings, "lora", order, seed)[stage]).predictions
+            credit = rows.query("task == 'refusal'").sort_values("row")["correct"].to_numpy()[:6]
+            ends.append(np.mean([credit[targets == group].mean() for group in (0, 1)]))
+        shown = course.query(f"way == 'lora' and role == 'old' and step == {step}")["value"]
+        assert shown.iloc[0] == pytest.approx(np.mean(ends))
+    figure, (ax, other) = figures.panels(2)
+    assert "other rows" not in figures_sequences.scores_by_step(ax, course, "old").get_title()
+    odd = course.assign(same_rows=course["step"] > 0)
+    assert "before and after on other rows" in figures_sequences.scores_by_step(other, odd, "old").get_title()
+
+
+def shown_by_the_notebook(results) -> str:
+    """What the cells of notebook 06 do, one after another, with results that are there already."""
+    cells = [cell for cell in read_notebook(PROJECT / "notebooks" / "06_forgetting.ipynb").cells if "outputs" in cell]
+    setup, names = cells[1].source, {"settings": results.settings, "results": results}
+    exec(setup.partition("settings = ")[0], names)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        for cell in cells[2:]:
+            exec(cell.source, names)
+            *_, last = ast.parse(cell.source).body
+            if isinstance(last, ast.Expr):
+                print(eval(ast.unparse(last.value), names))
+    plt.close("all")
+    return said.getvalue()
+
+
+@pytest.mark.parametrize("changes", [{}, {"ways": ["joint"]}, {"sequence": ["refusal"]}], ids=["all", "joint", "one"])
+def test_the_notebook_says_that_nothing_is_measured_yet(home, changes):
+    settings = load_settings("smoke", **changes)
+    empty = notebook.collect("06_forgetting", settings, train=False)
+    assert not empty.runs and "First order: refusal" in shown_by_the_notebook(empty)
+    figure = layouts.lost(forgetting.forgetting_scores(empty))
+    assert "not measured" in {text.get_text() for text in figure.axes[0].texts}
+    for table in (forgetting.metrics, forgetting.final_scores, forgetting.order_scores, forgetting.plane):
+        assert table(empty).empty and "way" in table(empty)
+    assert forgetting.capacity_scores(empty).empty
+
+
+def test_the_notebook_of_one_task_or_of_joint_training_alone(settings, in_the_home):
+    """Nothing can be forgotten then; scores are shown all the same."""
+    one = replace(settings, sequence=("refusal",), ways=("lora", "lori-s", "merged"), seed=(0,))
+    found = notebook.collect("06_forgetting", one)
+    assert forgetting.forgetting_scores(found).empty and len(forgetting.final_scores(found)) == 3
+    assert "LoRI-S" in shown_by_the_notebook(found)
+    jointly = notebook.collect("06_forgetting", replace(settings, ways=("joint",)))
+    assert forgetting.forgetting_scores(jointly).empty and len(forgetting.final_scores(jointly)) == 1
+    assert "Orders a way: none, all at once." in shown_by_the_notebook(jointly)
 
 
 def test_later_updates_move_the_first_task_s_activations_beside_what_is_forgotten(results, settings):
@@ -412,6 +478,21 @@ def test_capacity(settings, session_home):
     assert len(ax.get_legend_handles_labels()[0]) == 3
 
 
+@pytest.mark.parametrize("notebooks", [["06_forgetting"], ["07_report"], None])
+def test_masks_that_draw_another_A_are_refused_before_any_work(notebooks, in_the_home):
+    """A whole study asks for sequences too; the message is one line that names the setting."""
+    fresh = load_settings("smoke", mask_origin="fresh-a")
+    with pytest.raises(ValueError, match="mask_origin must be one of same-a, random, free where an ad") as caught:
+        conduct.planned(fresh, notebooks or NOTEBOOKS)
+    assert str(caught.value).endswith("lori-s); found 'fresh-a', which draws another A")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"mask_origin .* \(lori-s\); found 'fresh-a'"):  # its second tasks
+        conduct.planned(replace(fresh, arms=("lora-shared",)), ["04_interference"])
+    others = replace(fresh, arms=(), ways=("lora", "lori-d", "merged"))  # an A a task is what is merged anyway
+    assert conduct.planned(others, ["06_forgetting"])
+    conduct.planned(replace(fresh, ways=("lori-s",), sequence=("refusal",)), ["06_forgetting"])
+
+
 def test_the_ledger_gives_the_same_tables(results, settings, session_home, tmp_path, monkeypatch):
     """Scores, kept rows and scores on the way come back from the ledger alone, and what was computed of adapters."""
     monkeypatch.setattr(ledger, "ledger_folder", lambda: tmp_path)
@@ -441,11 +522,11 @@ def test_the_ledger_gives_the_same_tables(results, settings, session_home, tmp_p
     assert {"sequence_metrics.csv", "sequence_plane.pdf", "sequence_by_step.svg", "sequence_matrices.png"} <= names
     text = readme.read_text()
     assert "sequence_plane.png" in page.read_text()
-    assert {"sequence_sparsity.csv", "sequence_orders.pdf", "sequence_interference.csv"} <= names
+    assert {"sequence_effects.csv", "sequence_orders.pdf", "sequence_interference.csv"} <= names
     assert {"sequence_interference.pdf"} <= names
     row = forgetting.metrics(results).query("way == 'o-lora' and metric == 'average'").iloc[0]
     assert f"| O-LoRA | {row['value']:.2f} [" in text and " old " not in text
-    assert sequence_effects.CLAIM in text and "LoRI-S against LoRA: " in text
+    assert sequence_effects.CLAIM in text and "\n- LoRI-S, independent masks against LoRA: " in text
     assert "worst and in the best order" in text
     assert functional.interference_line(functional.interference_and_forgetting(results)) in text
     # another notebook's tables do not push these out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import fields, replace
 
 import pytest
@@ -326,6 +327,8 @@ def test_a_mask_belongs_to_the_A_that_it_is_used_with(base):
     with pytest.raises(ValueError, match="tasks of the calibration run must be the run's own"):
         check(replace(plain, calibration=replace(plain.calibration, tasks=("refusal",))))
     with pytest.raises(ValueError, match="start must be None with fresh-a, which draws another A"):
+        check(replace(plain, mask_origin="fresh-a", start=plain))
+    with pytest.raises(ValueError, match=f"found {re.escape(repr(plain.label))}$"):  # a label, no dump
         check(replace(plain, mask_origin="fresh-a", start=plain))
     with pytest.raises(ValueError, match="calibration of method lori-s must be None with mask_origin random"):
         check(replace(plain, mask_origin="random"))

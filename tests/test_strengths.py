@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 
 from lori_nb.lab import ledger
+from lori_nb.lab.methods import method
+from lori_nb.lab.own_code import load_extensions
 from lori_nb.lab.resolving import resolve
 from lori_nb.study import strengths
 from lori_nb.study.profiles import load_settings
+from lori_nb.study.sequences import get_way
 from lori_nb.study.settings import Settings
 from lori_nb.study.tuning import RATES
+
+ANCHORED = """
+from lori_nb.lab.methods import method
+
+@method("anchored", like="lora", hook="begin", strengths={"strength": 0.1, "memory": 0})
+def anchored(stage):
+    before = {name: p.detach().clone() for name, p in stage.shared.items()}
+    far = lambda: sum((p - before[n]).square().sum() for n, p in stage.shared.items())
+    return {"penalty": lambda live, step: stage.strength("strength") * far()}
+"""
 
 
 @pytest.fixture
@@ -69,6 +84,41 @@ def test_real_grids_are_published(settings, tmp_path, monkeypatch):
     assert list(written.columns) == strengths.COLUMNS and len(written) == 2 * 2
     assert written.loc[written["chosen"], "setting"].nunique() == 1
     assert len(ledger.read(tmp_path / "ledger")) == 4
+
+
+def test_an_own_way_is_tuned_like_the_others_and_shares_the_first_run(settings, registries, tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text(ANCHORED)
+    monkeypatch.setenv("LORI_NB_EXTENSIONS", str(tmp_path / "own.py"))  # for the workers too
+    load_extensions()
+    grid = strengths.grid_of("anchored")
+    assert (grid.number, grid.factor) == ("strength", 10.0) and grid.values == [1e-3, 0.01, 0.1, 1, 10]
+    one, ewc = (strengths.specs_at(settings, way, 3.0)[0] for way in ("anchored", "ewc"))
+    assert one.method == "anchored" and one.start.method == "lora"
+    assert resolve(one.start).hash == resolve(ewc.start).hash  # the first task's run is LoRA's, done once
+    with_memory = replace(settings, strengths={"anchored": {"memory": 3}})
+    assert dict(strengths.specs_at(with_memory, "anchored", 3.0)[0].options) == {"strength": "3", "memory": "3"}
+    monkeypatch.setattr(strengths, "ROUNDS", 0)
+    monkeypatch.setattr(strengths, "RATES", 2)
+    table = strengths.tune_strengths(settings, ["anchored"], jobs=1)
+    assert set(table["way"]) == {"anchored"} and table["setting"].nunique() == 2
+    with pytest.raises(ValueError, match="strengths must be among ewc, .*, merged, anchored; found 'lora'"):
+        strengths.check_ways(["lora"])
+
+
+@pytest.mark.parametrize(("default", "values"), [(2, [1, 2, 4, 8, 16]), (5, [1, 2, 5, 10, 20])])
+def test_an_own_way_s_count_of_rows_stays_whole(registries, default, values):
+    method("rehearsed", like="lora", hook="begin", strengths={"rows": default})(lambda stage: {})
+    grid = strengths.grid_of("rehearsed")
+    assert grid.values == values and grid.is_lowest(1) and not grid.is_lowest(2)
+
+
+def test_only_a_hook_for_later_tasks_leaves_the_first_to_the_built_in_method(registries):
+    hook = {"like": "lori-s", "hook": "begin", "strengths": {"strength": 1.0}}
+    method("later", **hook)(lambda stage: {})
+    method("from-the-start", **hook, penalty=lambda live, step: 0.0)(lambda stage: {})
+    method("no-hook-for-later", like="lora")(lambda live, step: 0.0)
+    first = {name: get_way(name).first for name in ("later", "from-the-start", "no-hook-for-later")}
+    assert first == {"later": "lori-s", "from-the-start": "from-the-start", "no-hook-for-later": "no-hook-for-later"}
 
 
 def test_unknown_ways_and_single_tasks_are_refused(settings):

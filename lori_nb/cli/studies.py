@@ -136,7 +136,11 @@ def tune(
     if strengths:
         from lori_nb.study import strengths as numbers
 
-        table = numbers.tune_strengths(settings, names_in(strengths), jobs)
+        ways = names_in(strengths)
+        if plan:
+            print(plan_text(numbers.first_specs(settings, ways), jobs))
+            return
+        table = numbers.tune_strengths(settings, ways, jobs)
         for path in numbers.publish_strengths(table, tuning.table_name(settings), asked):
             print(path)
         return

@@ -134,6 +134,24 @@ def get_method(name: str) -> Method:
     return METHODS[name]
 
 
+COUNTED = ("rows", "memory")  # strengths that count rows
+
+
+def without_begin(name: str) -> str | None:
+    """The built-in method that a method is but for its hook ``begin``, which nothing asks on a first task; None where
+    it has other hooks too, or no ``begin``.
+    """
+    chosen = get_method(name)
+    if chosen.begin is None:
+        return None
+    plain = [m for m in METHODS.values() if m.built_in and m.begin is None]
+    return next((m.name for m in plain if _bare(m) == _bare(chosen)), None)
+
+
+def _bare(chosen: Method) -> Method:
+    return replace(chosen, name="", title="", built_in=True, begin=None, grows=False, strengths={})
+
+
 def method(
     name: str, *, like: str, title: str | None = None, hook: str = "penalty", **changes
 ) -> Callable[[Callable], Callable]:

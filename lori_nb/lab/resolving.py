@@ -27,7 +27,7 @@ from lori_nb.lab import (
     text,
 )
 from lori_nb.lab.extensions import is_own, source_digest
-from lori_nb.lab.methods import LOW_RANK, METHODS, get_mask_origin, get_method, subspace_of
+from lori_nb.lab.methods import COUNTED, LOW_RANK, METHODS, get_mask_origin, get_method, subspace_of
 from lori_nb.lab.models import base_digest, base_kind, resolve_dtype
 from lori_nb.lab.specs import SCHEDULES, MergeSpec, RunSpec, Spec
 from lori_nb.lab.stages import earlier_runs
@@ -240,7 +240,7 @@ def _check_option(spec: RunSpec, name: str, value: str) -> None:
     if name in OPTIONS:
         _require(f"option {name}", value, value in OPTIONS[name], f"one of {', '.join(OPTIONS[name])}")
     else:
-        counted = name in ("rows", "memory")
+        counted = name in COUNTED
         least = 1 if counted and strengths[name] >= 1 else 0
         wanted = f"a {'whole number' if counted else 'number'} of at least {least}"
         _require(f"option {name} of {spec.method}", value, _is_amount(value, least, counted), wanted)
@@ -280,8 +280,10 @@ def _check_mask_origin(spec: RunSpec) -> None:
     origin, start = get_mask_origin(spec.mask_origin), spec.start
     wanted = "a run" if origin.calibrated else f"None with mask_origin {spec.mask_origin}"
     found = spec.calibration
-    _require(f"calibration of method {spec.method}", found, origin.calibrated == bool(found), wanted)
-    _require("start", start, start is None or not origin.fresh_A, "None with fresh-a, which draws another A")
+    label = None if found is None else found.label
+    _require(f"calibration of method {spec.method}", label, origin.calibrated == bool(found), wanted)
+    goes_on = None if start is None else start.label
+    _require("start", goes_on, start is None or not origin.fresh_A, "None with fresh-a, which draws another A")
     if origin.disjoint and start is not None:
         masked = get_method(start.method).masked
         _require(

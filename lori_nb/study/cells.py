@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lori_nb.lab.methods import get_mask_origin, get_method
+from lori_nb.lab.methods import MASK_ORIGINS, get_mask_origin, get_method
 from lori_nb.lab.models import base_kind
 from lori_nb.lab.specs import RunSpec
 from lori_nb.study.settings import Settings
@@ -78,6 +78,20 @@ def like_of(method: str) -> tuple[str, ...]:
     if chosen.built_in and not chosen.projects and chosen.begin is None:
         return ()
     return ("lori-s" if chosen.masked else "lora" if chosen.trains_A else "lori-d",)
+
+
+def check_goes_on(mask_origin: str, what: str) -> None:
+    """ValueError for masks whose runs draw an A of their own, where a masked adapter goes on to another task.
+
+    Args:
+        what: goes on, for the message: "way lori-s".
+    """
+    if get_mask_origin(mask_origin).fresh_A:
+        kept = ", ".join(name for name, origin in MASK_ORIGINS.items() if not origin.fresh_A)
+        raise ValueError(
+            f"mask_origin must be one of {kept} where an adapter goes on to another task ({what}); found "
+            f"{mask_origin!r}, which draws another A"
+        )
 
 
 def _calibration_start(spec: RunSpec) -> RunSpec | None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from lori_nb.lab.methods import get_method
 from lori_nb.lab.specs import MergeSpec, RunSpec, Spec
 from lori_nb.study.arms import arm_spec, arms_of, get_arm
-from lori_nb.study.cells import single
+from lori_nb.study.cells import check_goes_on, single
 from lori_nb.study.settings import Settings
 
 
@@ -32,9 +33,14 @@ def _structures(settings: Settings) -> list[str]:
 def choice_specs(settings: Settings) -> list[Spec]:
     """Structured masks on each task, all merges, and second tasks in the same adapter, for every seed of the arms; none
     without a choice or a second task.
+
+    Raises ValueError for masks that draw another A for every task.
     """
     if len(settings.arm_tasks) < 2 or not (arms_of(settings, "subspace") or _structures(settings)):
         return []
+    for name in continued_arms(settings):
+        if get_method(get_arm(name).method).masked:
+            check_goes_on(get_arm(name).settings.get("mask_origin", settings.mask_origin), name)
     specs: list[Spec] = []
     for seed in settings.arm_seed:
         specs += [arm_spec(settings, arm, task, seed) for arm in _structures(settings) for task in settings.arm_tasks]

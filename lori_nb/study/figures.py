@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from lori_nb.analysis.statistics import interval_text
-from lori_nb.study.style import GREY, WIDTH, is_null, look_of, looks_of, title_of
+from lori_nb.study.style import GREY, WIDTH, is_null, look_of, looks_of, title_in, title_of
 from lori_nb.study.summary import SHARES, n_text
 
 METRIC_LABELS = {
@@ -184,7 +184,7 @@ def grouped_points(ax: Axes, table: pd.DataFrame, category: str, series: str, yl
     for number, name in enumerate(names):
         part = table[table[series] == name]
         x = part[category].map(places) + 0.6 * ((number + 0.5) / len(names) - 0.5)
-        points(ax, x, part, name, line=False)
+        points(ax, x, part, name, label=title_in(series, name), line=False)
     ax.set_xticks(list(places.values()), [str(name).replace("_", "_\u200b") for name in places])
     ax.set_xlim(-0.5, len(places) - 0.5)
     ax.grid(axis="x", visible=False)

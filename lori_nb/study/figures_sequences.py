@@ -1,7 +1,7 @@
 """Plots of what sequences of tasks leave: while a task trains, between old and new tasks, and when entries run out.
 
 Each function takes a matplotlib ``Axes`` and a table of :mod:`lori_nb.study.forgetting`, draws, and returns the
-``Axes``; bars are 95 % intervals.
+``Axes``; bars are 95 % intervals. Of an empty table the axes say that nothing was measured.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from lori_nb.study.figures import grouped_points, metric_label, points, score_limits
+from lori_nb.study.figures import grouped_points, metric_label, nothing, points, score_limits
 from lori_nb.study.forgetting import OVER_REFUSED
 from lori_nb.study.sequence_runs import ARROW
-from lori_nb.study.style import GREY, look_of, title_of
+from lori_nb.study.style import GREY, look_of, title_of, way_title
 from lori_nb.study.summary import n_text
 
 ROLES = {"old": "first task", "new": "task that trains"}
@@ -23,29 +23,43 @@ ROLES = {"old": "first task", "new": "task that trains"}
 def scores_by_step(ax: Axes, table: pd.DataFrame, role: str) -> Axes:
     """Score of the old or of the new task while the new one trains, a line a way; step 0 is before it."""
     part = table[table["role"] == role]
+    if part.empty:
+        return nothing(ax)
     ways = list(dict.fromkeys(part["way"]))
     width = 0.02 * (part["step"].max() or 1)  # side by side, so that intervals do not hide each other
     for number, way in enumerate(ways):
         own = part[part["way"] == way].sort_values("step")
-        points(ax, own["step"] + width * (number - (len(ways) - 1) / 2), own, way)
+        points(ax, own["step"] + width * (number - (len(ways) - 1) / 2), own, way, label=way_title(way))
     ax.set(
         xlabel=f"step of {'its training' if role == 'new' else 'the second task'}", ylabel=metric_label(part["metric"])
     )
-    ax.set_title(f"{ROLES[role]}: {part['task'].iloc[0]}\n({n_text(part)})")
+    other = "" if part["same_rows"].all() else "; before and after on other rows"
+    ax.set_title(f"{ROLES[role]}: {part['task'].iloc[0]}\n({n_text(part)}{other})")
     return score_limits(ax, part["metric"])
 
 
 def plasticity_against_stability(ax: Axes, table: pd.DataFrame) -> Axes:
     """One point a way: new tasks' score when learned against old tasks' score at the end; up and right is better."""
+    if table.empty:
+        return nothing(ax)
     for row in table.itertuples():
         old, new = (np.nan_to_num(_reach(row, kind)).clip(0) for kind in ("old", "new"))
         look = {**look_of(row.way), "linestyle": "none"}
         ax.errorbar(
-            row.value_old, row.value_new, xerr=old, yerr=new, capsize=2.5, elinewidth=1, label=title_of(row.way), **look
+            row.value_old,
+            row.value_new,
+            xerr=old,
+            yerr=new,
+            capsize=2.5,
+            elinewidth=1,
+            label=way_title(row.way),
+            **look,
         )
     of = table.rename(columns={"n_old": "n", "of_old": "of", "seeds_old": "seeds"})
     ax.set(xlabel=f"old tasks at the end: mean score ({n_text(of)})", ylabel="new tasks when learned: mean score")
     ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+    if (orders := table["orders"].iloc[0]) > 1:
+        ax.set_title(f"mean over {orders} orders, the same for every way")
     return ax
 
 
@@ -59,6 +73,8 @@ def safety_plane(ax: Axes, table: pd.DataFrame) -> Axes:
     an arrow between; up and left is better. Where over-refusal is not known, against harmless ones helped with, and up
     and right is better.
     """
+    if table.empty:
+        return nothing(ax)
     known = OVER_REFUSED in set(table["request"])
     harmless = OVER_REFUSED if known else "harmless"
     for way, part in table.groupby("way", sort=False):
@@ -71,7 +87,7 @@ def safety_plane(ax: Axes, table: pd.DataFrame) -> Axes:
         reach = {
             axis: _interval_reach(ends.loc[request]) for axis, request in (("xerr", harmless), ("yerr", "harmful"))
         }
-        ax.errorbar(*end, capsize=2.5, elinewidth=1, linestyle="none", label=title_of(way), **reach, **look)
+        ax.errorbar(*end, capsize=2.5, elinewidth=1, linestyle="none", label=way_title(way), **reach, **look)
     what = "refused: over-refusal" if known else "helped with"
     ax.set(xlabel=f"harmless requests {what} (share)", ylabel="harmful requests refused (share)")
     ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
@@ -87,10 +103,12 @@ def interference_against_forgetting(ax: Axes, table: pd.DataFrame) -> Axes:
     """The first task's forgetting against how far later updates move its activations: a point a way, its mean over
     seeds, and a small pale one each seed.
     """
+    if table.empty:
+        return nothing(ax)
     for way, part in table.groupby("way", sort=False):
         look = {key: look_of(way)[key] for key in ("color", "marker")} | {"linestyle": "none"}
         ax.plot(part["interference"], part["lost"], alpha=0.4, markersize=3, **look)
-        ax.plot(part["interference"].mean(), part["lost"].mean(), label=title_of(way), **look)
+        ax.plot(part["interference"].mean(), part["lost"].mean(), label=way_title(way), **look)
     ax.set(xlabel="length of later updates / first update, on the first task", ylabel="first task: score lost")
     seeds = table["seed"].nunique()
     ax.set_title("one seed" if seeds == 1 else f"n = {seeds} seeds")
@@ -99,6 +117,8 @@ def interference_against_forgetting(ax: Axes, table: pd.DataFrame) -> Axes:
 
 def score_by_order(ax: Axes, table: pd.DataFrame) -> Axes:
     """Mean score after the last task in every order, ways side by side; tasks after the first go by letters."""
+    if table.empty:
+        return nothing(ax)
     first, *others = table["order"].iloc[0].split(ARROW)
     letters = {task: letter for task, letter in zip(others, "ABCDEFGHIJ", strict=False)}
     names = {each: " ".join(letters.get(task, task) for task in each.split(ARROW)[1:]) for each in table["order"]}
@@ -111,6 +131,8 @@ def score_by_order(ax: Axes, table: pd.DataFrame) -> Axes:
 
 def score_of_nth_task(ax: Axes, table: pd.DataFrame, fits: int) -> Axes:
     """Score of the n-th task under disjoint masks beside that of the task alone; the line is the last one that fits."""
+    if table.empty:
+        return nothing(ax)
     for number, (kind, look) in enumerate((("in sequence", "lori-s-disjoint"), ("alone", "lori-s"))):
         part = table[table["kind"] == kind].sort_values("place")
         points(ax, part["place"] + 0.12 * (number - 0.5), part, look, label=f"{title_of(look)}: {kind}")

@@ -1,7 +1,7 @@
 """What is left of earlier tasks when others are learned after them (notebook 06).
 
 Everything is read off the accuracy matrix of every sequence (:mod:`lori_nb.analysis.continual`), averaged over a seed's
-orders first and then over seeds.
+orders first and then over seeds. Ways are compared on the orders that all of them have.
 """
 
 from __future__ import annotations
@@ -17,15 +17,19 @@ from lori_nb.analysis.statistics import interval_text, proportion_interval, t_in
 from lori_nb.lab.runs import Run
 from lori_nb.lab.scoring import GENERATED
 from lori_nb.lab.tasks import get_task
+from lori_nb.study.budget import budget_line
 from lori_nb.study.notebook import Results
 from lori_nb.study.questions import unit_of
 from lori_nb.study.sequence_runs import (
     arrow,
     best_and_last,
+    common_orders,
     finished,
     first_and_last,
     last_rows,
     matrix_of,
+    on_common_orders,
+    on_first_rows,
     pairs_of,
     sequential,
     stage_scores,
@@ -35,16 +39,14 @@ from lori_nb.study.sequences import (
     MERGED,
     alone_spec,
     base_of,
-    budget_line,
     capacity_alone,
     capacity_runs,
-    get_way,
     orders_of,
     stage_runs,
     steps_after,
 )
 from lori_nb.study.settings import Settings
-from lori_nb.study.style import title_of
+from lori_nb.study.style import way_title
 from lori_nb.study.summary import Pair, as_columns, difference, group_word, row_groups, seeds_interval, summarise
 
 METRICS = {
@@ -55,6 +57,7 @@ METRICS = {
     "intransigence": "LoRA on the task alone, as many steps − score when learned, mean over tasks",
 }
 OVER_REFUSED = "harmless, refused"
+MEASURED = ["value", "low", "high", "n", "of", "seeds"]  # of an interval, as columns
 
 
 def matrices(results: Results) -> dict[str, pd.DataFrame]:
@@ -63,44 +66,47 @@ def matrices(results: Results) -> dict[str, pd.DataFrame]:
     Tasks stand by name where there is one order, else by their place.
     """
     settings, found = results.settings, {}
+    orders = common_orders(settings)
     for way in sequential(settings):
-        orders = orders_of(settings, way)
         several = [matrix_of(results, way, order, seed) for order in orders for seed in settings.seed]
         there = [matrix for matrix in several if matrix is not None]
         if there:
             names = list(orders[0]) if len(orders) == 1 else [f"task {n + 1}" for n in range(len(orders[0]))]
             index = [f"after {name}" for name in names]
-            found[title_of(way)] = pd.DataFrame(np.mean(there, axis=0), index=index, columns=names)
+            found[way_title(way)] = pd.DataFrame(np.mean(there, axis=0), index=index, columns=names)
     return found
 
 
 def final_scores(results: Results) -> pd.DataFrame:
     """Way → mean score over all tasks after the last one, with its interval."""
-    return summarise(last_rows(stage_scores(results)), ["way"])
+    return summarise(last_rows(on_common_orders(stage_scores(results), results.settings)), ["way"])
 
 
 def order_scores(results: Results) -> pd.DataFrame:
-    """Mean score after the last task, for every way and order."""
+    """Mean score after the last task, for every way and order, those that not all ways have too."""
     return summarise(last_rows(stage_scores(results)), ["way", "order"])
 
 
 def metrics(results: Results) -> pd.DataFrame:
-    """Way × metric of :data:`METRICS`: value, low, high, n, of; a t interval over seeds, none for one seed. Joint
-    training has an average alone, an encoder no forward transfer (NaN).
+    """Way × metric of :data:`METRICS`: value, low, high, n, of, and the number of ``orders``; a t interval over seeds,
+    none for one seed. Joint training has an average alone, which no order changes, an encoder no forward transfer
+    (NaN).
     """
     settings, rows = results.settings, []
+    orders = common_orders(settings)
     for way in settings.ways:
         per_seed: dict[str, list[float]] = {name: [] for name in METRICS}
         for seed in settings.seed:
-            found = [metrics_of(results, way, order, seed) for order in orders_of(settings, way)]
+            found = [metrics_of(results, way, order, seed) for order in orders]
             if None not in found:
                 for name in METRICS:
                     per_seed[name].append(float(np.mean([each[name] for each in found])))
         for name, values in per_seed.items():
             if values:
                 interval = seeds_interval(values)
-                rows.append({"way": way, "metric": name} | as_columns(interval, "seeds") | {"seeds": len(values)})
-    return pd.DataFrame(rows)
+                about = {"way": way, "metric": name, "orders": len(orders)}
+                rows.append(about | as_columns(interval, "seeds") | {"seeds": len(values)})
+    return pd.DataFrame(rows, columns=["way", "metric", *MEASURED, "orders"])
 
 
 def metrics_of(results: Results, way: str, order: Sequence[str], seed: int) -> dict[str, float] | None:
@@ -129,26 +135,28 @@ def forgetting_scores(results: Results) -> pd.DataFrame:
     """
     settings, rows = results.settings, []
     for way in sequential(settings):
-        tasks = [task for order in orders_of(settings, way) for task in order[:-1]]
+        tasks = [task for order in common_orders(settings) for task in order[:-1]]
         pairs = pairs_of(results, way, best_and_last)
         if pairs and tasks:
             interval = difference(pairs, tasks)
             after = np.mean([b.value(t) for each in pairs.values() for (_, b), t in zip(each, tasks, strict=True)])
             about = {"way": way, "before": after + interval.mean, "after": after}
             rows.append(about | as_columns(interval, unit_of(pairs, tasks)) | {"seeds": len(pairs)})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["way", "before", "after", *MEASURED])
 
 
 def plane(results: Results) -> pd.DataFrame:
     """For every way the score of ``old`` tasks at the end and of ``new`` ones when they were learned, with intervals:
     stability and plasticity. Old are all but a sequence's last task, new all but its first; a task of the merged way is
-    learned when its adapter joins the merge.
+    learned when its adapter joins the merge. ``orders`` is how many were learned.
     """
-    scores = stage_scores(results)
-    scores = scores[scores["way"].isin(sequential(results.settings))]
-    old = summarise(last_rows(scores).query("learned < stages - 1"), ["way"])
-    new = summarise(scores.query("learned == stage and stage > 0"), ["way"])
-    return old.merge(new, on="way", suffixes=("_old", "_new"))
+    settings = results.settings
+    scores = on_common_orders(stage_scores(results), settings)
+    scores = scores[scores["way"].isin(sequential(settings))]
+    last = last_rows(scores)
+    old = summarise(last[last["learned"] < last["stages"] - 1], ["way"])
+    new = summarise(scores[(scores["learned"] == scores["stage"]) & (scores["stage"] > 0)], ["way"])
+    return old.merge(new, on="way", suffixes=("_old", "_new")).assign(orders=len(common_orders(settings)))
 
 
 def guarded_class(settings: Settings) -> int | None:
@@ -176,7 +184,7 @@ def kept_answers(results: Results, target: int | None = None) -> pd.DataFrame:
             interval = proportion_interval(shares[0] * asked, asked) if one else t_interval(shares)
             of = group_word([settings.first]) if one else "seeds"
             rows.append({"way": way, **as_columns(interval, of), "seeds": len(shares)})
-    return pd.DataFrame(rows, columns=["way", "value", "low", "high", "n", "of", "seeds"])
+    return pd.DataFrame(rows, columns=["way", *MEASURED])
 
 
 def _kept(pair: Pair, first: str, target: int | None) -> tuple[float, int] | None:
@@ -236,7 +244,7 @@ def safety_scores(results: Results) -> pd.DataFrame:
                 about = {"way": way, "request": request, "when": when}
                 of = group_word([task]) if one else "seeds"
                 rows.append(about | as_columns(interval, of) | {"seeds": len(values)})
-    return pd.DataFrame(rows, columns=["way", "request", "when", "value", "low", "high", "n", "of", "seeds"])
+    return pd.DataFrame(rows, columns=["way", "request", "when", *MEASURED])
 
 
 def _by_request(runs: Sequence[Run], task: str, settings: Settings) -> dict[str, tuple[float, int]]:
@@ -255,8 +263,10 @@ def _by_request(runs: Sequence[Run], task: str, settings: Settings) -> dict[str,
 
 
 def by_step(results: Results) -> pd.DataFrame:
-    """Scores while the second task trains: way, task, step, value, low, high, n, of, seeds, metric; step 0 is before,
-    the last after. ``role`` is "old" for the first task and "new" for the one that trains; of the first order.
+    """Scores while the second task trains: way, role, task, step, value, low, high, n, of, seeds, metric; step 0 is
+    before, the last after. ``role`` is "old" for the first task and "new" for the one that trains; of the first order.
+    Before and after are of the rows that are scored between, the first ``watch_rows``, as far as answers were kept row
+    by row; ``same_rows`` says whether they are.
     """
     settings, frames = results.settings, []
     for way in sequential(settings):
@@ -266,16 +276,23 @@ def by_step(results: Results) -> pd.DataFrame:
             chain = results.run(stage_runs(settings, way, order, seed)[1]) if runs and way != MERGED else None
             if chain is None or chain.watched.empty:
                 continue
-            ends = [(0, runs[0]), (steps_after(settings, order[1]), runs[1])]
-            rows = [results.table[results.table["run"] == run.hash].assign(step=step) for step, run in ends]
-            both = pd.concat([*rows, chain.watched])[["task", "split", "metric", "step", "value", "n"]]
+            between = chain.watched.assign(same_rows=True)
+            between = between[between["task"].isin(order[:2])].drop_duplicates(["task", "split", "step"])
+            rows = dict(zip(between["task"], between["n"].astype(int), strict=True))
+            ends = {0: runs[0], steps_after(settings, order[1]): runs[1]}
+            scored = [
+                on_first_rows(run, results.table[results.table["run"] == run.hash], rows).assign(step=step)
+                for step, run in ends.items()
+            ]
+            both = pd.concat([*scored, between])[["task", "split", "metric", "step", "value", "n", "same_rows"]]
             both = both.drop_duplicates(["task", "split", "step"])  # each by its task's own metric
             roles = {order[0]: "old", order[1]: "new"}
-            both = both[both["task"].isin(list(roles))]
             frames.append(both.assign(way=way, seed=seed, role=both["task"].map(roles)))
     if not frames:
-        return pd.DataFrame(columns=["way", "role", "task", "step", "value"])
-    return summarise(pd.concat(frames), ["way", "role", "task", "step"])
+        return pd.DataFrame(columns=["way", "role", "task", "step", *MEASURED, "metric", "same_rows"])
+    places, found = ["way", "role", "task", "step"], pd.concat(frames)
+    same = found.groupby(places, sort=False)["same_rows"].all().reset_index()
+    return summarise(found, places).merge(same, on=places)
 
 
 def capacity_scores(results: Results) -> pd.DataFrame:
@@ -287,15 +304,16 @@ def capacity_scores(results: Results) -> pd.DataFrame:
             for kind, spec in zip(("in sequence", "alone"), pair, strict=True):
                 rows = results.rows_of([spec])
                 frames.append(rows.assign(place=place, kind=kind))
-    return summarise(pd.concat(frames), ["kind", "place", "task"]) if frames else pd.DataFrame()
+    rows = pd.concat(frames) if frames else pd.DataFrame(columns=["kind", "place", "task"])
+    return summarise(rows, ["kind", "place", "task"])
 
 
 def forgetting_lines(results: Results) -> Iterator[str]:
     """One sentence a way: what earlier tasks scored at their best, and how much of it was lost by the end."""
     for row in forgetting_scores(results).itertuples():
         yield (
-            f"{title_of(row.way)}: earlier tasks scored {row.before:.2f} at their best and {row.after:.2f} at the end: "
-            f"{interval_text(row.value, row.low, row.high)} was lost (n = {row.n} {row.of})."
+            f"{way_title(row.way)}: earlier tasks scored {row.before:.2f} at their best and {row.after:.2f} at the "
+            f"end: {interval_text(row.value, row.low, row.high)} was lost (n = {row.n} {row.of})."
         )
 
 
@@ -303,5 +321,7 @@ def orders_line(settings: Settings) -> str:
     """Which sequences were learned, in one sentence."""
     counts = {way: len(orders_of(settings, way)) for way in sequential(settings)}
     first = arrow(orders_of(settings, settings.ways[0])[0])
-    several = ", ".join(f"{get_way(way).title} {count}" for way, count in counts.items())
-    return f"First order: {first}. Orders a way: {several}. {budget_line(settings)}"
+    several = ", ".join(f"{way_title(way)} {count}" for way, count in counts.items()) or "none, all at once"
+    common = len(common_orders(settings))
+    compared = f" Ways are compared on the {common} that all have." if set(counts.values()) - {common} else ""
+    return f"First order: {first}. Orders a way: {several}.{compared} {budget_line(settings)}"

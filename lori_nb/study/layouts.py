@@ -161,6 +161,8 @@ def loss_against_overlap(pairs: pd.DataFrame, correlations: pd.DataFrame) -> Fig
 
 def accuracy_matrices(matrices: Mapping[str, pd.DataFrame]) -> Figure:
     """Scores on every task after every stage, a heat map a way."""
+    if not matrices:
+        return single(figures.nothing)
     figure, axes = figures.panels(len(matrices), height=2.6)
     figures.heat_maps(axes, matrices, "score (mean over seeds and orders)")
     return figure
@@ -168,6 +170,8 @@ def accuracy_matrices(matrices: Mapping[str, pd.DataFrame]) -> Figure:
 
 def lost(table: pd.DataFrame) -> Figure:
     """What earlier tasks lost under every way."""
+    if table.empty:
+        return single(figures.nothing)
     figure, (ax,) = figures.panels(1)
     figures.grouped_points(ax, table.assign(all="all earlier tasks"), "all", "way", "score lost")
     ax.set_title(n_text(table))

@@ -13,7 +13,7 @@ from lori_nb.study import figures_sequences, forgetting, layouts, sequence_effec
 from lori_nb.study.notebook import Results
 from lori_nb.study.sequence_runs import finished
 from lori_nb.study.sequences import fitting, orders_of
-from lori_nb.study.style import title_of
+from lori_nb.study.style import way_title
 
 TABLES: dict[str, Callable[[Results], pd.DataFrame]] = {
     "sequence_metrics": forgetting.metrics,
@@ -24,7 +24,7 @@ TABLES: dict[str, Callable[[Results], pd.DataFrame]] = {
     "sequence_safety": forgetting.safety_scores,
     "sequence_by_step": forgetting.by_step,
     "sequence_capacity": forgetting.capacity_scores,
-    "sequence_sparsity": sequence_effects.sparsity_effects,
+    "sequence_effects": sequence_effects.paired_effects,
     "sequence_order_effects": sequence_effects.order_effects,
 }
 
@@ -60,16 +60,19 @@ def drawn(results: Results, tables: dict[str, pd.DataFrame]) -> dict[str, Callab
 
 def text(folder: Path) -> str:
     """README's part on the sequences as Markdown, from the tables in ``folder``: the metrics, a line a way, the claim
-    on sparsity with its verdicts, and what the order does; empty where there are none.
+    on sparsity with its verdict and how ways differ, and what the order does; empty where there are none.
     """
     if not (folder / "sequence_metrics.csv").exists():
         return ""
     parts = [_metrics_text(pd.read_csv(folder / "sequence_metrics.csv"))]
-    if (folder / "sequence_sparsity.csv").exists():
-        effects = sequence_effects.effect_lines(pd.read_csv(folder / "sequence_sparsity.csv"))
+    if (folder / "sequence_effects.csv").exists():
+        effects = sequence_effects.effect_lines(pd.read_csv(folder / "sequence_effects.csv"))
         if effects:
             lines = "\n".join(f"- {line}" for line in effects)
-            parts.append(f"Claim: {sequence_effects.CLAIM} Less forgetting by, at this size, over seeds:\n\n{lines}")
+            parts.append(
+                f"Claim: {sequence_effects.CLAIM} At this size, paired over seeds on the orders that both ways have; "
+                f"the contrast that decides comes first:\n\n{lines}"
+            )
     if (folder / "sequence_order_effects.csv").exists():
         parts += sequence_effects.order_lines(pd.read_csv(folder / "sequence_order_effects.csv"))
     return "\n\n".join(parts)
@@ -77,8 +80,10 @@ def text(folder: Path) -> str:
 
 def _metrics_text(metrics: pd.DataFrame) -> str:
     names = list(dict.fromkeys(metrics["metric"]))
+    orders = int(metrics["orders"].iloc[0])
+    several = f"mean over the {orders} orders that all ways have, then seeds" if orders > 1 else "mean over seeds"
     lines = [
-        "Tasks one after another, mean over orders, then seeds: "
+        f"Tasks one after another, {several}: "
         + "; ".join(f"*{name}*: {forgetting.METRICS[name]}" for name in names)
         + ".",
         "\n| way | " + " | ".join(names) + " | n |",
@@ -87,5 +92,5 @@ def _metrics_text(metrics: pd.DataFrame) -> str:
     for way, part in metrics.groupby("way", sort=False):
         by_name = part.set_index("metric")
         cells = [interval_text(*by_name.loc[name, ["value", "low", "high"]], 2) for name in names]
-        lines.append(f"| {title_of(way)} | " + " | ".join(cells) + f" | {int(part['n'].iloc[0])} seeds |")
+        lines.append(f"| {way_title(way)} | " + " | ".join(cells) + f" | {int(part['n'].iloc[0])} seeds |")
     return "\n".join([lines[0], *lines[1:]])

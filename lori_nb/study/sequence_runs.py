@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
 from lori_nb.lab.runs import Run
 from lori_nb.lab.specs import Spec
+from lori_nb.lab.tasks import get_task
 from lori_nb.study.notebook import Results
 from lori_nb.study.sequences import JOINT, orders_of, stages
 from lori_nb.study.settings import Settings
-from lori_nb.study.summary import Pair
+from lori_nb.study.summary import SHARES, Pair
 
 ARROW = " → "
 
@@ -20,6 +21,17 @@ ARROW = " → "
 def sequential(settings: Settings) -> list[str]:
     """The ways that learn one task after another; joint training has one stage."""
     return [way for way in settings.ways if way != JOINT]
+
+
+def common_orders(settings: Settings) -> list[tuple[str, ...]]:
+    """The orders that every way from task to task has, on which ways are compared; the settings' own is among them."""
+    several = [orders_of(settings, way) for way in sequential(settings)] or [[settings.sequence]]
+    return [order for order in several[0] if all(order in orders for orders in several)]
+
+
+def on_common_orders(scores: pd.DataFrame, settings: Settings) -> pd.DataFrame:
+    """Rows of :func:`stage_scores` of :func:`common_orders`."""
+    return scores[scores["order"].isin([arrow(order) for order in common_orders(settings)])]
 
 
 def arrow(order: Sequence[str]) -> str:
@@ -54,12 +66,49 @@ def stage_scores(results: Results) -> pd.DataFrame:
                     place = rows["task"].map({task: n for n, task in enumerate(order)})
                     about = {"way": way, "order": arrow(order), "seed": seed, "stage": stage, "stages": len(order)}
                     frames.append(rows.assign(learned=place, **about))
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+    if frames:
+        return pd.concat(frames, ignore_index=True)
+    own = ["way", "order", "stage", "stages", "learned"]
+    return pd.DataFrame(columns=[*results.table.columns.difference(own, sort=False), *own])
 
 
 def last_rows(scores: pd.DataFrame) -> pd.DataFrame:
     """Of :func:`stage_scores` those after the last task; joint training has but one stage."""
     return scores[scores["stage"] == scores.groupby("way")["stage"].transform("max")]
+
+
+def on_first_rows(run: Run, scores: pd.DataFrame, rows: Mapping[str, int]) -> pd.DataFrame:
+    """A finished run's scores as they are on the first rows of each task alone.
+
+    Args:
+        scores: the run's table rows.
+        rows: task → number of rows; tasks that it does not name are left out.
+
+    Returns:
+        The scores with another value and n, and ``same_rows``: whether they are of so many rows. They stay what they
+        are where the metric is no share of rows, or where the run's answers were not kept row by row.
+    """
+    found = []
+    for row in scores[scores["task"].isin(list(rows))].to_dict("records"):
+        n, credit = rows[row["task"]], _credit(run, row["task"], row["split"])
+        if row["n"] > n and row["metric"] in SHARES and len(credit) >= n:
+            row |= {"value": _share(credit[:n], row), "n": n}
+        found.append(row | {"same_rows": row["n"] == n})
+    return pd.DataFrame(found, columns=[*scores.columns, "same_rows"])
+
+
+def _credit(run: Run, task: str, split: str) -> np.ndarray:
+    """Credit of a task's rows (n,), in their order."""
+    rows = run.predictions
+    return rows[(rows["task"] == task) & (rows["split"] == split)].sort_values("row")["correct"].to_numpy(float)
+
+
+def _share(credit: np.ndarray, row: Mapping) -> float:
+    """The metric of :data:`SHARES` on rows (n,)."""
+    if row["metric"] != "balanced_accuracy":
+        return float(credit.mean())
+    targets = np.array([each.target for each in get_task(row["task"]).rows(row["split"], len(credit))])
+    return float(np.mean([credit[targets == group].mean() for group in np.unique(targets)]))
 
 
 def best_and_last(order: Sequence[str], runs: Sequence[Run]) -> list[Pair]:
@@ -75,10 +124,10 @@ def first_and_last(order: Sequence[str], runs: Sequence[Run]) -> list[Pair]:
 def pairs_of(
     results: Results, way: str, of: Callable[[Sequence[str], Sequence[Run]], list[Pair]]
 ) -> dict[int, list[Pair]]:
-    """Seed → pairs of runs from all the way's sequences; seeds that lack a run are left out."""
+    """Seed → pairs of runs from the way's sequences on :func:`common_orders`; seeds that lack a run are left out."""
     settings, found = results.settings, {}
+    orders = common_orders(settings)
     for seed in settings.seed:
-        orders = orders_of(settings, way)
         runs = [finished(results, way, order, seed) for order in orders]
         if None not in runs:
             found[seed] = [pair for order, each in zip(orders, runs, strict=True) for pair in of(order, each)]

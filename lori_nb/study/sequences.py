@@ -13,12 +13,12 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from lori_nb.lab.methods import METHODS, get_mask_origin, get_method
+from lori_nb.lab.methods import METHODS, get_mask_origin, get_method, without_begin
 from lori_nb.lab.models import empty_body
 from lori_nb.lab.specs import MergeSpec, RunSpec, Spec
 from lori_nb.method.adapters import target_linears
 from lori_nb.method.masks import capacity, group_of
-from lori_nb.study.cells import base_runs, joint, rate_of, single
+from lori_nb.study.cells import base_runs, check_goes_on, joint, rate_of, single
 from lori_nb.study.pairs import pair_settings
 from lori_nb.study.settings import Settings
 
@@ -68,11 +68,14 @@ WAYS: dict[str, Way] = {
 
 
 def get_way(name: str) -> Way:
-    """The named way; a registered method's own name is that method on every task. ValueError lists the known ones."""
+    """The named way; a registered method's own name is that method on every task, but that one which differs from a
+    built-in method by its hook ``begin`` alone starts with that method, whose first run it shares. ValueError lists the
+    known ones.
+    """
     if name in WAYS:
         return WAYS[name]
     if name in METHODS and METHODS[name].trains:
-        return Way(name, METHODS[name].title, name, name)
+        return Way(name, METHODS[name].title, without_begin(name) or name, name)
     trained = [method for method in METHODS if METHODS[method].trains]
     raise ValueError(f"ways must be among {', '.join(dict.fromkeys((*WAYS, *trained)))}; found {name!r}")
 
@@ -84,6 +87,8 @@ def orders_of(settings: Settings, way: str) -> list[tuple[str, ...]]:
     are such tasks, each of them once at every place (a cyclic Latin square: places are balanced, neighbours are not);
     "auto" all of up to :data:`ALL_OF` such tasks and balanced ones of more. Ways without ``every_order`` have balanced
     ones in place of all.
+    The first task stays first in every order, whether or not it is one to be kept such as safety, since tables ask what
+    becomes of it: "all" orders of three tasks are two sequences of the six.
     """
     first, *others = settings.sequence
     if settings.orders == "given" or way == JOINT:
@@ -178,10 +183,10 @@ def merged_weight(settings: Settings, count: int) -> float:
 def sequence_specs(settings: Settings) -> list[Spec]:
     """Everything that the study of forgetting asks for: all sequences, every task alone, the bare base.
 
-    Raises ValueError for disjoint masks on more tasks than fit.
+    Raises ValueError for disjoint masks on more tasks than fit, and for masks that draw another A for every task.
     """
     for way in settings.ways:
-        _check_fits(settings, way)
+        _check_masks(settings, way)
     grid = [(way, order, seed) for way in settings.ways for seed in settings.seed for order in orders_of(settings, way)]
     every = [spec for way, order, seed in grid for spec in stages(settings, way, order, seed)]
     chains = [run for way, order, seed in grid if way != JOINT for run in chain_of(settings, way, order, seed)]
@@ -208,10 +213,13 @@ def base_of(settings: Settings) -> list[RunSpec]:
     return [spec for spec in base_runs(shorter) if spec.shots == 0]
 
 
-def _check_fits(settings: Settings, way: str) -> None:
+def _check_masks(settings: Settings, way: str) -> None:
     origin = get_way(way).changes.get("mask_origin", settings.mask_origin)
-    disjoint = get_method(get_way(way).later).masked and get_mask_origin(origin).disjoint
-    if disjoint and len(settings.sequence) > (fits := fitting(settings)):
+    if not get_method(get_way(way).later).masked:
+        return
+    if way != MERGED and len(settings.sequence) > 1:  # what is merged has an A a task anyway
+        check_goes_on(origin, f"way {way}")
+    if get_mask_origin(origin).disjoint and len(settings.sequence) > (fits := fitting(settings)):
         raise ValueError(
             f"sequence must hold at most {fits} tasks for {way}, which fit; found {len(settings.sequence)}"
         )
@@ -251,19 +259,6 @@ def capacity_alone(settings: Settings, seed: int) -> list[RunSpec]:
 def _of_capacity(settings: Settings) -> Settings:
     """Many tasks need short runs: those of the study of pairs, where there is one, which has the tasks alone too."""
     return pair_settings(settings) if settings.pair_tasks else settings
-
-
-def budget_line(settings: Settings) -> str:
-    """Rows trained on by a whole sequence, jointly, and by adapters that are merged, in one sentence."""
-    first, *later = settings.sequence
-    stages = _as_stages(settings)
-    sequence = settings.steps_on(first) + sum(stages.steps_on(task) for task in later)
-    alone = sum(settings.steps_on(task) for task in settings.sequence)
-    joint_rows = settings.joint_steps * settings.joint_batch_size
-    return (
-        f"Rows trained on: {sequence * settings.batch_size:,} by a sequence (earlier tasks' rows not counted), "
-        f"{alone * settings.batch_size:,} by the adapters that are merged, {joint_rows:,} jointly."
-    )
 
 
 def check_sequence(settings: Settings) -> None:

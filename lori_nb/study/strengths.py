@@ -1,7 +1,7 @@
 """The one number of every way to protect earlier tasks, chosen by the same rule, on rows held out of training.
 
-Every way begins with as many values as a method begins with learning rates, on the first two tasks of the sequence.
-Merged adapters have one too, the sum of their weights.
+Every way, own ones too, begins with as many values as a method begins with learning rates, on the first two tasks of
+the sequence. Merged adapters have one too, the sum of their weights.
 Chosen is the value with the best mean score over both tasks after the second, on the tuning split; where it is the
 first or the last of the grid, the grid grows by one value on that side. The learning rate is LoRA's own.
 """
@@ -14,9 +14,10 @@ from pathlib import Path
 import pandas as pd
 
 from lori_nb.lab import ledger
+from lori_nb.lab.methods import COUNTED, METHODS
 from lori_nb.lab.paths import write_atomically
 from lori_nb.lab.runs import Store, unmeasured
-from lori_nb.lab.specs import Spec
+from lori_nb.lab.specs import Spec, with_parents
 from lori_nb.study.pool import train_all
 from lori_nb.study.sequences import MERGED, get_way, stage_runs, stages
 from lori_nb.study.settings import Settings
@@ -27,7 +28,9 @@ COLUMNS = ["way", "number", "setting", "task", "seed", "metric", "value", "n", "
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the values of a method's number lie: ``centre`` in the middle, each ``factor`` times the one before."""
+    """Where the values of a method's number lie: ``centre`` in the middle, each ``factor`` times the one before; counts
+    of rows are whole numbers.
+    """
 
     number: str
     centre: float
@@ -36,7 +39,15 @@ class Grid:
     @property
     def values(self) -> list[float]:
         """As many as a method begins with learning rates."""
-        return [self.centre * self.factor**step for step in range(-(RATES // 2), RATES - RATES // 2)]
+        return [self.settled(self.centre * self.factor**step) for step in range(-(RATES // 2), RATES - RATES // 2)]
+
+    def settled(self, value: float) -> float:
+        """The value as a run takes it."""
+        return max(1, round(value)) if self.number in COUNTED else float(f"{value:.12g}")  # 0.01, not 0.0100…02
+
+    def is_lowest(self, value: float) -> bool:
+        """Whether nothing below makes sense: there is no less than a row."""
+        return self.number in COUNTED and value <= 1
 
 
 GRIDS = {
@@ -48,21 +59,51 @@ GRIDS = {
 }
 
 
+def grid_of(way: str) -> Grid:
+    """Where a way's number is looked for: :data:`GRIDS`, or for a method of one's own around the first of the numbers
+    that it declares, tenfold apart, or twofold (from one row on) where it counts rows.
+
+    Raises:
+        ValueError: a way without a number to choose; it lists those that have one.
+    """
+    if way in GRIDS:
+        return GRIDS[way]
+    own = [m.name for m in METHODS.values() if m.begin is not None and m.strengths and m.name not in GRIDS]
+    if way not in own:
+        raise ValueError(f"strengths must be among {', '.join((*GRIDS, *own))}; found {way!r}")
+    number, default = next(iter(METHODS[way].strengths.items()))
+    if number in COUNTED:
+        return Grid(number, max(default, 2 ** (RATES // 2)), 2.0)
+    return Grid(number, default or 1.0, 10.0)  # no multiple of 0 is another value
+
+
 def check_ways(ways: list[str]) -> None:
     """ValueError for a way without a number to choose; it lists those that have one."""
     for way in ways:
-        if way not in GRIDS:
-            raise ValueError(f"strengths must be among {', '.join(GRIDS)}; found {way!r}")
+        grid_of(way)
 
 
 def specs_at(settings: Settings, way: str, value: float) -> list[Spec]:
     """A way after the second task at one value of its number, one spec a seed, scored on the tuning split."""
-    number = {GRIDS[way].number: value}
-    changes = number if way == MERGED else {"strengths": {get_way(way).later: number}}
+    number, method = {grid_of(way).number: value}, get_way(way).later
+    others = settings.strengths.get(method, {})  # a memory, say, that the study has
+    changes = number if way == MERGED else {"strengths": {method: {**others, **number}}}
     fixed = replace(settings, sequence=settings.sequence[:2], watch=(), **changes)
     chain = stages if way == MERGED else stage_runs
     last = [chain(fixed, way, fixed.sequence, seed)[-1] for seed in settings.seed]
     return [replace(spec, score_on="tune", test_rows=TUNE_ROWS, evaluate=fixed.sequence) for spec in last]
+
+
+def first_specs(settings: Settings, ways: list[str]) -> list[Spec]:
+    """Every run of the grids as they begin, once, after those it depends on; errors as in :func:`tune_strengths`."""
+    _check(settings, ways)
+    return with_parents(s for way in ways for value in grid_of(way).values for s in specs_at(settings, way, value))
+
+
+def _check(settings: Settings, ways: list[str]) -> None:
+    check_ways(ways)
+    if len(settings.sequence) < 2:
+        raise ValueError(f"sequence must hold at least two tasks; found {', '.join(settings.sequence)}")
 
 
 def tune_strengths(settings: Settings, ways: list[str], jobs: int = 2, store: Store | None = None) -> pd.DataFrame:
@@ -71,16 +112,14 @@ def tune_strengths(settings: Settings, ways: list[str], jobs: int = 2, store: St
     Raises:
         ValueError: a way without a number to choose, or a sequence of one task.
     """
-    check_ways(ways)
-    if len(settings.sequence) < 2:
-        raise ValueError(f"sequence must hold at least two tasks; found {', '.join(settings.sequence)}")
+    _check(settings, ways)
     store, tables = store or Store(), []
     for way in ways:
         table = _tune_one(settings, way, jobs, store)
         best = _best(table)
         tables.append(table.assign(chosen=table["setting"] == best))
         tried = ", ".join(f"{value:g}" for value in sorted(set(table["setting"])))
-        print(f"{way}: {GRIDS[way].number} {best:g} among {tried}", flush=True)
+        print(f"{way}: {grid_of(way).number} {best:g} among {tried}", flush=True)
     return pd.concat(tables, ignore_index=True)
 
 
@@ -89,7 +128,7 @@ def _best(table: pd.DataFrame) -> float:
 
 
 def _tune_one(settings: Settings, way: str, jobs: int, store: Store) -> pd.DataFrame:
-    grid = GRIDS[way]
+    grid = grid_of(way)
     values = grid.values
     for widened in range(ROUNDS + 1):
         by_value = {value: specs_at(settings, way, value) for value in values}
@@ -97,12 +136,13 @@ def _tune_one(settings: Settings, way: str, jobs: int, store: Store) -> pd.DataF
         frames = [store.table(specs).assign(setting=value) for value, specs in by_value.items()]
         table = pd.concat(frames, ignore_index=True).assign(way=way, number=grid.number)
         best = _best(table)
-        lowest = best == min(values) and not (grid.number == "rows" and best <= 1)  # no less than a row
+        lowest = best == min(values) and not grid.is_lowest(best)
         if not (lowest or best == max(values)):
             break
         if widened == ROUNDS:
             print(f"{way}: the best value, {best:g}, is still at the edge of its grid", flush=True)
-        values = [best / grid.factor, *values] if best == min(values) else [*values, best * grid.factor]
+        lower, higher = grid.settled(best / grid.factor), grid.settled(best * grid.factor)
+        values = [lower, *values] if best == min(values) else [*values, higher]
     return table
 
 

@@ -139,6 +139,18 @@ def title_of(name: str) -> str:
     return METHODS[name].title if name in METHODS else known.get(name, name)
 
 
+def way_title(way: str) -> str:
+    """What a way to go from task to task is called, where a method of its name is not meant: "LoRI-S, independent
+    masks".
+    """
+    return WAYS[way].title if way in WAYS else title_of(way)
+
+
+def title_in(column: str, name: str) -> str:
+    """What a name in a table's column is called: a column "way" holds ways, any other methods and rows of numbers."""
+    return way_title(name) if column == "way" else title_of(name)
+
+
 def use() -> None:
     """Set the style for all figures of this process."""
     mpl.rcParams.update(STYLE)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pandas as pd
@@ -27,7 +27,7 @@ from lori_nb.analysis.statistics import (
 from lori_nb.lab.runs import Run
 from lori_nb.lab.tasks import Example, get_task
 from lori_nb.lab.tasks.refusal import refusal_splits
-from lori_nb.study.style import title_of
+from lori_nb.study.style import title_in
 
 SHARES = frozenset({"exact_match", "accuracy", "balanced_accuracy"})  # metrics that are shares of rows
 DEMONSTRATION = "one seed: a demonstration"
@@ -204,11 +204,11 @@ def readable(summary: pd.DataFrame, rows: str | Sequence[str], columns: str, dig
     if summary.empty:
         return pd.DataFrame(index=pd.Index([], name=rows))
     text = summary.apply(text_of, axis=1, digits=digits)
-    named = {name: summary[name].map(title_of) for name in ([rows] if isinstance(rows, str) else rows)}
+    named = {name: summary[name].map(partial(title_in, name)) for name in ([rows] if isinstance(rows, str) else rows)}
     cells = summary.assign(text=text, **named)
     wide = cells.pivot_table(index=rows, columns=columns, values="text", aggfunc="first", sort=False, fill_value="–")
     order = list(dict.fromkeys(summary[columns]))
-    titles = {name: f"{title_of(name)} ({n_text(summary[summary[columns] == name])})" for name in order}
+    titles = {name: f"{title_in(columns, name)} ({n_text(summary[summary[columns] == name])})" for name in order}
     return wide[order].rename(columns=titles).rename_axis(columns=None)
 
 
