@@ -37,12 +37,13 @@ def forest_height(compared: pd.DataFrame) -> float:
     return ROW_INCHES * (len(compared) + compared["task"].nunique()) + 0.9
 
 
-def forest(ax: Axes, compared: pd.DataFrame, seeds: pd.DataFrame) -> Axes:
-    """Points against tuned LoRA: for every task a block, for every arm a row of seed dots, mean and interval.
+def forest(ax: Axes, compared: pd.DataFrame, seeds: pd.DataFrame, against: str = "tuned LoRA") -> Axes:
+    """Points against LoRA: for every task a block, for every arm a row of seed dots, mean and interval.
 
     Args:
         compared: of :func:`comparison.compared`.
         seeds: of :func:`comparison.differences`, the single seeds behind it.
+        against: what all arms are compared with.
 
     The shaded band is the margin of equivalence: an arm is equivalent where its 90 % interval lies inside it. At the
     right stand n of every block, and the numbers and verdict of every row.
@@ -67,7 +68,7 @@ def forest(ax: Axes, compared: pd.DataFrame, seeds: pd.DataFrame) -> Axes:
     ax.set_ylim(place - 0.6, -0.7)  # the first row at the top
     ax.grid(axis="y", visible=False)
     ax.tick_params(axis="y", length=0)
-    ax.set_xlabel("points against tuned LoRA")
+    ax.set_xlabel(f"points against {against}")
     _forest_legend(ax, compared, far)
     return ax
 

@@ -35,9 +35,11 @@ def single(draw: Callable, *arguments: object, height: float = 3.2) -> Figure:
     return figure
 
 
-def forest(table: pd.DataFrame, seeds: pd.DataFrame) -> Figure:
-    """Differences to LoRA, of :func:`lori_nb.study.comparison.compared`, with those of single seeds as dots."""
-    return single(figures_lori.forest, table, seeds, height=figures_lori.forest_height(table))
+def forest(table: pd.DataFrame, seeds: pd.DataFrame, against: str = "tuned LoRA") -> Figure:
+    """Differences to what ``against`` names, of :func:`lori_nb.study.comparison.compared`, with those of single seeds
+    as dots.
+    """
+    return single(figures_lori.forest, table, seeds, against, height=figures_lori.forest_height(table))
 
 
 def cost(table: pd.DataFrame, *costs: str) -> Figure:

@@ -27,7 +27,7 @@ from lori_nb.study import (
     sharing,
     style,
 )
-from lori_nb.study.arms import arms_of
+from lori_nb.study.arms import arms_of, get_arm
 from lori_nb.study.joint_arms import JOINT
 from lori_nb.study.measuring import command_of, results_of
 from lori_nb.study.notebook import Results, slug
@@ -111,6 +111,8 @@ def _figures(found: dict[str, Results], tables: dict[str, pd.DataFrame]) -> dict
     drawn: dict[str, tuple[Results, Callable]] = {}
     if "methods" in tables:
         drawn["methods"] = found["01_lori"], _forest_of(found["01_lori"], tables["methods"])
+    if "longer" in tables:
+        drawn |= _at_twice_the_steps(found["01_lori"], tables["longer"])
     for name, (question, notebook, methods) in FORESTS.items():
         if name in tables:
             arms = [*methods, *arms_of(found[notebook].settings, question)]
@@ -128,6 +130,17 @@ def _figures(found: dict[str, Results], tables: dict[str, pd.DataFrame]) -> dict
         if results := found.get(name):
             drawn |= {each: (results, draw) for each, draw in made.drawn(results, tables).items()}
     return drawn
+
+
+def _at_twice_the_steps(results: Results, longer: pd.DataFrame) -> dict[str, tuple[Results, Callable]]:
+    """The methods against LoRA where all train twice as long, which is the fairer comparison."""
+    arms = [name for name in arms_of(results.settings, "longer") if get_arm(name).step_factor == 2]
+    table = longer[longer["arm"].isin(arms)]
+    if table.empty:
+        return {}
+    (beside,) = {get_arm(name).beside for name in arms}
+    seeds = comparison.differences(results, arms)
+    return {"methods_longer": (results, lambda: layouts.forest(table, seeds, get_arm(beside).title))}
 
 
 def _forest_of(results: Results, table: pd.DataFrame, arms: Sequence[str] | None = None) -> Callable:

@@ -42,6 +42,7 @@ SHARED_COSTS = (
 )
 CAPTIONS = {
     "methods": "Points against tuned LoRA",
+    "methods_longer": "Points against LoRA, all with twice the steps",
     "recovery": "Share of the gap that each way wins back",
     "conflict_map": "Cosine between the tasks' gradients in joint training, by step and layer",
     "task_cosines": "Cosine between every two tasks' gradients in joint training",
@@ -137,6 +138,7 @@ def _methods(folder: Path, shown_in: Path, shown_as: Callable[[pd.DataFrame], st
         ]
     if (longer := _read(folder, "longer")) is not None:
         parts += [f"{LONGER}{LONGEST if 'lora-longest' in set(longer['arm']) else ''}:", shown_as(longer)]
+        parts += _shown(folder, shown_in, "methods_longer")
     return parts
 
 
