@@ -474,6 +474,8 @@ def test_what_projection_buys_without_a_trained_A_is_asked_of_the_same_way_witho
     table = sharing.gaps(replace(results, settings=both, runs=results.runs | runs)).set_index("difference")
     assert table.loc["Ortho-LoRI-D − LoRI-D, joint", "value"] == table.loc["Ortho-LoRA − joint", "value"]
     assert table["p"].isna().all(), "one seed"
+    part = sharing.gaps(replace(results, settings=both))  # without the runs of the two ways
+    assert set(part["difference"]) == {"single − joint", "Ortho-LoRA − joint"}
 
 
 def test_merges(results, settings):

@@ -68,7 +68,7 @@ def gaps(results: Results) -> pd.DataFrame:
     what joint training then loses.
 
     Columns difference, over, seeds, value, low, high, n, of; p, the paired t test over seeds, each for itself, and
-    detectable, the least difference that it would find in four of five studies (NaN of one seed).
+    detectable, the least difference that it would find in four of five studies (NaN of one seed). Of what is measured.
     """
     settings = results.settings
     asked = {"single − joint": (SINGLE, JOINT)}
@@ -82,7 +82,8 @@ def gaps(results: Results) -> pd.DataFrame:
         asked |= {f"{title_of(SINGLE_LONGER)} − {title_of(a)}": (SINGLE_LONGER, a) for a in (SINGLE, JOINT_LONGER)}
     rows = []
     for title, (a, b) in asked.items():
-        pairs = arrangement_pairs(results, a, b)
+        if not (pairs := arrangement_pairs(results, a, b)):
+            continue  # not measured yet
         about = {"difference": title, "over": "mean over tasks", "seeds": len(pairs)}
         interval = as_columns(difference(pairs, settings.tasks), unit_of(pairs, settings.tasks))
         rows.append(about | interval | _tested(list(seed_differences(pairs, settings.tasks).values())))
