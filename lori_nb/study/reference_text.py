@@ -94,7 +94,7 @@ def page(folder: Path, command: str) -> str:
         if (gaps := _read(folder, "gaps")) is not None:
             parts += [_gaps(gaps)]
         if (costs := _read(folder, "arrangement_costs")) is not None:
-            parts += [SHARED_COSTS, _shared_costs(costs)]
+            parts += [SHARED_COSTS, _costs(costs, "way")]
         if (others := _read(folder, "other_metrics")) is not None:
             parts += ["By the other official metrics:", _other_metrics(others)]
         parts += _conflicts(folder)
@@ -208,12 +208,22 @@ def _told_costs(table: pd.DataFrame) -> str:
     return f"{words}:"
 
 
-def _costs(table: pd.DataFrame) -> str:
-    lines = ["| arm | mean score | trainable parameters | PFLOPs | of these calibration | n |", "|---" * 6 + "|"]
-    for row in table.itertuples():
-        score = interval_text(row.value, row.low, row.high, 3)
-        operations = f"{row.training_pflops:.4f} | {row.calibration_pflops:.4f}"
-        lines.append(f"| {row.title} | {score} | {row.trainable_parameters:,} | {operations} | {int(row.n)} {row.of} |")
+def _costs(table: pd.DataFrame, first: str = "arm") -> str:
+    """What training costs beside what it gives; adapters and calibration only where the table counts them."""
+    shown = {
+        "adapters": ("adapters", "{}"),
+        "trainable_parameters": ("trainable parameters", "{:,}"),
+        "training_pflops": ("PFLOPs", "{:.4f}"),
+        "calibration_pflops": ("of these calibration", "{:.4f}"),
+    }
+    counted = {name: told for name, told in shown.items() if name in table}
+    titles = [first, "mean score", *(title for title, _ in counted.values()), "n"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for _, row in table.iterrows():
+        score = interval_text(row["value"], row["low"], row["high"], 3)
+        numbers = [form.format(row[name]) for name, (_, form) in counted.items()]
+        count = f"{int(row['n'])} {row['of']}"
+        lines.append(f"| {' | '.join([row['title'], score, *numbers, count])} |")
     return "\n".join(lines)
 
 
@@ -244,15 +254,6 @@ def _conflicts(folder: Path) -> list[str]:
     """A sentence on how often gradients conflict, where that was recorded."""
     rates = _read(folder, "conflict_rates")
     return [] if rates is None else [conflict.rate_line(rates)]
-
-
-def _shared_costs(table: pd.DataFrame) -> str:
-    lines = ["| way | mean score | adapters | trainable parameters | PFLOPs | n |", "|---" * 6 + "|"]
-    for row in table.itertuples():
-        score = interval_text(row.value, row.low, row.high, 3)
-        size = f"{row.adapters} | {row.trainable_parameters:,} | {row.training_pflops:.4f}"
-        lines.append(f"| {row.title} | {score} | {size} | {int(row.n)} {row.of} |")
-    return "\n".join(lines)
 
 
 def _other_metrics(table: pd.DataFrame) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from lori_nb.lab.evaluation import Scored, metric
 from lori_nb.lab.runs import Run
 from lori_nb.lab.specs import Spec
 from lori_nb.lab.tasks import get_task
@@ -104,11 +105,11 @@ def _credit(run: Run, task: str, split: str) -> np.ndarray:
 
 
 def _share(credit: np.ndarray, row: Mapping) -> float:
-    """The metric of :data:`SHARES` on rows (n,)."""
-    if row["metric"] != "balanced_accuracy":
-        return float(credit.mean())
-    targets = np.array([each.target for each in get_task(row["task"]).rows(row["split"], len(credit))])
-    return float(np.mean([credit[targets == group].mean() for group in np.unique(targets)]))
+    """The row's metric, one of :data:`SHARES`, which read nothing but credit (n,) and the rows' targets."""
+    targets = [each.target for each in get_task(row["task"]).rows(row["split"], len(credit))]
+    nothing = np.full(len(credit), np.nan)
+    target = np.array([np.nan if each is None else each for each in targets], dtype=float)
+    return metric(row["metric"], Scored(credit, nothing, target, nothing))
 
 
 def best_and_last(order: Sequence[str], runs: Sequence[Run]) -> list[Pair]:
