@@ -128,9 +128,9 @@ def registries():
     from lori_nb.lab.evaluation import METRICS
     from lori_nb.lab.methods import METHODS
     from lori_nb.lab.tasks.base import _TASKS
-    from lori_nb.method.solvers import SOLVERS
+    from lori_nb.method.solvers import MOST, SOLVERS
 
-    kept = [(registry, dict(registry)) for registry in (METHODS, _TASKS, MERGE_METHODS, METRICS, SOLVERS)]
+    kept = [(registry, dict(registry)) for registry in (METHODS, _TASKS, MERGE_METHODS, METRICS, SOLVERS, MOST)]
     yield
     for registry, before in kept:
         registry.clear()

@@ -27,7 +27,7 @@ UPPER = {
     "analysis": {"torch", "numpy", "scipy", "statsmodels", "pandas"},
 }
 STANDARD = {"__future__", "collections", "contextlib", "dataclasses", "fractions", "functools", "hashlib", "itertools"}
-STANDARD |= {"json", "math", "os", "pathlib", "re", "typing"}
+STANDARD |= {"inspect", "json", "math", "os", "pathlib", "re", "typing"}
 
 
 def name_of(path: Path) -> str:

@@ -346,7 +346,15 @@ def test_switches_of_the_projection_follow_a_way_s_name():
     assert changed == replace(plain, options=(("grouping", "module"), ("order", "fixed")))
     assert changed in PLANS["03_ortho_lora"](settings)
     assert dict(joint_arm_spec(settings, "pcgrad reference=projected", 0).options)["grouping"] == "adapter"
-    for wrong in ("ortho-lora order=some", "ortho-lora speed=fast", "joint order=fixed", "ortho-lora fixed"):
+    assert dict(joint_arm_spec(settings, "gradvac beta=0.1", 0).options)["beta"] == "0.1"
+    for wrong in (
+        "gradvac beta=2",
+        "ortho-lora beta=0.1",
+        "ortho-lora order=some",
+        "ortho-lora speed=fast",
+        "joint order=fixed",
+        "ortho-lora fixed",
+    ):
         with pytest.raises(ValueError, match=f"joint_arms' switches .*order=random.fixed.mean.*; found '{wrong}'"):
             load_settings("quick", joint_arms=["joint", wrong])
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torchjd import aggregation
 
+from lori_nb.method import solvers
 from lori_nb.method.conflicts import combine
 from lori_nb.method.projection import all_orders, fixed_orders, project_conflicts_reference
 from lori_nb.method.solvers import Problem, get_solver, gradient_vaccine, nash_bargaining, solver
@@ -59,11 +60,12 @@ def test_solvers_of_convex_programs_equal_torchjd_s(name, theirs, seed):
     assert (found - gradients.mean(0) / gradients.mean(0).norm()).norm() > 1e-3
 
 
-def test_nash_mtl_is_the_bargain_in_which_every_task_gains_alike():
+def test_nash_mtl_is_the_bargain_in_which_every_task_gains_alike(monkeypatch):
     """c_i ⟨g_i, Σ_t c_t g_t⟩ is the same for every task: what G α = 1 / α says, whatever the scale of α."""
     draws = torch.Generator().manual_seed(0)
     problems = [torch.randn(t, n, generator=draws, dtype=torch.float64) for t in (2, 3, 5, 8) for n in (t, 60)]
     for gradients in (*(rows(seed) for seed in range(12)), *problems):
+        monkeypatch.undo()
         gradients = gradients * 10 ** torch.linspace(-3, 3, len(gradients), dtype=torch.float64)[:, None]
         problem = problem_of(gradients)
         found = nash_bargaining(problem)[0]
@@ -71,8 +73,9 @@ def test_nash_mtl_is_the_bargain_in_which_every_task_gains_alike():
         gains, without = (c * (problem.gramians[0] @ c) for c in (found, torch.full_like(found, 1 / len(found))))
         assert (gains / gains.mean() - 1).abs().max() < 1e-6
         assert (without / without.mean() - 1).abs().max() > 0.1
-        # as good with half the rounds: the number is no tolerance
-        assert torch.allclose(found, nash_bargaining(problem, rounds=30)[0], rtol=1e-6)
+        # as good with half the steps: the number is no tolerance
+        monkeypatch.setattr(solvers, "NEWTON_STEPS", 30)
+        assert torch.allclose(found, nash_bargaining(problem)[0], rtol=1e-6)
 
 
 def test_blocks_are_solved_together_as_apart():
@@ -108,15 +111,42 @@ def test_the_mean_over_orders_is_that_over_all_of_them(reference):
         get_solver("project")(problem_of(torch.eye(7, dtype=torch.float64), order="mean"))
 
 
-def test_gradvac_equals_torchjd_over_several_steps():
-    theirs, problem = aggregation.GradVacWeighting(), problem_of(rows(0, 2))
+@pytest.mark.parametrize("beta", [0.5, 0.01])
+def test_gradvac_equals_torchjd_over_several_steps(beta):
+    theirs, problem = aggregation.GradVacWeighting(beta=beta), problem_of(rows(0, 2))
     for step in range(4):  # two tasks have one order
         gradients = rows(step, 2)
         expected = theirs(gradients @ gradients.T) / 2
-        found = gradient_vaccine(problem_of(gradients, state=problem.state))[0]
+        found = gradient_vaccine(problem_of(gradients, state=problem.state), beta)[0]
         assert torch.allclose(found, expected, atol=1e-6)
-    fresh = gradient_vaccine(problem_of(gradients))[0]
+    fresh = gradient_vaccine(problem_of(gradients), beta)[0]
     assert (fresh - found).abs().max() > 1e-3  # what it remembers matters
+
+
+@pytest.mark.parametrize(("name", "numbers"), [("gradvac", {"beta": 0.01}), ("cagrad", {"c": 0.9})])
+def test_a_solver_s_numbers_change_what_it_does(name, numbers):
+    def last(**settings):
+        state = {}
+        for step in range(3):
+            gradients = [{"B": row} for row in rows(step)]
+            combined, _ = combine(gradients, solver=name, order="fixed", state=state, **settings)
+        return combined["B"]
+
+    assert torch.equal(last(), last(strengths=solvers.strengths_of(name)))
+    assert (last() - last(strengths=numbers)).norm() > 1e-2 * last().norm()
+
+
+def test_a_solver_s_numbers_are_its_own_and_in_range():
+    gradients = [{"B": row} for row in rows(0)]
+    for name, numbers, words in [
+        ("gradvac", {"beta": 1.5}, "beta of solver gradvac must be between 0 and 1; found 1.5"),
+        ("cagrad", {"c": -0.1}, "c of solver cagrad must be finite and at least 0; found -0.1"),
+        ("cagrad", {"c": float("nan")}, "c of solver cagrad must be finite and at least 0; found nan"),
+        ("gradvac", {"c": 0.1}, "strengths of solver gradvac must be among beta; found 'c'"),
+        ("project", {"c": 0.1}, "strengths of solver project must be among none; found 'c'"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            combine(gradients, solver=name, order="fixed", strengths=numbers)
 
 
 class Ordered(Problem):
@@ -166,6 +196,13 @@ def test_every_solver_is_defined_on_hard_cases_and_scales_with_the_gradients(nam
         assert (coefficients @ gradients).norm() <= 4 * gradients.norm(dim=1).max()
 
 
+def test_cagrad_takes_no_step_where_its_direction_vanishes():
+    apart = rows(0, 2) * torch.tensor([1e15, 1e-20], dtype=torch.float64)[:, None]
+    for gradients in (torch.cat([rows(0, 1), -rows(0, 1)]), apart):
+        assert (get_solver("cagrad")(problem_of(gradients)) == 0).all()
+    assert (get_solver("cagrad")(problem_of(rows(0, 2))) != 0).all()
+
+
 def test_gradvac_stays_bounded_after_equal_gradients():
     same, state = rows(0, 1).expand(2, -1), {}
     for _ in range(40):
@@ -176,13 +213,16 @@ def test_gradvac_stays_bounded_after_equal_gradients():
 
 
 def test_one_s_own_solver_works_by_name(registries):
-    @solver("first-alone")
-    def first_alone(problem):
-        return torch.eye(problem.gramians.shape[1])[0].expand(problem.gramians.shape[:2])
+    @solver("one-alone", place=TASKS - 1)
+    def one_alone(problem, place=0):
+        return torch.eye(problem.gramians.shape[1])[int(place)].expand(problem.gramians.shape[:2])
 
     gradients = [{"B": row.float()} for row in rows(0)]
-    combined, _ = combine(gradients, solver="first-alone", order="fixed")
-    assert torch.equal(combined["B"], gradients[0]["B"])
+    for strengths, place in ((None, 0), ({"place": 2}, 2)):
+        combined, _ = combine(gradients, solver="one-alone", order="fixed", strengths=strengths)
+        assert torch.equal(combined["B"], gradients[place]["B"])
+    with pytest.raises(ValueError, match="place of solver one-alone must be between 0 and 3; found 4"):
+        combine(gradients, solver="one-alone", order="fixed", strengths={"place": 4})
     with pytest.raises(ValueError, match="solver must be one of project, .*; found 'first'"):
         get_solver("first")
 

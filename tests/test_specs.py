@@ -277,6 +277,12 @@ BAD = [
     ({"stop_after": 21}, "stop_after must be between 1 and 20, steps; found 21"),
     ({"mask_scope": "row"}, "mask_scope must be one of model, layer, projection, module, matrix; found 'row'"),
     ({"options": (("groupng", "module"),)}, "options must be among solver, grouping, .*; found 'groupng'"),
+    ({"options": (("beta", "0.1"),)}, "options must be among solver, .*, reference; found 'beta'"),
+    ({"options": (("solver", "gradvac"), ("beta", "2"))}, "beta of solver gradvac must be between 0 and 1; found 2"),
+    (
+        {"options": (("solver", "cagrad"), ("c", "much"))},
+        "option c must be a finite number of at least 0; found 'much'",
+    ),
     ({"method": "lorri"}, "method must be one of base, lora, lori-d, .*; found 'lorri'"),
     ({"method": "lori-s"}, "calibration of method lori-s must be a run; found None"),
     ({"tasks": ("chainsum",)}, "task must be one of .*chain_sum.*; found 'chainsum'"),

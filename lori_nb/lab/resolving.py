@@ -27,8 +27,9 @@ from lori_nb.lab import (
     text,
 )
 from lori_nb.lab.extensions import is_own, source_digest
-from lori_nb.lab.methods import COUNTED, LOW_RANK, METHODS, get_mask_origin, get_method, subspace_of
+from lori_nb.lab.methods import LOW_RANK, METHODS, get_mask_origin, get_method, subspace_of
 from lori_nb.lab.models import base_digest, base_kind, resolve_dtype
+from lori_nb.lab.options import check_options, solver_of
 from lori_nb.lab.specs import SCHEDULES, MergeSpec, RunSpec, Spec
 from lori_nb.lab.stages import earlier_runs
 from lori_nb.lab.tasks import SPLITS, Task, get_task, rows_digest
@@ -38,13 +39,6 @@ from lori_nb.method.masks import SCOPES, STRUCTURES
 from lori_nb.method.subspaces import POLICIES, subspace_id
 
 RECIPE = 2  # of the training loop; raise when the same spec gives another adapter
-OPTIONS = {  # switches of Ortho-LoRA and what each may be
-    "solver": solvers.SOLVERS,
-    "grouping": conflicts.GROUPINGS,
-    "reduction": conflicts.REDUCTIONS,
-    "order": solvers.ORDERS,
-    "reference": projection.REFERENCES,
-}
 
 
 def recipes() -> dict[str, int]:
@@ -141,7 +135,7 @@ def _joint_digests(spec: RunSpec) -> tuple[tuple[str, str], ...]:
         return ()
     deciding = {"task_gradients": task_gradients, "gradients": gradients, "conflicts": conflicts}
     deciding |= {"solvers": solvers, "telemetry": telemetry}
-    name = dict(spec.options).get("solver", "project")
+    name = solver_of(dict(spec.options))
     solver = solvers.get_solver(name)
     found = [(f"recipe:{each}", str(module.RECIPE)) for each, module in deciding.items()]
     found += [("recipe:heads", str(gradients.HEADS_RECIPE))] if base_kind(spec.base) == "encoder" else []
@@ -219,8 +213,7 @@ def _check_run(spec: RunSpec) -> None:
     rows = spec.micro_batch_rows
     _require("micro_batch_rows", rows, rows is None or rows >= 1, "at least 1, or none")
     _require("watch", spec.watch, all(1 <= step <= spec.trained_steps for step in spec.watch), "steps of the run")
-    for name, value in spec.options:
-        _check_option(spec, name, value)
+    check_options(get_method(spec.method), dict(spec.options))
     solvers.check_orders(dict(spec.options).get("order", "random"), len(spec.tasks))
     _require("tasks", spec.tasks, len(spec.tasks) >= 1, "at least one")
     least = len(spec.tasks)
@@ -230,28 +223,6 @@ def _check_run(spec: RunSpec) -> None:
     good = all(0 < weight < math.inf for weight in weights)
     _require("task_weights", weights, good, "finite numbers above 0")
     _check_parents(spec)
-
-
-def _check_option(spec: RunSpec, name: str, value: str) -> None:
-    """A switch of the conflict solver, or a number of the method."""
-    strengths = get_method(spec.method).strengths
-    known = (*OPTIONS, *strengths)
-    _require("options", name, name in known, f"among {', '.join(known)}")
-    if name in OPTIONS:
-        _require(f"option {name}", value, value in OPTIONS[name], f"one of {', '.join(OPTIONS[name])}")
-    else:
-        counted = name in COUNTED
-        least = 1 if counted and strengths[name] >= 1 else 0
-        wanted = f"a {'whole number' if counted else 'number'} of at least {least}"
-        _require(f"option {name} of {spec.method}", value, _is_amount(value, least, counted), wanted)
-
-
-def _is_amount(value: str, least: int, whole: bool) -> bool:
-    try:
-        number = float(value)
-    except ValueError:
-        return False
-    return least <= number < math.inf and (number == int(number) or not whole)
 
 
 def _check_parents(spec: RunSpec) -> None:

@@ -22,6 +22,7 @@ from lori_nb.lab.checkpoint import restore_checkpoint, save_checkpoint
 from lori_nb.lab.gradients import TaskData, TaskGradients, batch_indices, recomputed, task_gradients
 from lori_nb.lab.methods import Live, get_method
 from lori_nb.lab.models import Base
+from lori_nb.lab.options import solver_settings
 from lori_nb.lab.specs import RunSpec
 from lori_nb.lab.stages import RUN_HOOKS, Earlier, Stage, hooks_of
 from lori_nb.lab.telemetry import LOOKS, Telemetry, relative_change
@@ -242,9 +243,9 @@ class Loop:
         self.telemetry.add(step, conflicts, relative_change(combined, self._plain(found)), blocks, of_halves)
 
     def _solved(self, gradients: Mapping[str, Tensor], step: int) -> tuple[dict[str, Tensor], Conflicts]:
-        """Task gradients (T × shape) combined by the conflict solver, with the switches in the spec's options."""
+        """Task gradients (T × shape) combined by the conflict solver that the spec's options name."""
         generator = torch.Generator().manual_seed(self.spec.seed * 1_000_003 + step)
-        settings = {"reduction": "mean"} | dict(self.spec.options)
+        settings = solver_settings(dict(self.spec.options))
         return combine_stacked(gradients, generator=generator, state=self.solver_state, **settings)
 
     def _plain(self, found: TaskGradients) -> dict[str, Tensor]:

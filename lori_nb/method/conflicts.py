@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lori_nb.method.projection import check_reference, projection_matrices, random_orders, send
-from lori_nb.method.solvers import ORDERS, Problem, get_solver
+from lori_nb.method.solvers import ORDERS, Problem, check_strengths, get_solver
 
 RECIPE = 1  # raise when the same gradients give another combination
 GROUPINGS: dict[str, Callable[[str], str]] = {
@@ -53,8 +53,8 @@ def combine(
 ) -> tuple[dict[str, Tensor], Conflicts]:
     """One conflict-free gradient out of T tasks' gradients, and how much they conflicted.
 
-    ``settings`` are the keywords of :func:`combine_stacked`: reduction, weights, solver, order, reference, generator
-    and state.
+    ``settings`` are the keywords of :func:`combine_stacked`: reduction, weights, solver, strengths, order, reference,
+    generator and state.
 
     Args:
         task_gradients: for each task, tensor name ("<module>.A", "<module>.B") → gradient; never altered.
@@ -63,6 +63,7 @@ def combine(
         reduction: "sum" is Σ_i w_i g_i; "mean" divides it by T.
         weights: w_i ≥ 0, ones by default.
         solver: Ortho-LoRA's "project", or another of :data:`lori_nb.method.solvers.SOLVERS`.
+        strengths: numbers of the solver's own, as GradVac's "beta", where they are not its defaults.
         order: "random" draws an order for every block and task from ``generator``; "fixed" is ascending; "mean" is the
             mean over all orders, for few tasks.
         reference: "original" or "projected", see :func:`project_conflicts_reference`.
@@ -89,6 +90,7 @@ def combine_stacked(
     reduction: str = "sum",
     weights: Sequence[float] | None = None,
     solver: str = "project",
+    strengths: Mapping[str, float] | None = None,
     order: str = "random",
     reference: str = "original",
     generator: torch.Generator | None = None,
@@ -97,11 +99,12 @@ def combine_stacked(
     """:func:`combine` for gradients that stand together: tensor name → (T × its shape), neither altered nor copied."""
     tasks = _check_stacked(gradients)
     scales = _check_settings(tasks, grouping, reduction, weights, order, reference, generator)
+    check_strengths(solver, strengths or {})
     with _exact_products(gradients):
         groups, place, gramians, rows = _blocks(gradients, grouping)
         weighted = torch.tensor(scales, dtype=gramians.dtype)
         problem = Problem(gramians, weighted, order, reference, generator, {} if state is None else state)
-        coefficients = get_solver(solver)(problem)
+        coefficients = get_solver(solver)(problem, **(strengths or {}))
         sums = {name: coefficients[place[name]].to(row) @ row for name, row in rows.items()}
     combined = {name: sums[name].reshape(each.shape[1:]).to(each.dtype) for name, each in gradients.items()}
     return combined, _conflicts(groups, gramians, problem.told.get("removed"))

@@ -10,14 +10,19 @@ the CPU. A new one is registered by a decorator, from a notebook cell or an own 
         norms = problem.gramians.diagonal(dim1=1, dim2=2).sqrt()
         return problem.weights / norms.clamp(min=1e-12)
 
+Numbers that a solver takes beside the problem, ``def shortest(problem, power=1.0)``, have defaults; settings change
+them by name.
+
 A solver's combined gradient is compared with what joint training takes, Σ_t w_t g_t, so where its own scale is that of
 a mean, it is brought to Σ_t w_t.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import inf
 
 import torch
 from torch import Tensor
@@ -28,6 +33,7 @@ RECIPE = 1  # raise when a solver gives other coefficients
 ORDERS = ("random", "fixed", "mean")
 MOST_TASKS_FOR_ALL_ORDERS = 6  # 120 orders
 HIGHEST_COSINE = 0.99  # of GradVac's running mean
+NEWTON_STEPS = 60  # of Nash-MTL
 RIDGE = 1e-12  # of Nash-MTL, relative to a squared norm: far above float64's roundoff and far below what matters
 
 
@@ -59,15 +65,18 @@ class Problem:
         return fixed_orders(tasks) if self.order == "fixed" else random_orders(groups, tasks, self.generator)
 
 
-Solver = Callable[[Problem], Tensor]  # coefficients (G, T)
+Solver = Callable[..., Tensor]  # of a problem, and numbers with defaults: coefficients (G, T)
 SOLVERS: dict[str, Solver] = {}
+MOST: dict[str, dict[str, float]] = {}  # how large a solver's numbers may be, where that is bounded
 
 
-def solver(name: str) -> Callable[[Solver], Solver]:
-    """Decorator: register a conflict solver under a name; a later one of the same name takes its place."""
+def solver(name: str, **most: float) -> Callable[[Solver], Solver]:
+    """Decorator: register a conflict solver under a name; a later one of the same name takes its place. ``most`` bounds
+    its numbers from above; none may be below 0.
+    """
 
     def wrap(function: Solver) -> Solver:
-        SOLVERS[name] = function
+        SOLVERS[name], MOST[name] = function, most
         return function
 
     return wrap
@@ -78,6 +87,24 @@ def get_solver(name: str) -> Solver:
     if name not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}; found {name!r}")
     return SOLVERS[name]
+
+
+def strengths_of(name: str) -> dict[str, float]:
+    """The numbers that a solver takes, by name, with their defaults."""
+    _, *numbers = inspect.signature(get_solver(name)).parameters.values()
+    return {each.name: each.default for each in numbers}
+
+
+def check_strengths(name: str, strengths: Mapping[str, float]) -> None:
+    """ValueError for a number that the solver does not take, or one out of its range."""
+    known = strengths_of(name)
+    for key, value in strengths.items():
+        if key not in known:
+            raise ValueError(f"strengths of solver {name} must be among {', '.join(known) or 'none'}; found {key!r}")
+        most = MOST[name].get(key, inf)
+        if not (0 <= value <= most and value < inf):
+            wanted = f"between 0 and {most:g}" if most < inf else "finite and at least 0"
+            raise ValueError(f"{key} of solver {name} must be {wanted}; found {value!r}")
 
 
 @solver("project")
@@ -107,13 +134,13 @@ def plain_sum(problem: Problem) -> Tensor:
     return send(problem.weights, problem.gramians.device).expand(problem.gramians.shape[:2])
 
 
-@solver("gradvac")
+@solver("gradvac", beta=1.0)
 def gradient_vaccine(problem: Problem, beta: float = 0.5) -> Tensor:
     """Gradient Vaccine (arXiv 2010.05874): a pair whose cosine φ lies below its running mean φ̂ is turned up to it,
 
         g_i ← g_i + ‖g_i‖ (φ̂ √(1 − φ²) − φ √(1 − φ̂²)) / (‖g_j‖ √(1 − φ̂²)) · g_j,      φ̂ ← (1 − β) φ̂ + β φ,
 
-    which is PCGrad's step where φ̂ = 0. ``beta`` is β, torchjd's default; implementations differ. φ̂ counts as at most
+    which is PCGrad's step where φ̂ = 0. ``beta`` is β, by default torchjd's; implementations differ. φ̂ counts as at most
     :data:`HIGHEST_COSINE`, since no gradient can be turned into another's direction by adding any multiple of it. A
     zero gradient turns nothing. The running means (G, T, T) are the solver's state, zero at first.
     """
@@ -142,15 +169,16 @@ def gradient_vaccine(problem: Problem, beta: float = 0.5) -> Tensor:
 
 
 @solver("nash-mtl")
-def nash_bargaining(problem: Problem, rounds: int = 60) -> Tensor:
+def nash_bargaining(problem: Problem) -> Tensor:
     """Nash-MTL (arXiv 2202.01017): c ∝ α with G α = 1 / α entry by entry, so that c_i ⟨g_i, Σ_t c_t g_t⟩ is alike for
     all tasks; brought to the scale of a mean.
 
     α is where ½ αᵀGα − Σ log α_t is least, a convex and self-concordant function: Newton's method, its step divided by
-    1 + the Newton decrement, reaches it from everywhere, in at most ``rounds`` steps here. (torchjd's form by way of
-    convex programs was seen to miss it, and to answer with equal weights instead, in a third of random problems.) G is
-    taken at norms of one, since α scales as 1 / ‖g_t‖, and with :data:`RIDGE` on its diagonal: for opposite gradients
-    there is no such α, and the coefficients are then those that cancel them. A zero gradient counts as nothing.
+    1 + the Newton decrement, reaches it from everywhere, within :data:`NEWTON_STEPS` steps here. (torchjd's form by way
+    of convex programs was seen to miss it, and to answer with equal weights instead, in a third of random problems.) G
+    is taken at norms of one, since α scales as 1 / ‖g_t‖, and with :data:`RIDGE` on its diagonal: for opposite
+    gradients there is no such α, and the coefficients are then those that cancel them. A zero gradient counts as
+    nothing.
     """
     _check_equal_weights("nash-mtl", problem.weights)
     gramians = problem.gramians.double()
@@ -159,7 +187,7 @@ def nash_bargaining(problem: Problem, rounds: int = 60) -> Tensor:
     inverse = torch.where(alive, 1 / torch.where(alive, norms, 1), 0)
     cosines = gramians * inverse[:, :, None] * inverse[:, None, :] + torch.diag_embed((~alive).to(gramians) + RIDGE)
     alpha = torch.ones_like(norms)
-    for _ in range(rounds):
+    for _ in range(NEWTON_STEPS):
         slope = (cosines @ alpha[:, :, None])[..., 0] - 1 / alpha
         step = torch.linalg.solve_ex(cosines + torch.diag_embed(alpha**-2), slope).result  # waits for no device
         alpha = alpha - step / (1 + (slope * step).sum(1, keepdim=True).clamp(min=0).sqrt())
@@ -169,15 +197,15 @@ def nash_bargaining(problem: Problem, rounds: int = 60) -> Tensor:
     return (total * alpha / torch.where(whole > 0, whole, 1)).to(problem.gramians.dtype)
 
 
-# torchjd's weightings by name: class, its settings, and the extra of torchjd that brings what it needs. Their
-# coefficients are those of a mean over tasks.
-WEIGHTINGS: Mapping[str, tuple[str, dict, str]] = {
-    "upgrad": ("UPGradWeighting", {}, "quadprog-projector"),
-    "dualproj": ("DualProjWeighting", {}, "quadprog-projector"),
-    "mgda": ("MGDAWeighting", {}, ""),
-    "aligned-mtl": ("AlignedMTLWeighting", {}, ""),
-    "imtl-g": ("IMTLGWeighting", {}, ""),
-    "cagrad": ("CAGradWeighting", {"c": 0.4}, "cagrad"),  # c of its authors' code
+# torchjd's weightings by name: class, and the extra of torchjd that brings what it needs. Their coefficients are those
+# of a mean over tasks.
+WEIGHTINGS: Mapping[str, tuple[str, str]] = {
+    "upgrad": ("UPGradWeighting", "quadprog-projector"),
+    "dualproj": ("DualProjWeighting", "quadprog-projector"),
+    "mgda": ("MGDAWeighting", ""),
+    "aligned-mtl": ("AlignedMTLWeighting", ""),
+    "imtl-g": ("IMTLGWeighting", ""),
+    "cagrad": ("CAGradWeighting", "cagrad"),
 }
 
 
@@ -186,27 +214,20 @@ def _check_equal_weights(name: str, weights: Tensor) -> None:
         raise ValueError(f"weights must be equal for solver {name}, which sets its own; found {weights.tolist()}")
 
 
-def _by_torchjd(name: str) -> Solver:
-    weighting, settings, extra = WEIGHTINGS[name]
-
-    def solve(problem: Problem) -> Tensor:
-        weights = problem.weights
-        _check_equal_weights(name, weights)
-        gramians = problem.gramians.double().cpu()
-        try:
-            found = [_weights_of(weighting, settings, gramian) for gramian in gramians]
-        except ImportError as error:
-            raise ValueError(
-                f"solver {name} needs packages that are not here: pip install 'torchjd[{extra}]'"
-            ) from error
-        total = weights.sum().to(gramians)
-        return send((total * torch.stack(found)).to(problem.gramians.dtype), problem.gramians.device)
-
-    solve.__doc__ = f"torchjd's {weighting}."
-    return solve
+def _by_torchjd(name: str, problem: Problem, **strengths: float) -> Tensor:
+    weighting, extra = WEIGHTINGS[name]
+    weights = problem.weights
+    _check_equal_weights(name, weights)
+    gramians = problem.gramians.double().cpu()
+    try:
+        found = [_weights_of(weighting, strengths, gramian) for gramian in gramians]
+    except ImportError as error:
+        raise ValueError(f"solver {name} needs packages that are not here: pip install 'torchjd[{extra}]'") from error
+    total = weights.sum().to(gramians)
+    return send((total * torch.stack(found)).to(problem.gramians.dtype), problem.gramians.device)
 
 
-def _weights_of(weighting: str, settings: Mapping, gramian: Tensor) -> Tensor:
+def _weights_of(weighting: str, strengths: Mapping[str, float], gramian: Tensor) -> Tensor:
     """Coefficients (T,) for one block; a task without a gradient counts as nothing."""
     alive = gramian.diagonal() > 0
     coefficients = gramian.new_zeros(len(gramian))
@@ -215,9 +236,26 @@ def _weights_of(weighting: str, settings: Mapping, gramian: Tensor) -> Tensor:
     from torchjd import aggregation  # takes longer to import than a short run
 
     inner = gramian[alive][:, alive]
-    found = getattr(aggregation, weighting)(**settings)(inner / inner.diagonal().mean())
+    found = getattr(aggregation, weighting)(**strengths)(inner / inner.diagonal().mean())
     coefficients[alive] = found.to(gramian) * alive.sum() / len(gramian)
     return coefficients
 
 
-SOLVERS.update({name: _by_torchjd(name) for name in WEIGHTINGS})
+def _of_torchjd(name: str) -> Solver:
+    def solve(problem: Problem) -> Tensor:
+        return _by_torchjd(name, problem)
+
+    solve.__doc__ = f"torchjd's {WEIGHTINGS[name][0]}."
+    return solve
+
+
+for _name in ("upgrad", "dualproj", "mgda", "aligned-mtl", "imtl-g"):
+    solver(_name)(_of_torchjd(_name))
+
+
+@solver("cagrad")
+def conflict_averse(problem: Problem, c: float = 0.4) -> Tensor:
+    """torchjd's CAGrad (arXiv 2110.14048), with ``c`` as in its authors' code. Where its worst-off direction vanishes
+    beside the mean, as under gradients of opposite direction or scales too far apart, it takes no step.
+    """
+    return _by_torchjd("cagrad", problem, c=c)

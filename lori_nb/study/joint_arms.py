@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lori_nb.lab.methods import get_method
-from lori_nb.lab.resolving import OPTIONS
+from lori_nb.lab.options import SWITCHES, check_solver_options
 from lori_nb.lab.specs import RunSpec
 from lori_nb.method.solvers import SOLVERS
 from lori_nb.study.arms import arm_spec
@@ -75,8 +75,9 @@ JOINT_ARMS: dict[str, JointArm] = {
 
 
 def get_joint_arm(name: str) -> JointArm:
-    """The named way; a conflict solver's own name is that solver, tensor by tensor. Switches may follow, as in
-    "ortho-lora order=fixed grouping=module". ValueError lists the known names and switches.
+    """The named way; a conflict solver's own name is that solver, tensor by tensor. Switches may follow, and numbers
+    of the solver, as in "ortho-lora order=fixed grouping=module" or "gradvac beta=0.1". ValueError lists the known
+    names and switches.
     """
     plain, *switches = name.split()
     if switches:
@@ -90,13 +91,19 @@ def get_joint_arm(name: str) -> JointArm:
 
 
 def _switched(arm: JointArm, name: str, switches: Sequence[str]) -> JointArm:
-    """A way with switches of its conflict solver changed."""
-    chosen = dict(switch.partition("=")[::2] for switch in switches)
-    if not get_method(arm.method).projects or any(v not in OPTIONS.get(k, ()) for k, v in chosen.items()):
-        known = "; ".join(f"{key}={'|'.join(values)}" for key, values in OPTIONS.items())
-        raise ValueError(f"joint_arms' switches follow a way that projects and are {known}; found {name!r}")
-    options = tuple(sorted((dict(arm.options) | chosen).items()))
-    return replace(arm, name=name, title=f"{arm.title}, {', '.join(switches)}", options=options)
+    """A way with switches or numbers of its conflict solver changed."""
+    options = dict(arm.options) | dict(switch.partition("=")[::2] for switch in switches)
+    known = "; ".join(f"{key}={'|'.join(values)}" for key, values in SWITCHES.items())
+    try:
+        if not get_method(arm.method).projects:
+            raise ValueError(f"{arm.name} does not project")
+        check_solver_options(options)
+    except ValueError as error:
+        raise ValueError(
+            f"joint_arms' switches follow a way that projects and are {known}; or a number of its solver; "
+            f"found {name!r}: {error}"
+        ) from error
+    return replace(arm, name=name, title=f"{arm.title}, {', '.join(switches)}", options=tuple(sorted(options.items())))
 
 
 def check_joint_arms(names: Sequence[str]) -> None:
