@@ -27,7 +27,7 @@ from torchjd.aggregation import PCGrad
 from torchjd.autojac import jac_to_grad, mtl_backward
 
 from lori_nb.lab.evaluation import states_at, task_loss
-from lori_nb.lab.gradients import TaskData, concatenated, together
+from lori_nb.lab.gradients import TaskData, concatenated, of_like_length
 from lori_nb.lab.methods import fresh_factors
 from lori_nb.lab.models import Base, load_base
 from lori_nb.lab.prefix import cached_states, split_at, suffix_body
@@ -109,8 +109,8 @@ def setting_of(case: Case, dtype: str) -> Setting:
             data.append(TaskData(name, encoded, cached_states(base, encoded, first) if first else None))
         else:
             data.append(TaskData(name, encoded, None, nn.Linear(base.width, 2)))
-    if len(groups := together([[len(row.ids) for row in task.rows] for task in data])) > 1:
-        raise ValueError(f"tasks must be of like length, for one backward pass; found the groups {groups}")
+    if len(passes := of_like_length([[len(row.ids) for row in task.rows] for task in data])) > 1:
+        raise ValueError(f"tasks must be of like length, for one backward pass; found {len(passes)} passes")
     return Setting(base, suffix_body(base, first), data, spec)
 
 

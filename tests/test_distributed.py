@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from several_processes import ALIKE, specs
+from several_processes import ALIKE, BY_TASK, specs
 from steps import EPS, LAYERS, LONGEST_PRODUCT, Prepared
 from tiny import TESTS
 
@@ -31,6 +31,14 @@ def torchrun(mode: str, base: Path, store: Path) -> subprocess.CompletedProcess:
         text=True,
         timeout=500,
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def by_task():
+    """As in the processes that are started."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gradients, "PADDING", BY_TASK)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +85,13 @@ def test_two_processes_give_the_bits_of_one(name, together, tiny_decoder, home, 
 
 def test_tasks_of_like_length_share_a_pass_and_others_do_not(tiny_decoder, home):
     """What the runs above stand for: one backward pass for all tasks, shared among processes, and one a task."""
-    for name, groups in {"ortho-lora in one pass": [[0, 1]], "ortho-lora in micro-batches": [[1], [0]]}.items():
+    four = [0, 1, 2, 3]
+    expected = {"ortho-lora in one pass": [[four, four]], "ortho-lora in micro-batches": [[[], four], [four, []]]}
+    for name, passes in expected.items():
         prepared = Prepared(specs(str(tiny_decoder))[name])
         for step in range(prepared.spec.steps):
             lengths = [[len(task.rows[i].ids) for i in rows] for task, rows in prepared.batches(step)]
-            assert gradients.together(lengths) == groups
+            assert gradients.of_like_length(lengths) == passes
 
 
 def test_other_micro_batches_give_other_bits(together, tiny_decoder, home, tmp_path):

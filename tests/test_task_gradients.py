@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from tiny import tiny_spec
 from transformers import OPTConfig, OPTModel
 
 from lori_nb.lab import gradients as gradients_module
-from lori_nb.lab.gradients import PADDING, TaskData, recomputed, task_gradients, together
+from lori_nb.lab.gradients import PADDING, TaskData, of_like_length, recomputed, task_gradients
 from lori_nb.lab.laboratory import new_head
 from lori_nb.lab.models import load_base
 from lori_nb.lab.tasks import Example
@@ -261,21 +262,35 @@ def test_heads_of_an_encoder_s_tasks(tiny_encoder, home, registries, always_toge
     assert all((ours.shared[n][0] - apart.shared[n][1]).norm() > 0.1 * apart.shared[n][1].norm() for n in ours.shared)
 
 
-# Which batches go together
+# Which rows go together
 
 
-@given(st.lists(st.lists(st.integers(1, 300), min_size=1, max_size=6), min_size=1, max_size=8))
-def test_groups_hold_every_batch_once_and_waste_little(lengths):
-    groups = together(lengths)
-    assert sorted(place for group in groups for place in group) == list(range(len(lengths)))
-    for group in groups:
-        assert group == sorted(group)
-        rows = sum(len(lengths[place]) for place in group)
-        apart = sum(len(lengths[place]) * max(lengths[place]) for place in group)
-        assert rows * max(max(lengths[place]) for place in group) <= (1 + PADDING) * apart
+def tokens(passes, lengths) -> int:
+    """What goes through the model, padding too."""
+    each = [[batch[i] for batch, rows in zip(lengths, part, strict=True) for i in rows] for part in passes]
+    return sum(len(found) * max(found) for found in each)
+
+
+@given(st.lists(st.lists(st.integers(1, 300), min_size=1, max_size=3), min_size=1, max_size=4))
+def test_passes_hold_every_row_once_and_cost_least(lengths):
+    passes = of_like_length(lengths)
+    for place, batch in enumerate(lengths):
+        rows = [part[place] for part in passes]
+        assert all(each == sorted(each) for each in rows)
+        assert sorted(i for each in rows for i in each) == list(range(len(batch)))
+    flat = sorted((length for batch in lengths for length in batch), reverse=True)
+    ways = [
+        [flat[start:end] for start, end in itertools.pairwise((0, *ends, len(flat)))]
+        for count in range(len(flat))
+        for ends in itertools.combinations(range(1, len(flat)), count)
+    ]
+    least = min(sum(len(each) * each[0] for each in way) + PADDING * sum(flat) * len(way) for way in ways)
+    assert tokens(passes, lengths) + PADDING * sum(flat) * len(passes) == pytest.approx(least)
 
 
 def test_like_lengths_go_together_and_unlike_ones_apart():
-    assert together([[50, 40], [50, 48], [49, 50]]) == [[0, 1, 2]]
-    assert together([[200, 10], [10, 10], [198, 200]]) == [[0, 2], [1]]
-    assert together([[7]]) == [[0]]
+    assert of_like_length([[50, 49], [50, 50], [49, 50]]) == [[[0, 1], [0, 1], [0, 1]]]
+    assert of_like_length([[200, 10], [10, 10], [198, 200]]) == [[[0], [], [0, 1]], [[1], [0, 1], []]]
+    assert of_like_length([[7]]) == [[[0]]]
+    mixed = [[120, 60, 70, 30], [12, 10, 11, 9]]
+    assert tokens(of_like_length(mixed), mixed) < sum(len(batch) * max(batch) for batch in mixed)

@@ -4,16 +4,19 @@ With n_p answer tokens (rows, for an encoder) in micro-batch p and N in the whol
 
     L = Σ_p (n_p / N) L_p,    ∇L = Σ_p (n_p / N) ∇L_p,
 
-so micro-batches and processes change the order of additions and nothing else.
+so micro-batches and processes change the order of additions and nothing else. For the same reason rows of several tasks
+may be put together by length: what a row is padded to then depends less on what other rows its own task has.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -31,9 +34,9 @@ from lori_nb.method.adapters import LowRank
 from lori_nb.method.streams import words
 from lori_nb.method.task_gradients import by_task
 
-RECIPE = 1  # of several tasks' gradients; raise when the same rows give other bits
+RECIPE = 2  # of several tasks' gradients; raise when the same rows give other bits
 HEADS_RECIPE = 2  # of heads beside a shared adapter, which decoders have not; 1 did not average their gradients
-PADDING = 0.1  # more tokens than this share of their own, and batches go through the model apart
+PADDING = 0.05  # a further pass through the model has to save more than this share of the rows' own tokens
 LOSSES = "losses"
 
 
@@ -123,62 +126,68 @@ def task_gradients(
         totals: predictions that each batch's mean is taken over, where it is a part of a batch; None takes its own.
     """
     totals = [task.targets(indices) for task, indices in batches] if totals is None else totals
-    groups = [[place] for place in range(len(batches))] if live is None else together(_lengths(batches))
-    shares = [
-        _own_share(base, body, [(*batches[i], totals[i]) for i in group], named, micro_batch_rows, live)
-        for group in groups
-    ]
-    flat = iter(distributed.summed([tensor for share in shares for tensor in share.values()]))
-    sums = [{name: next(flat) for name in share} for share in shares]
-    places = [place for group in groups for place in group]
-    heads = {name: sum(each[name] for each in sums) for name in named if _is_head(name)}
-    losses, *shared = (_in_order([each[name] for each in sums], places) for name in sums[0] if not _is_head(name))
-    return TaskGradients(losses, dict(zip((n for n in named if not _is_head(n)), shared, strict=True)), heads)
+    found: dict[str, Tensor] = {}
+    for part in _passes(batches, by_row=live is not None):
+        group = [(task, own, total) for (task, _), own, total in zip(batches, part, totals, strict=True)]
+        share = _own_share(base, body, group, named, micro_batch_rows, live)
+        for name, each in zip(share, distributed.summed(list(share.values())), strict=True):
+            found[name] = found[name].add_(each) if name in found else each
+    heads = {name: each for name, each in found.items() if _is_head(name)}
+    losses = found.pop(LOSSES)
+    return TaskGradients(losses, {name: each for name, each in found.items() if name not in heads}, heads)
 
 
 def _is_head(name: str) -> bool:
     return name.startswith("head.")
 
 
-def together(lengths: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Which batches go through the model as one: those of like length, so that padding costs no more than the share
-    :data:`PADDING` of the tokens that they have each for itself.
+def _passes(batches: Sequence[tuple[TaskData, Sequence[int]]], by_row: bool) -> list[list[Sequence[int]]]:
+    """The rows of every batch that go through the model together, pass by pass: rows of like length, or else one whole
+    batch after another.
+    """
+    if not by_row:
+        return [
+            [rows if place == own else [] for place, (_, rows) in enumerate(batches)] for own in range(len(batches))
+        ]
+    lengths = [[len(task.rows[i].ids) for i in rows] for task, rows in batches]
+    return [
+        [[rows[place] for place in places] for (_, rows), places in zip(batches, part, strict=True)]
+        for part in of_like_length(lengths)
+    ]
+
+
+def of_like_length(lengths: Sequence[Sequence[int]]) -> list[list[list[int]]]:
+    """Which rows go through the model together, each padded to the longest among them, whatever batch they are of.
+
+    Of all ways to cut the rows, sorted by length, the one of the fewest tokens with padding, where each further pass
+    counts as many tokens as the share :data:`PADDING` of the rows' own: rows of one length, or nearly, stay together.
 
     Args:
         lengths: tokens of every row, batch by batch.
 
     Returns:
-        Numbers of batches, group by group; every one once.
+        For each pass, longest rows first, the places of its rows in every batch, in order; every row once.
     """
-    longest = [max(each) for each in lengths]
-    order = sorted(range(len(lengths)), key=lambda place: (-longest[place], place))
-    groups: list[list[int]] = []
-    for place in order:
-        if groups:
-            joined = [*groups[-1], place]
-            apart = sum(len(lengths[one]) * longest[one] for one in joined)
-            if sum(len(lengths[one]) for one in joined) * longest[joined[0]] <= (1 + PADDING) * apart:
-                groups[-1] = joined
-                continue
-        groups.append([place])
-    return [sorted(group) for group in groups]
-
-
-def _lengths(batches: Sequence[tuple[TaskData, Sequence[int]]]) -> list[list[int]]:
-    return [[len(task.rows[i].ids) for i in indices] for task, indices in batches]
-
-
-def _in_order(parts: Sequence[Tensor], places: Sequence[int]) -> Tensor:
-    """Groups' results (k × …) as one in the batches' own order (T × …)."""
-    if len(parts) == 1:
-        return parts[0]  # a single group stands in order
-    rows = [row for part in parts for row in part.unbind()]
-    return torch.stack([row for _, row in sorted(zip(places, rows, strict=True), key=lambda pair: pair[0])])
+    counts = Counter(length for batch in lengths for length in batch)
+    kinds = sorted(counts, reverse=True)  # rows of one length are never cut apart
+    further = PADDING * sum(length * rows for length, rows in counts.items())
+    best = [(0.0, 0)]  # for the k longest kinds: tokens, and where their last pass begins
+    for end in range(1, len(kinds) + 1):
+        rows, ways = 0, []
+        for first in range(end - 1, -1, -1):
+            rows += counts[kinds[first]]
+            ways.append((best[first][0] + rows * kinds[first] + further, first))
+        best.append(min(ways))
+    ends = [len(kinds)]
+    while ends[-1]:
+        ends.append(best[ends[-1]][1])
+    cuts = [set(kinds[first:end]) for end, first in pairwise(ends)]
+    return [[[i for i, length in enumerate(batch) if length in cut] for batch in lengths] for cut in reversed(cuts)]
 
 
 def _own_share(base, body, group, named: Mapping[str, Tensor], rows: int | None, live) -> dict[str, Tensor]:
-    """This process's part of a group of k batches (task, rows, total): LOSSES (k), shared gradients (k × …) and heads'
-    gradients by name; zeros where it has no piece.
+    """This process's part of a pass over T batches (task, rows, total), of which some may have no rows here: LOSSES
+    (T), shared gradients (T × …) and heads' gradients by name; zeros where it has no piece.
     """
     everything = [(place, i) for place, (_, indices, _) in enumerate(group) for i in indices]
     pieces = distributed.share(micro_batches(everything, rows, distributed.count()))
@@ -189,25 +198,32 @@ def _own_share(base, body, group, named: Mapping[str, Tensor], rows: int | None,
     return distributed.tree_sum(terms, lambda one, other: {name: one[name] + other[name] for name in one})
 
 
-def _zeros(name: str, parameter: Tensor, tasks: int) -> Tensor:
-    return torch.zeros_like(parameter) if _is_head(name) else parameter.new_zeros(tasks, *parameter.shape)
-
-
 def _of_piece(base, body, group, piece, named: Mapping[str, Tensor], live) -> dict[str, Tensor]:
     parts = [(task, [i for place, i in piece if place == own]) for own, (task, _, _) in enumerate(group)]
     weights = [task.targets(own) / total for (task, own), (_, _, total) in zip(parts, group, strict=True)]
-    several = len(group) > 1
-    with by_task(live, [len(own) for _, own in parts]) if several else nullcontext({}) as split:
+    by_row = live is not None and len(group) > 1  # else all rows are of one batch
+    with by_task(live, [len(own) for _, own in parts]) if by_row else nullcontext({}) as split:
         losses = _losses(base, body, parts, weights)
         found = torch.autograd.grad(sum(losses), list(named.values()), allow_unused=True)
     gradients = {LOSSES: torch.stack([loss.detach() for loss in losses])}
     for (name, parameter), whole in zip(named.items(), found, strict=True):
-        gradient = split.get(name) if several and not _is_head(name) else whole
-        if gradient is None:
-            gradients[name] = _zeros(name, parameter, len(group))
+        if _is_head(name):
+            gradients[name] = torch.zeros_like(parameter) if whole is None else whole
+        elif by_row and name in split:
+            gradients[name] = split[name]
         else:
-            gradients[name] = gradient if several or _is_head(name) else gradient.unsqueeze(0)
+            gradients[name] = _placed(parameter, None if by_row else whole, piece[0][0], len(group))
     return gradients
+
+
+def _placed(parameter: Tensor, gradient: Tensor | None, place: int, tasks: int) -> Tensor:
+    """One batch's gradient at its place among zeros (T × shape)."""
+    if gradient is not None and tasks == 1:
+        return gradient.unsqueeze(0)
+    found = parameter.new_zeros(tasks, *parameter.shape)
+    if gradient is not None:
+        found[place] = gradient
+    return found
 
 
 def _losses(base: Base, body: nn.Module, parts: Sequence[tuple[TaskData, Sequence[int]]], weights) -> list[Tensor]:
