@@ -133,5 +133,8 @@ def _summed_over_rows(left: Tensor, right: Tensor, sizes: Sequence[int] | None) 
         tasks = len(sizes)
         left, right = (each.reshape(tasks, -1, each.shape[-1]) for each in (left, right))
         return left.transpose(1, 2) @ right
-    pieces = zip(left.split(list(sizes)), right.split(list(sizes)), strict=True)
-    return torch.stack([one.flatten(0, -2).T @ other.flatten(0, -2) for one, other in pieces])
+    found = left.new_zeros(len(sizes), left.shape[-1], right.shape[-1])
+    for place, (one, other) in enumerate(zip(left.split(list(sizes)), right.split(list(sizes)), strict=True)):
+        if len(one):
+            torch.mm(one.flatten(0, -2).T, other.flatten(0, -2), out=found[place])
+    return found
