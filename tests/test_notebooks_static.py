@@ -58,7 +58,7 @@ def test_there_is_a_notebook_for_every_plan():
 
 
 def kept_names(code: str) -> list[str]:
-    """What stands for the name in every ``results.keep(figure, name)``."""
+    """What stands for the name in every ``results.keep(figure, name, table)``."""
     calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
     return [ast.unparse(call.args[1]) for call in calls if ast.unparse(call.func) == "results.keep"]
 

@@ -222,13 +222,19 @@ def overlaps(
     return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
 
 
+def overlap_means(overlaps: pd.DataFrame, measure: str) -> pd.DataFrame:
+    """One measure's mean magnitude over modules and seeds: method, adapter_a, adapter_b (tasks), value."""
+    chosen = overlaps[overlaps["measure"] == measure]
+    pairs = chosen.assign(value=chosen["value"].abs()).groupby(["method", "adapter_a", "adapter_b"], sort=False)
+    return pairs["value"].mean().reset_index()
+
+
 def overlap_matrix(overlaps: pd.DataFrame, method: str, measure: str) -> pd.DataFrame:
-    """Task × task: mean magnitude over modules and seeds; the diagonal, 1 by definition, is left empty."""
-    chosen = overlaps[(overlaps["method"] == method) & (overlaps["measure"] == measure)]
-    means = chosen["value"].abs().groupby([chosen["adapter_a"], chosen["adapter_b"]], sort=False).mean()
-    tasks = list(dict.fromkeys([*chosen["adapter_a"], *chosen["adapter_b"]]))
+    """Task × task, the values of :func:`overlap_means`; the diagonal, 1 by definition, is left empty."""
+    means = overlap_means(overlaps[overlaps["method"] == method], measure)
+    tasks = list(dict.fromkeys([*means["adapter_a"], *means["adapter_b"]]))
     matrix = pd.DataFrame(np.nan, index=tasks, columns=tasks)
-    for (a, b), value in means.items():
+    for a, b, value in means[["adapter_a", "adapter_b", "value"]].itertuples(index=False):
         matrix.loc[a, b] = matrix.loc[b, a] = value
     return matrix
 

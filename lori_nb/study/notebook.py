@@ -4,7 +4,7 @@
 
     settings = study.begin("01_lori", globals())
     results = study.collect("01_lori", settings)
-    results.keep(figure, "scores")
+    results.keep(figure, "scores", scores)
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from pandas.api.types import is_integer_dtype
 from tqdm.auto import tqdm
 
 from lori_nb.lab.paths import PROJECT, data_folder, write_atomically
@@ -90,10 +91,14 @@ class Results:
             f"table {slug(self.settings)}/{self.name}.parquet, sha256 {digest}, {len(self.runs)} runs, commit {commit}"
         )
 
-    def keep(self, figure: Figure, name: str) -> None:
-        """Save a figure as ``figures/<profile>/<notebook>_<name>`` .pdf, .svg and .png, with its provenance in each."""
+    def keep(self, figure: Figure, name: str, table: pd.DataFrame | Mapping[str, pd.DataFrame]) -> None:
+        """Save a figure as ``figures/<profile>/<notebook>_<name>`` .pdf, .svg and .png, with its provenance in each,
+        and beside it the table that it shows; several of like columns stand one below the other under their names.
+        """
         about = {"title": f"{self.name}: {name}", "provenance": self.provenance}
         style.save(figure, figures_folder() / slug(self.settings), f"{self.name}_{name}", about)
+        whole = table if isinstance(table, pd.DataFrame) else pd.concat(table, names=["panel", "row"])
+        self.keep_table(whole, name)
 
     def keep_table(self, table: pd.DataFrame, name: str) -> None:
         """Save a table beside the figures as ``<notebook>_<name>`` .csv and .tex (:func:`summary.latex`), its
@@ -101,6 +106,8 @@ class Results:
         """
         folder = figures_folder() / slug(self.settings)
         folder.mkdir(parents=True, exist_ok=True)
+        counted = table.index.names == [None] and is_integer_dtype(table.index)
+        table = table.reset_index(drop=counted)
         write_atomically(folder / f"{self.name}_{name}.csv", table.to_csv(index=False, float_format="%.10g"))
         write_atomically(folder / f"{self.name}_{name}.tex", f"% {self.provenance}\n{latex(table)}")
 
