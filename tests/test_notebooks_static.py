@@ -60,7 +60,9 @@ def test_there_is_a_notebook_for_every_plan():
 def kept_names(code: str) -> list[str]:
     """What stands for the name in every ``results.keep(figure, name, table)``."""
     calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
-    return [ast.unparse(call.args[1]) for call in calls if ast.unparse(call.func) == "results.keep"]
+    kept = [call.args for call in calls if ast.unparse(call.func) == "results.keep"]
+    assert all(len(arguments) == 3 for arguments in kept), "a figure, its name and its table"
+    return [ast.unparse(name) for _, name, _ in kept]
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
