@@ -96,6 +96,7 @@ def null_draws(
         null = null_set(adapters, generator, A)
         modules.append(overlap_table(null, measures).assign(draw=draw))
         pairs.append(by_pair(modules[-1].drop(columns="draw"), null).assign(draw=draw))
+        del null  # in float64 it is larger than the adapters: never two at a time
     return pd.concat(modules, ignore_index=True), pd.concat(pairs, ignore_index=True)
 
 
