@@ -71,7 +71,8 @@ def test_forgetting_starts_with_safety_and_scores_every_task():
     assert settings.sequence[0] == "refusal"
     assert {spec.start.tasks for spec in later} == {settings.sequence[:1], settings.sequence[1:2]}
     probes = [spec for spec in PLANS["06_forgetting"](settings) if spec.kind == "merge" and spec.evaluate]
-    assert {spec.scored for spec in probes} == {tuple(sorted(settings.sequence))}
+    scored = {*settings.sequence, "refusal_harmless"}
+    assert {spec.scored for spec in probes} == {tuple(sorted(scored))}
     assert {run for spec in probes for run in spec.parts} >= set(later)
     assert {bool(spec.watch) for spec in later if spec.start.start is None} == {True}
 

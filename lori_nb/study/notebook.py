@@ -97,8 +97,9 @@ class Results:
         """
         about = {"title": f"{self.name}: {name}", "provenance": self.provenance}
         style.save(figure, figures_folder() / slug(self.settings), f"{self.name}_{name}", about)
-        whole = table if isinstance(table, pd.DataFrame) else pd.concat(table, names=["panel", "row"])
-        self.keep_table(whole, name)
+        if not isinstance(table, pd.DataFrame):
+            table = pd.concat(table, names=["panel", "row"]) if table else pd.DataFrame()
+        self.keep_table(table, name)
 
     def keep_table(self, table: pd.DataFrame, name: str) -> None:
         """Save a table beside the figures as ``<notebook>_<name>`` .csv and .tex (:func:`summary.latex`), its
