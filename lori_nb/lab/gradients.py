@@ -126,12 +126,20 @@ def task_gradients(
         totals: predictions that each batch's mean is taken over, where it is a part of a batch; None takes its own.
     """
     totals = [task.targets(indices) for task, indices in batches] if totals is None else totals
-    found: dict[str, Tensor] = {}
-    for part in _passes(batches, by_row=live is not None):
-        group = [(task, own, total) for (task, _), own, total in zip(batches, part, totals, strict=True)]
-        share = _own_share(base, body, group, named, micro_batch_rows, live)
-        for name, each in zip(share, distributed.summed(list(share.values())), strict=True):
-            found[name] = found[name].add_(each) if name in found else each
+    whole = [(task, indices, total) for (task, indices), total in zip(batches, totals, strict=True)]
+    if live is None:
+        apart = [_of_pass(base, body, [batch], named, micro_batch_rows, None) for batch in whole]
+        parts = {name: [each[name] for each in apart] for name in apart[0]}
+        found = {name: sum(several) if _is_head(name) else torch.cat(several) for name, several in parts.items()}
+    else:
+        found = {}
+        for part in of_like_length([[len(task.rows[i].ids) for i in indices] for task, indices in batches]):
+            group = [
+                (task, [indices[i] for i in places], total)
+                for (task, indices, total), places in zip(whole, part, strict=True)
+            ]
+            for name, each in _of_pass(base, body, group, named, micro_batch_rows, live).items():
+                found[name] = found[name].add_(each) if name in found else each
     heads = {name: each for name, each in found.items() if _is_head(name)}
     losses = found.pop(LOSSES)
     return TaskGradients(losses, {name: each for name, each in found.items() if name not in heads}, heads)
@@ -139,21 +147,6 @@ def task_gradients(
 
 def _is_head(name: str) -> bool:
     return name.startswith("head.")
-
-
-def _passes(batches: Sequence[tuple[TaskData, Sequence[int]]], by_row: bool) -> list[list[Sequence[int]]]:
-    """The rows of every batch that go through the model together, pass by pass: rows of like length, or else one whole
-    batch after another.
-    """
-    if not by_row:
-        return [
-            [rows if place == own else [] for place, (_, rows) in enumerate(batches)] for own in range(len(batches))
-        ]
-    lengths = [[len(task.rows[i].ids) for i in rows] for task, rows in batches]
-    return [
-        [[rows[place] for place in places] for (_, rows), places in zip(batches, part, strict=True)]
-        for part in of_like_length(lengths)
-    ]
 
 
 def of_like_length(lengths: Sequence[Sequence[int]]) -> list[list[list[int]]]:
@@ -185,45 +178,40 @@ def of_like_length(lengths: Sequence[Sequence[int]]) -> list[list[list[int]]]:
     return [[[i for i, length in enumerate(batch) if length in cut] for batch in lengths] for cut in reversed(cuts)]
 
 
-def _own_share(base, body, group, named: Mapping[str, Tensor], rows: int | None, live) -> dict[str, Tensor]:
-    """This process's part of a pass over T batches (task, rows, total), of which some may have no rows here: LOSSES
-    (T), shared gradients (T × …) and heads' gradients by name; zeros where it has no piece.
+def _of_pass(base, body, group, named: Mapping[str, Tensor], rows: int | None, live) -> dict[str, Tensor]:
+    """A pass over k batches (task, rows, total), of which some may have no rows in it: LOSSES (k), shared gradients
+    (k × …) and heads' gradients by name, summed over the processes.
     """
     everything = [(place, i) for place, (_, indices, _) in enumerate(group) for i in indices]
     pieces = distributed.share(micro_batches(everything, rows, distributed.count()))
-    if not pieces:  # one row all the same: a model whose modules do not see rows must show that to every process
-        found = _of_piece(base, body, group, everything[:1], named, live)
-        return {name: torch.zeros_like(each) for name, each in found.items()}
-    terms = (_of_piece(base, body, group, piece, named, live) for piece in pieces)
-    return distributed.tree_sum(terms, lambda one, other: {name: one[name] + other[name] for name in one})
+    if pieces:
+        terms = (_of_piece(base, body, group, piece, named, live) for piece in pieces)
+        own = distributed.tree_sum(terms, lambda one, other: {name: one[name] + other[name] for name in one})
+    else:  # one row all the same: a model whose modules do not see rows must show that to every process
+        own = _of_piece(base, body, group, everything[:1], named, live)
+        own = {name: torch.zeros_like(each) for name, each in own.items()}
+    return dict(zip(own, distributed.summed(list(own.values())), strict=True))
 
 
 def _of_piece(base, body, group, piece, named: Mapping[str, Tensor], live) -> dict[str, Tensor]:
     parts = [(task, [i for place, i in piece if place == own]) for own, (task, _, _) in enumerate(group)]
     weights = [task.targets(own) / total for (task, own), (_, _, total) in zip(parts, group, strict=True)]
-    by_row = live is not None and len(group) > 1  # else all rows are of one batch
-    with by_task(live, [len(own) for _, own in parts]) if by_row else nullcontext({}) as split:
+    several = len(group) > 1
+    with by_task(live, [len(own) for _, own in parts]) if several else nullcontext({}) as split:
         losses = _losses(base, body, parts, weights)
         found = torch.autograd.grad(sum(losses), list(named.values()), allow_unused=True)
     gradients = {LOSSES: torch.stack([loss.detach() for loss in losses])}
     for (name, parameter), whole in zip(named.items(), found, strict=True):
-        if _is_head(name):
-            gradients[name] = torch.zeros_like(parameter) if whole is None else whole
-        elif by_row and name in split:
-            gradients[name] = split[name]
+        gradient = split.get(name) if several and not _is_head(name) else whole
+        if gradient is None:
+            gradients[name] = _zeros(name, parameter, len(group))
         else:
-            gradients[name] = _placed(parameter, None if by_row else whole, piece[0][0], len(group))
+            gradients[name] = gradient if several or _is_head(name) else gradient.unsqueeze(0)
     return gradients
 
 
-def _placed(parameter: Tensor, gradient: Tensor | None, place: int, tasks: int) -> Tensor:
-    """One batch's gradient at its place among zeros (T × shape)."""
-    if gradient is not None and tasks == 1:
-        return gradient.unsqueeze(0)
-    found = parameter.new_zeros(tasks, *parameter.shape)
-    if gradient is not None:
-        found[place] = gradient
-    return found
+def _zeros(name: str, parameter: Tensor, tasks: int) -> Tensor:
+    return torch.zeros_like(parameter) if _is_head(name) else parameter.new_zeros(tasks, *parameter.shape)
 
 
 def _losses(base: Base, body: nn.Module, parts: Sequence[tuple[TaskData, Sequence[int]]], weights) -> list[Tensor]:
