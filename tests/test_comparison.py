@@ -143,3 +143,10 @@ def test_a_metric_that_is_no_share_of_rows_is_compared_over_seeds_alone(tmp_path
     expected = paired_estimate([0.1, 0.2, 0.3])
     assert (found.mean, found.error, found.rows) == (pytest.approx(expected.mean), pytest.approx(expected.error), 0)
     assert summary.estimate_unit(found, ["cola"]) == "seeds"
+
+
+def test_a_p_value_is_never_zero():
+    values = (0.0004, 0.0005, 0.0123, 1.0, float("nan"))
+    assert [summary.p_text(p) for p in values] == ["<0.001", "<0.001", "0.012", "1.000", "–"]
+    assert [summary.p_text(p, 2) for p in (0.0049, 0.4)] == ["<0.01", "0.40"]
+    assert [summary.p_text(p, name="p") for p in (0.0001, 0.03)] == ["p < 0.001", "p = 0.030"]

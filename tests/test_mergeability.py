@@ -303,7 +303,6 @@ def test_figures_and_tables_are_drawn_and_kept(results, settings):
         assert all(re.search(r" ρ = .* \[.*\], p (<0\.01|[01]\.\d\d)$", line) for line in said)
     dots = sum(len(line.get_xdata()) for line in axes[0].lines if line.get_linestyle() == "None")
     assert dots == len(settings.method) * 6, "a dot an ordered pair, whatever the number of seeds"
-    assert [figures_merging.p_text(p) for p in (0.0004, 0.0123, 0.4, 1.0)] == ["<0.01", "0.01", "0.40", "1.00"]
     empty = figures_merging.loss_against_overlap(axes[-1], pairs.iloc[:0], found, "row_overlap")
     assert "not measured" in empty.texts[0].get_text()
     assert "n = 3 adapters, 6 ordered pairs, means over 2 seeds" in figures_merging.correlation_title(found)

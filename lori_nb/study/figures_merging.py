@@ -15,7 +15,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from lori_nb.study.figures import metric_label, nothing, places_aside, points, score_against_weight, score_limits
 from lori_nb.study.mergeability import SHOWN
 from lori_nb.study.style import BLACK, GREY, look_of, title_of
-from lori_nb.study.summary import n_text, text_of
+from lori_nb.study.summary import n_text, p_text, text_of
 
 
 def score_and_choice(
@@ -68,15 +68,10 @@ def loss_against_overlap(ax: Axes, pairs: pd.DataFrame, found: pd.DataFrame, mea
     name = textwrap.fill(SHOWN.get(measure, measure), 24)
     ax.set(xlabel=f"{name}\n(excess over the null)", ylabel="loss of i (nats)")
     rows = found[found["measure"] == measure]
-    lines = [f"{title_of(r['method'])} ρ = {text_of(r)}, p {p_text(r['p'])}" for _, r in rows.iterrows()]
+    lines = [f"{title_of(r['method'])} ρ = {text_of(r)}, p {p_text(r['p'], 2)}" for _, r in rows.iterrows()]
     # a line is as wide as the panel with its labels: flush right it ends with the panel, and not beyond the figure
     ax.set_title("\n".join(lines), fontsize=8, loc="right")
     return ax
-
-
-def p_text(p: float) -> str:
-    """Two digits behind the point, which leaves room beside an interval; "<0.01" below."""
-    return "<0.01" if p < 0.01 else f"{p:.2f}"
 
 
 def correlation_title(found: pd.DataFrame) -> str:

@@ -29,7 +29,7 @@ from lori_nb.study.notebook import Results, adapters_of
 from lori_nb.study.pairs import alone_specs, bare_specs, joint_specs, pair_merges, pair_settings, subset_merges
 from lori_nb.study.settings import Settings
 from lori_nb.study.style import title_of
-from lori_nb.study.summary import as_columns, text_of
+from lori_nb.study.summary import as_columns, p_text, text_of
 
 FUNCTIONAL = "functional"  # of :mod:`lori_nb.analysis.functional`, on task i's activations
 SHOWN = {  # in the order of the panels
@@ -226,7 +226,7 @@ def correlation_lines(found: pd.DataFrame) -> list[str]:
         lines.append(
             f"{title_of(method)}: of {len(part)} measures, {SHOWN[best['measure']]} goes along most with the loss, "
             f"ρ = {text_of(best)} over {int(best['n'])} adapters; adapters exchanged give {best['chance_low']:.2f} to "
-            f"{best['chance_high']:.2f}, p = {best['p']:.3f} (not corrected for {len(part)} measures)."
+            f"{best['chance_high']:.2f}, {p_text(best['p'], name='p')} (not corrected for {len(part)} measures)."
         )
     return lines
 

@@ -20,7 +20,7 @@ from lori_nb.study import (
 from lori_nb.study.arms import BASELINE
 from lori_nb.study.comparison import OVER_TASKS, marked_verdict
 from lori_nb.study.joint_arms import get_joint_arm
-from lori_nb.study.summary import markdown, readable
+from lori_nb.study.summary import markdown, p_text, readable
 
 COMPARED = ("methods", "longer", "baselines", "masks")  # tables of comparison.compared
 SEQUENCES = (reference_sequences, reference_interference)
@@ -235,7 +235,7 @@ def _recovered(table: pd.DataFrame) -> str:
         whole = by_task.iloc[-1]  # the mean over tasks stands last
         shares = [_share(by_task.loc[task]) if task in by_task.index else "–" for task in tasks]
         gap = interval_text(whole["gap"], whole["gap_low"], whole["gap_high"], 3, signed=True)
-        tests = ["–" if pd.isna(whole[key]) else f"{whole[key]:.3f}" for key in ("p", "detectable")]
+        tests = [p_text(whole["p"]), "–" if pd.isna(whole["p"]) else f"{whole['detectable']:.3f}"]
         cells = [get_joint_arm(name).title, *shares, gap, *tests, f"{int(whole['n'])} {whole['of']}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -245,7 +245,7 @@ def _gaps(table: pd.DataFrame) -> str:
     lines = ["| difference, mean over tasks (points) | | p | detectable | n |", "|---" * 5 + "|"]
     for row in table.itertuples():
         value = interval_text(*(100 * bound for bound in (row.value, row.low, row.high)), 1, signed=True)
-        tests = "– | –" if pd.isna(row.p) else f"{row.p:.3f} | {100 * row.detectable:.1f}"
+        tests = "– | –" if pd.isna(row.p) else f"{p_text(row.p)} | {100 * row.detectable:.1f}"
         lines.append(f"| {row.difference} | {value} | {tests} | {int(row.n)} {row.of} |")
     return "\n".join(lines)
 

@@ -24,7 +24,7 @@ from lori_nb.study.sequence_runs import last_rows, stage_scores
 from lori_nb.study.sequences import DISJOINT, JOINT, MASKS_ALONE, orders_of
 from lori_nb.study.settings import Settings
 from lori_nb.study.style import way_title
-from lori_nb.study.summary import as_columns, seeds_interval, text_of
+from lori_nb.study.summary import as_columns, p_text, seeds_interval, text_of
 
 SPARSE, DENSE, BASELINE = ("lori-s", MASKS_ALONE, DISJOINT), "lori-d", "lora"
 SIGNS = {"forgetting": -1, "average": 1}  # less forgetting, and a higher average score at the end, are better
@@ -125,7 +125,8 @@ def _adjusted(rows: dict[str, pd.Series], effects: pd.DataFrame) -> str:
     """Holm's p of the forgetting, or of the score where there is none; none for one seed."""
     row = rows.get("forgetting", rows.get("average"))
     contrasts = int(effects.loc[effects["measure"] == row["measure"], "p"].notna().sum())
-    return "" if pd.isna(row["p_holm"]) else f", p = {row['p_holm']:.3f} after Holm over {contrasts} contrasts"
+    said = p_text(row["p_holm"], name="p")
+    return "" if pd.isna(row["p_holm"]) else f", {said} after Holm over {contrasts} contrasts"
 
 
 def order_effects(results: Results) -> pd.DataFrame:
@@ -150,7 +151,7 @@ def order_lines(effects: pd.DataFrame) -> list[str]:
     """What the order does, in one paragraph; none where every way has one order."""
     each = [
         f"{way_title(row.way)} {row.lowest:.2f} to {row.highest:.2f}"
-        + ("" if math.isnan(row.p) else f" (p = {row.p:.3f})")
+        + ("" if math.isnan(row.p) else f" ({p_text(row.p, name='p')})")
         for row in effects.itertuples()
     ]
     if not each:

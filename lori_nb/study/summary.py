@@ -245,6 +245,13 @@ def n_text(summary: pd.DataFrame) -> str:
     return f"n = {'one seed' if told == '1 seeds' else told}{seeds}"
 
 
+def p_text(p: float, digits: int = 3, name: str = "") -> str:
+    """A p value: "0.012", "<0.001" where that would be 0.000, "–" for NaN; after its name "p = 0.012", "p < 0.001"."""
+    least = 10.0**-digits
+    text = "–" if math.isnan(p) else f"<{least:.{digits}f}" if p < least else f"{p:.{digits}f}"
+    return text if not name else f"{name} < {text[1:]}" if text[0] == "<" else f"{name} = {text}"
+
+
 def seeds_text(seeds: Sequence[int]) -> str:
     """What a reader must know about the number of seeds."""
     return DEMONSTRATION if len(set(seeds)) == 1 else f"{len(set(seeds))} seeds, t intervals over seeds"
