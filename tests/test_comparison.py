@@ -149,4 +149,5 @@ def test_a_p_value_is_never_zero():
     values = (0.0004, 0.0005, 0.0123, 1.0, float("nan"))
     assert [summary.p_text(p) for p in values] == ["<0.001", "<0.001", "0.012", "1.000", "–"]
     assert [summary.p_text(p, 2) for p in (0.0049, 0.4)] == ["<0.01", "0.40"]
+    assert "$<$0.001 & 0.500 & 0.000" in summary.latex(pd.DataFrame({"p": [0.0004], "p_holm": [0.5], "x": [0.0004]}))
     assert [summary.p_text(p, name="p") for p in (0.0001, 0.03)] == ["p < 0.001", "p = 0.030"]

@@ -8,15 +8,15 @@ import pytest
 from tiny import sparse_spec, tiny_spec
 from torch.utils.flop_counter import FlopCounterMode
 
-from lori_nb.lab import prefix
+from lori_nb.lab import prefix, training
 from lori_nb.lab.flops import prefix_flops, step_flops, training_flops
+from lori_nb.lab.gradients import task_gradients
 from lori_nb.lab.laboratory import _live, _task_data
 from lori_nb.lab.models import load_base
 from lori_nb.lab.prefix import split_at, suffix_body
 from lori_nb.lab.runs import Store, quiet
 from lori_nb.lab.tasks import SPLITS, Example, task
 from lori_nb.lab.tasks.base import _TASKS
-from lori_nb.lab.training import train
 from lori_nb.method.adapters import target_linears
 
 STEPS = 3
@@ -44,15 +44,26 @@ def odd_or_even():
 
 
 def counted_in_training(spec, folder) -> tuple[float, float]:
-    """(operations of really training a spec, operations of filling its cache), by PyTorch's counter."""
+    """(operations of really training a spec, operations of filling its cache), by PyTorch's counter; of training those
+    that find gradients, not those of what is done to them.
+    """
+    found = []
+
+    def counted(*arguments):
+        with FlopCounterMode(display=False) as counter:
+            gradients = task_gradients(*arguments)
+        found.append(counter.get_total_flops())
+        return gradients
+
     base = load_base(spec.base, "float32")
     first = split_at(base, spec.last_layers)
     live = _live(spec, base, target_linears(base.body, spec.modules, spec.last_layers), Store().adapter_of)
     with FlopCounterMode(display=False) as filling:
         tasks = [_task_data(spec, base, name, first, quiet) for name in spec.tasks]
-    with FlopCounterMode(display=False) as training:
-        train(spec, base, suffix_body(base, first), live, tasks, folder / "checkpoint.safetensors", quiet)
-    return training.get_total_flops(), filling.get_total_flops()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "task_gradients", counted)
+        training.train(spec, base, suffix_body(base, first), live, tasks, folder / "checkpoint.safetensors", quiet)
+    return sum(found), filling.get_total_flops()
 
 
 @pytest.mark.parametrize("method", ["lora", "lori-d", "dora", "full"])
@@ -63,6 +74,28 @@ def test_the_count_is_that_of_real_training(own_cache, tiny_decoder, tmp_path, m
     assert training_flops(spec) == trained > 0
     assert prefix_flops(spec) == filled
     assert (filled == 0) == (spec.last_layers is None)
+
+
+@pytest.mark.parametrize("method", ["lora", "ortho-lora", "ortho-lori-d"])
+@pytest.mark.parametrize("changes", [{}, {"micro_batch_rows": 3}])
+def test_the_count_of_several_tasks_is_that_of_rows_together(own_cache, tiny_decoder, tmp_path, method, changes):
+    """Word reversals are of many lengths: their rows take several passes, with rows of the other task in some."""
+    both = ("word_sequence_reversal", "chain_sum")
+    spec = tiny_spec(tiny_decoder, method, both, steps=STEPS, **changes)
+    trained, filled = counted_in_training(spec, tmp_path)
+    assert (training_flops(spec), prefix_flops(spec)) == (trained, filled)
+
+
+def test_the_count_of_an_encoder_s_tasks_holds_every_head(own_cache, tiny_encoder, tmp_path, odd_or_even):
+    @task("three", domain="x", metric="accuracy", licence="own", labels=("a", "b", "c"), reads="encoder")
+    def rows(split: str):
+        return [Example("word " * (i % 5 + 1) + f"{i}", "abc"[i % 3], target=i % 3) for i in range(40)]
+
+    try:
+        spec = tiny_spec(tiny_encoder, "ortho-lora", (odd_or_even, "three"), last_layers=2, steps=STEPS)
+        assert (training_flops(spec), prefix_flops(spec)) == counted_in_training(spec, tmp_path)
+    finally:
+        _TASKS.pop("three")
 
 
 @pytest.mark.parametrize("layers", [2, None])

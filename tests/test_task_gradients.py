@@ -17,7 +17,7 @@ from lori_nb.lab import gradients as gradients_module
 from lori_nb.lab.gradients import PADDING, TaskData, of_like_length, recomputed, task_gradients
 from lori_nb.lab.laboratory import new_head
 from lori_nb.lab.models import load_base
-from lori_nb.lab.tasks import Example
+from lori_nb.lab.tasks import Example, get_task
 from lori_nb.lab.text import encode_encoder_rows
 from lori_nb.lab.training import named_parameters
 from lori_nb.method.adapters import Factors, LowRank, attach, target_linears
@@ -224,6 +224,63 @@ def test_activations_computed_again_change_no_bit(base, always_together):
         assert all(torch.equal(ours[name], other[name]) for name in ours)
 
 
+def encoder_with_factors(spec):
+    """An encoder in float32 and factors for it, of which neither is zero."""
+    loaded = load_base(spec.base, "float32")
+    linears = target_linears(loaded.body, spec.modules, spec.last_layers)
+    return loaded, {
+        name: LowRank(
+            Factors(gaussian(4, m.in_features, seed=1) / 9, gaussian(m.out_features, 4, seed=2) / 9, 2.0), train_A=True
+        )
+        for name, m in linears.items()
+    }
+
+
+@pytest.mark.parametrize("at_a_time", [None, 3])
+@pytest.mark.parametrize("halved", [False, True])
+def test_rows_together_by_length_equal_batches_apart(tiny_encoder, home, registries, at_a_time, halved):
+    """Tasks cut over several passes, passes with rows of several tasks and passes without rows of some."""
+    from lori_nb.lab.tasks import task
+
+    words = {
+        "long and short": [3, 30, 60, 31],
+        "short": [2, 4, 3, 4],
+        "long": [58, 61, 29, 60],
+        "mixed": [15, 3, 30, 2],
+    }
+    for name, lengths in words.items():
+
+        @task(name, domain="x", metric="accuracy", licence="own", labels=("a", "b"), reads="encoder")
+        def rows(split, name=name, lengths=tuple(lengths)):
+            for place, length in enumerate(lengths):
+                yield Example(f"{name} {place}" + " word" * length, answer="ab"[place % 2], target=place % 2)
+
+    spec = tiny_spec(tiny_encoder, tasks=list(words))
+    loaded, live = encoder_with_factors(spec)
+    tasks = [
+        TaskData(name, encode_encoder_rows(loaded.tokenizer, list(get_task(name).rows("train", 4))), None, head)
+        for name, head in ((name, new_head(spec, loaded, name)) for name in words)
+    ]
+    batches, totals = [(task, [0, 1, 2, 3]) for task in tasks], None
+    if halved:
+        batches, totals = [(task, part) for task in tasks for part in ([0, 1], [2, 3])], [4] * 8
+    passes = of_like_length([[len(task.rows[i].ids) for i in indices] for task, indices in batches])
+    assert len(passes) > 2 and any(not places for part in passes for places in part)
+    assert any(sum(map(bool, part)) > 1 for part in passes)
+    named = named_parameters(live, tasks)
+    with attach(loaded.body, live):
+        ours, apart = (
+            task_gradients(loaded, loaded.body, batches, named, at_a_time, each, totals) for each in (live, None)
+        )
+    assert torch.allclose(ours.losses, apart.losses, rtol=RELATIVE)
+    for one, other in ((ours.shared, apart.shared), (ours.heads, apart.heads)):
+        assert one.keys() == other.keys() and len(one)
+        for name, gradient in other.items():
+            # a sum over passes has as many roundings more; in heads' gradients classes nearly cancel
+            assert (one[name] - gradient).norm() <= 10 * len(passes) * RELATIVE * gradient.norm(), name
+    assert all(ours.shared[name][t].norm() > 0 for name in ours.shared for t in range(len(batches)))
+
+
 def test_heads_of_an_encoder_s_tasks(tiny_encoder, home, registries, always_together):
     from lori_nb.lab.tasks import SPLITS, task
 
@@ -238,14 +295,7 @@ def test_heads_of_an_encoder_s_tasks(tiny_encoder, home, registries, always_toge
             yield Example(f"what is {n}", answer=str(n), target=n / 10)
 
     spec = tiny_spec(tiny_encoder, tasks=["odd", "size"])
-    loaded = load_base(str(tiny_encoder), "float32")
-    linears = target_linears(loaded.body, spec.modules, spec.last_layers)
-    live = {
-        name: LowRank(
-            Factors(gaussian(4, m.in_features, seed=1) / 9, gaussian(m.out_features, 4, seed=2) / 9, 2.0), train_A=True
-        )
-        for name, m in linears.items()
-    }
+    loaded, live = encoder_with_factors(spec)
     tasks = []
     for each in (odd, size):
         encoded = encode_encoder_rows(loaded.tokenizer, list(each.rows("train", 6)))

@@ -9,9 +9,11 @@ a tokens of answers, m in the longest of them, the count is a polynomial,
 
     F(L, a, m) = c_0 + c_1·L + c_2·L² + c_3·a + c_4·m + c_5·m·L,
 
-whose six numbers six counts give exactly. It is summed over the batches that training will draw. Attention counts as
+whose six numbers six counts give exactly. It is summed over the batches that training will draw, rows of several
+tasks together as they are there. Attention counts as
 plain products over full L × L squares, m × L in the last layer. Recomputation under gradient checkpointing, what is
-done to finished gradients (projection, the optimiser) and scoring are not counted.
+done to finished gradients (projection, the optimiser), scoring, and that batches of several tasks are cut in halves at
+some steps (which changes padding where tasks go through the model apart) are not counted.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lori_nb.lab.baselines import REPLACEMENTS, put_in_place
 from lori_nb.lab.evaluation import logits_at, task_loss
-from lori_nb.lab.gradients import batch_indices, micro_batches
+from lori_nb.lab.gradients import batch_indices, micro_batches, of_like_length
 from lori_nb.lab.methods import LOW_RANK, Method, get_method
 from lori_nb.lab.models import Base, base_kind, empty_body, load_tokenizer
 from lori_nb.lab.prefix import CHUNK, hidden_at, split_at, suffix_body
@@ -77,8 +79,11 @@ def training_flops(spec: RunSpec) -> float:
     """
     if not get_method(spec.method).trains:
         return 0.0
-    pieces = [(task, piece) for task in spec.tasks for piece in _pieces(spec, task)]
-    own = sum(step_flops(spec, task, piece.rows).at(piece.length, piece.answer, piece.asked) for task, piece in pieces)
+    if len(spec.tasks) > 1 and get_method(spec.method).form == LOW_RANK:
+        own = _joint_flops(spec)
+    else:
+        pieces = [(task, piece) for task in spec.tasks for piece in _pieces(spec, task)]
+        own = sum(step_flops(spec, task, of.rows).at(of.length, of.answer, of.asked) for task, of in pieces)
     return own + (training_flops(spec.calibration) if spec.calibration else 0.0)
 
 
@@ -197,6 +202,45 @@ def _pieces(spec: RunSpec, task: str) -> tuple[Piece, ...]:
     """All that one process computes of a task's rows, over all steps."""
     size = spec.batch_size // len(spec.tasks)
     return _drawn(_tokens(spec, task), size, spec.micro_batch_rows, spec.trained_steps, spec.seed, task)
+
+
+def _joint_flops(spec: RunSpec) -> float:
+    """Of rows of several tasks that go through the model together. Where only factors are trained every product has
+    the rows among its places, so that b rows count b times what one does.
+    """
+    one = {task: step_flops(spec, task, 1) for task in spec.tasks}
+    tokens = tuple(_tokens(spec, task) for task in spec.tasks)
+    pieces = _drawn_together(
+        tokens, spec.batch_size // len(spec.tasks), spec.micro_batch_rows, spec.trained_steps, spec.seed, spec.tasks
+    )
+    return sum(of.rows * one[task].at(of.length, 0, of.asked) + one[task].of_answer * of.answer for task, of in pieces)
+
+
+@functools.lru_cache(maxsize=64)  # methods of one seed draw the same rows
+def _drawn_together(
+    tokens: tuple[tuple[tuple[int, int], ...], ...],
+    size: int,
+    at_a_time: int | None,
+    steps: int,
+    seed: int,
+    tasks: tuple[str, ...],
+) -> tuple[tuple[str, Piece], ...]:
+    """(task, its part of a piece, padded as the whole piece is) of all that one process computes, over all steps."""
+    pieces = []
+    for step in range(steps):
+        drawn = [
+            [own[i] for i in batch_indices(len(own), size, step, seed, task)]
+            for task, own in zip(tasks, tokens, strict=True)
+        ]
+        for part in of_like_length([[length for length, _ in rows] for rows in drawn]):
+            everything = [(place, drawn[place][i]) for place, rows in enumerate(part) for i in rows]
+            for piece in micro_batches(everything, at_a_time, 1):
+                length, asked = (max(row[which] for _, row in piece) for which in (0, 1))
+                for place, task in enumerate(tasks):
+                    answers = [answer for own, (_, answer) in piece if own == place]
+                    if answers:
+                        pieces.append((task, Piece(len(answers), length, sum(answers), asked)))
+    return tuple(pieces)
 
 
 @functools.lru_cache(maxsize=256)  # methods of one seed and task draw the same rows

@@ -196,7 +196,10 @@ def with_intervals(table: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
 
 def latex(table: pd.DataFrame) -> str:
     """A table as LaTeX; an interval stands behind its value, in one column: "0.662 [0.593, 0.721]"."""
-    return with_intervals(table).to_latex(index=False, float_format="%.3f", escape=True)
+    shown = with_intervals(table)
+    tested = [name for name in shown if name == "p" or str(name).startswith("p_")]
+    shown = shown.assign(**{name: shown[name].map(p_text) for name in tested})
+    return shown.to_latex(index=False, float_format="%.3f", escape=True).replace("<", "$<$")
 
 
 def readable(summary: pd.DataFrame, rows: str | Sequence[str], columns: str, digits: int = 2) -> pd.DataFrame:
