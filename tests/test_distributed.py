@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from several_processes import ALIKE, BY_TASK, specs
+from several_processes import ALIKE, BY_TASK, by_length, specs
 from steps import EPS, LAYERS, LONGEST_PRODUCT, Prepared
 from tiny import TESTS
 
@@ -31,6 +31,9 @@ def torchrun(mode: str, base: Path, store: Path) -> subprocess.CompletedProcess:
         text=True,
         timeout=500,
     )
+
+
+PLAIN = gradients.PADDING
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -109,6 +112,18 @@ def test_a_run_with_micro_batches_of_its_own_is_the_same_run_on_any_number_of_pr
     spec = specs(str(tiny_decoder))["ortho-lora in micro-batches"]
     alone = Store(tmp_path).get(spec)
     assert_same_bits(together.load(alone.hash), alone)
+
+
+def test_rows_by_length_are_shared_too(together, tiny_decoder, home, tmp_path, monkeypatch):
+    """In pieces of other sizes than one process has, so up to rounding, which Adam's first steps make larger."""
+    spec = by_length(str(tiny_decoder))
+    monkeypatch.setattr(gradients, "PADDING", PLAIN)
+    prepared = Prepared(spec)
+    lengths = [[[len(t.rows[i].ids) for i in rows] for t, rows in prepared.batches(step)] for step in range(spec.steps)]
+    assert any(sum(bool(part[1]) for part in gradients.of_like_length(each)) > 1 for each in lengths)
+    found, alone = together.load(resolve(spec).hash), Store(tmp_path).get(spec)
+    assert found.history["loss"].to_numpy() == pytest.approx(alone.history["loss"].to_numpy(), rel=1e-3)
+    assert not found.history.equals(alone.history)
 
 
 def test_every_row_is_scored_once(together, tiny_decoder, home):

@@ -221,6 +221,14 @@ def test_one_s_own_solver_works_by_name(registries):
     for strengths, place in ((None, 0), ({"place": 2}, 2)):
         combined, _ = combine(gradients, solver="one-alone", order="fixed", strengths=strengths)
         assert torch.equal(combined["B"], gradients[place]["B"])
+    for wrong, bounds, words in (
+        (lambda problem, power: None, {}, "numbers of solver wrong must have a number as default .*; found 'power'"),
+        (lambda problem, order=3: None, {}, "and another name than solver, .*; found 'order'"),
+        (lambda problem, power=2: None, {"powr": 3}, "bounds of solver wrong .* its numbers, power; found 'powr'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            solver("wrong", **bounds)(wrong)
+    assert "wrong" not in solvers.SOLVERS
     with pytest.raises(ValueError, match="place of solver one-alone must be between 0 and 3; found 4"):
         combine(gradients, solver="one-alone", order="fixed", strengths={"place": 4})
     with pytest.raises(ValueError, match="solver must be one of project, .*; found 'first'"):

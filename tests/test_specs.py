@@ -281,7 +281,7 @@ BAD = [
     ({"options": (("solver", "gradvac"), ("beta", "2"))}, "beta of solver gradvac must be between 0 and 1; found 2"),
     (
         {"options": (("solver", "cagrad"), ("c", "much"))},
-        "option c must be a finite number of at least 0; found 'much'",
+        "option c of solver cagrad must be a finite number; found 'much'",
     ),
     ({"method": "lorri"}, "method must be one of base, lora, lori-d, .*; found 'lorri'"),
     ({"method": "lori-s"}, "calibration of method lori-s must be a run; found None"),

@@ -10,13 +10,8 @@ from collections.abc import Iterable, Mapping
 from lori_nb.lab.methods import COUNTED, Method
 from lori_nb.method import conflicts, projection, solvers
 
-SWITCHES = {  # of the conflict solver, and what each may be
-    "solver": solvers.SOLVERS,
-    "grouping": conflicts.GROUPINGS,
-    "reduction": conflicts.REDUCTIONS,
-    "order": solvers.ORDERS,
-    "reference": projection.REFERENCES,
-}
+_VALUES = (solvers.SOLVERS, conflicts.GROUPINGS, conflicts.REDUCTIONS, solvers.ORDERS, projection.REFERENCES)
+SWITCHES = dict(zip(solvers.SWITCHES, _VALUES, strict=True))  # of the conflict solver, and what each may be
 
 
 def solver_of(options: Mapping[str, str]) -> str:
@@ -42,7 +37,8 @@ def check_solver_options(options: Mapping[str, str]) -> None:
         if name in SWITCHES:
             _require(f"option {name}", value, value in SWITCHES[name], f"one of {', '.join(SWITCHES[name])}")
         else:
-            _require(f"option {name}", value, _is_amount(value), "a finite number of at least 0")
+            label = f"option {name} of solver {solver_of(options)}"
+            _require(label, value, _is_amount(value, -math.inf), "a finite number")
             solvers.check_strengths(solver_of(options), {name: float(value)})
 
 

@@ -31,6 +31,7 @@ from lori_nb.method.projection import all_orders, fixed_orders, projection_matri
 
 RECIPE = 1  # raise when a solver gives other coefficients
 ORDERS = ("random", "fixed", "mean")
+SWITCHES = ("solver", "grouping", "reduction", "order", "reference")  # what else settings say of solving conflicts
 MOST_TASKS_FOR_ALL_ORDERS = 6  # 120 orders
 HIGHEST_COSINE = 0.99  # of GradVac's running mean
 NEWTON_STEPS = 60  # of Nash-MTL
@@ -72,10 +73,22 @@ MOST: dict[str, dict[str, float]] = {}  # how large a solver's numbers may be, w
 
 def solver(name: str, **most: float) -> Callable[[Solver], Solver]:
     """Decorator: register a conflict solver under a name; a later one of the same name takes its place. ``most`` bounds
-    its numbers from above; none may be below 0.
+    its numbers from above; none may be below 0. ValueError for a number without a default or called as a switch is,
+    and for a bound of no number.
     """
 
     def wrap(function: Solver) -> Solver:
+        numbers = _numbers_of(function)
+        for key, default in numbers.items():
+            if key in SWITCHES or not isinstance(default, (int, float)):
+                raise ValueError(
+                    f"numbers of solver {name} must have a number as default and another name than "
+                    f"{', '.join(SWITCHES)}; found {key!r}"
+                )
+        if unknown := sorted(set(most) - set(numbers)):
+            raise ValueError(
+                f"bounds of solver {name} must be of its numbers, {', '.join(numbers)}; found {unknown[0]!r}"
+            )
         SOLVERS[name], MOST[name] = function, most
         return function
 
@@ -91,7 +104,11 @@ def get_solver(name: str) -> Solver:
 
 def strengths_of(name: str) -> dict[str, float]:
     """The numbers that a solver takes, by name, with their defaults."""
-    _, *numbers = inspect.signature(get_solver(name)).parameters.values()
+    return _numbers_of(get_solver(name))
+
+
+def _numbers_of(function: Solver) -> dict[str, float]:
+    _, *numbers = inspect.signature(function).parameters.values()
     return {each.name: each.default for each in numbers}
 
 
@@ -101,7 +118,7 @@ def check_strengths(name: str, strengths: Mapping[str, float]) -> None:
     for key, value in strengths.items():
         if key not in known:
             raise ValueError(f"strengths of solver {name} must be among {', '.join(known) or 'none'}; found {key!r}")
-        most = MOST[name].get(key, inf)
+        most = MOST.get(name, {}).get(key, inf)
         if not (0 <= value <= most and value < inf):
             wanted = f"between 0 and {most:g}" if most < inf else "finite and at least 0"
             raise ValueError(f"{key} of solver {name} must be {wanted}; found {value!r}")

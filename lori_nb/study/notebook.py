@@ -93,7 +93,8 @@ class Results:
 
     def keep(self, figure: Figure, name: str, table: pd.DataFrame | Mapping[str, pd.DataFrame]) -> None:
         """Save a figure as ``figures/<profile>/<notebook>_<name>`` .pdf, .svg and .png, with its provenance in each,
-        and beside it the table that it shows; several of like columns stand one below the other under their names.
+        and beside it the table that it shows, or the first of these; several of like columns stand one below the
+        other under their names. Further tables go through :meth:`keep_table`.
         """
         about = {"title": f"{self.name}: {name}", "provenance": self.provenance}
         style.save(figure, figures_folder() / slug(self.settings), f"{self.name}_{name}", about)
