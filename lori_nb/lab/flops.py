@@ -9,11 +9,11 @@ a tokens of answers, m in the longest of them, the count is a polynomial,
 
     F(L, a, m) = c_0 + c_1·L + c_2·L² + c_3·a + c_4·m + c_5·m·L,
 
-whose six numbers six counts give exactly. It is summed over the batches that training will draw, rows of several
-tasks together as they are there. Attention counts as
-plain products over full L × L squares, m × L in the last layer. Recomputation under gradient checkpointing, what is
-done to finished gradients (projection, the optimiser), scoring, and that batches of several tasks are cut in halves at
-some steps (which changes padding where tasks go through the model apart) are not counted.
+whose six numbers six counts give exactly. It is summed over the batches that training will draw, rows of several tasks
+together as they are there. Attention counts as plain products over full L × L squares, m × L in the last layer.
+Recomputation under gradient checkpointing, what is done to finished gradients (projection, the optimiser), scoring, and
+that batches of several tasks are cut in halves at some steps (which changes padding where tasks go through the model
+apart) are not counted.
 """
 
 from __future__ import annotations

@@ -141,8 +141,8 @@ def task_gradients(
             for name, each in _of_pass(base, body, group, named, micro_batch_rows, live).items():
                 found[name] = found[name].add_(each) if name in found else each
     heads = {name: each for name, each in found.items() if _is_head(name)}
-    losses = found.pop(LOSSES)
-    return TaskGradients(losses, {name: each for name, each in found.items() if name not in heads}, heads)
+    shared = {name: each for name, each in found.items() if name != LOSSES and name not in heads}
+    return TaskGradients(found[LOSSES], shared, heads)
 
 
 def _is_head(name: str) -> bool:
