@@ -35,17 +35,17 @@ def check_solver_options(options: Mapping[str, str]) -> None:
     _check_names(options, solvers.strengths_of(solver_of(options)))
     for name, value in options.items():
         if name in SWITCHES:
-            _require(f"option {name}", value, value in SWITCHES[name], f"one of {', '.join(SWITCHES[name])}")
+            require(f"option {name}", value, value in SWITCHES[name], f"one of {', '.join(SWITCHES[name])}")
         else:
             label = f"option {name} of solver {solver_of(options)}"
-            _require(label, value, _is_amount(value, -math.inf), "a finite number")
+            require(label, value, _is_amount(value, -math.inf), "a finite number")
             solvers.check_strengths(solver_of(options), {name: float(value)})
 
 
 def _check_names(options: Mapping[str, str], numbers: Iterable[str]) -> None:
     known = (*SWITCHES, *numbers)
     for name in options:
-        _require("options", name, name in known, f"among {', '.join(known)}")
+        require("options", name, name in known, f"among {', '.join(known)}")
 
 
 def check_options(method: Method, options: Mapping[str, str]) -> None:
@@ -58,7 +58,7 @@ def check_options(method: Method, options: Mapping[str, str]) -> None:
             counted = name in COUNTED
             least = 1 if counted and method.strengths[name] >= 1 else 0
             wanted = f"a {'whole number' if counted else 'number'} of at least {least}"
-            _require(f"option {name} of {method.name}", value, _is_amount(value, least, counted), wanted)
+            require(f"option {name} of {method.name}", value, _is_amount(value, least, counted), wanted)
     check_solver_options({name: value for name, value in options.items() if name not in method.strengths})
 
 
@@ -70,6 +70,7 @@ def _is_amount(value: str, least: float = 0, whole: bool = False) -> bool:
     return least <= number < math.inf and (number == int(number) or not whole)
 
 
-def _require(name: str, found: object, good: bool, wanted: str) -> None:
+def require(name: str, found: object, good: bool, wanted: str) -> None:
+    """ValueError that names what is checked, what was wanted and what was found, unless it is good."""
     if not good:
         raise ValueError(f"{name} must be {wanted}; found {found!r}")

@@ -29,7 +29,7 @@ from lori_nb.lab import (
 from lori_nb.lab.extensions import is_own, source_digest
 from lori_nb.lab.methods import LOW_RANK, METHODS, get_mask_origin, get_method, subspace_of
 from lori_nb.lab.models import base_digest, base_kind, resolve_dtype
-from lori_nb.lab.options import check_options, solver_of
+from lori_nb.lab.options import check_options, require, solver_of
 from lori_nb.lab.specs import SCHEDULES, MergeSpec, RunSpec, Spec
 from lori_nb.lab.stages import earlier_runs
 from lori_nb.lab.tasks import SPLITS, Task, get_task, rows_digest
@@ -181,47 +181,40 @@ def merge_recipe(name: str) -> list[tuple[str, str]]:
 def check(spec: Spec) -> None:
     """ValueError for a setting outside its range, before any work: names the setting, what was required and found."""
     {"run": _check_run, "merge": _check_merge}[spec.kind](spec)
-    _require("test_rows", spec.test_rows, spec.test_rows >= 1, "at least 1")
-    _require("score_on", spec.score_on, spec.score_on in SPLITS, f"one of {', '.join(SPLITS)}")
+    require("test_rows", spec.test_rows, spec.test_rows >= 1, "at least 1")
+    require("score_on", spec.score_on, spec.score_on in SPLITS, f"one of {', '.join(SPLITS)}")
     _check_tasks(spec)
-
-
-def _require(name: str, found: object, good: bool, wanted: str) -> None:
-    if not good:
-        raise ValueError(f"{name} must be {wanted}; found {found!r}")
 
 
 def _check_run(spec: RunSpec) -> None:
     for name in ("rank", "batch_size", "train_rows", "watch_rows"):
-        _require(name, getattr(spec, name), getattr(spec, name) >= 1, "at least 1")
+        require(name, getattr(spec, name), getattr(spec, name) >= 1, "at least 1")
     for name in ("steps", "shots", "seed", "weight_decay"):
-        _require(name, getattr(spec, name), getattr(spec, name) >= 0, "at least 0")
+        require(name, getattr(spec, name), getattr(spec, name) >= 0, "at least 0")
     for name in ("alpha", "clip") if spec.method == "base" else ("learning_rate", "alpha", "clip"):
-        _require(name, getattr(spec, name), getattr(spec, name) > 0, "above 0")
-    _require("schedule", spec.schedule, spec.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
-    _require("warmup", spec.warmup, 0 <= spec.warmup <= 1, "in [0, 1], a share of the steps")
-    _require("sparsity", spec.sparsity, 0 <= spec.sparsity < 1, "in [0, 1)")
+        require(name, getattr(spec, name), getattr(spec, name) > 0, "above 0")
+    require("schedule", spec.schedule, spec.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
+    require("warmup", spec.warmup, 0 <= spec.warmup <= 1, "in [0, 1], a share of the steps")
+    require("sparsity", spec.sparsity, 0 <= spec.sparsity < 1, "in [0, 1)")
     known_words = {"subspace": POLICIES, "mask_scope": tuple(SCOPES), "mask_structure": STRUCTURES}
     for name, known in known_words.items():
-        _require(name, getattr(spec, name), getattr(spec, name) in known, f"one of {', '.join(known)}")
+        require(name, getattr(spec, name), getattr(spec, name) in known, f"one of {', '.join(known)}")
     if spec.subspace == "orthogonal":
         subspace_id(spec.subspace, spec.tasks, spec.family)
     if spec.stop_after is not None:
-        _require(
-            "stop_after", spec.stop_after, 1 <= spec.stop_after <= spec.steps, f"between 1 and {spec.steps}, steps"
-        )
+        require("stop_after", spec.stop_after, 1 <= spec.stop_after <= spec.steps, f"between 1 and {spec.steps}, steps")
     rows = spec.micro_batch_rows
-    _require("micro_batch_rows", rows, rows is None or rows >= 1, "at least 1, or none")
-    _require("watch", spec.watch, all(1 <= step <= spec.trained_steps for step in spec.watch), "steps of the run")
+    require("micro_batch_rows", rows, rows is None or rows >= 1, "at least 1, or none")
+    require("watch", spec.watch, all(1 <= step <= spec.trained_steps for step in spec.watch), "steps of the run")
     check_options(get_method(spec.method), dict(spec.options))
     solvers.check_orders(dict(spec.options).get("order", "random"), len(spec.tasks))
-    _require("tasks", spec.tasks, len(spec.tasks) >= 1, "at least one")
+    require("tasks", spec.tasks, len(spec.tasks) >= 1, "at least one")
     least = len(spec.tasks)
-    _require("batch_size", spec.batch_size, spec.batch_size >= least, f"at least one row a task, {least}")
+    require("batch_size", spec.batch_size, spec.batch_size >= least, f"at least one row a task, {least}")
     weights = spec.task_weights
-    _require("task_weights", weights, len(weights) in (0, least), f"empty, or {least} numbers, one a task")
+    require("task_weights", weights, len(weights) in (0, least), f"empty, or {least} numbers, one a task")
     good = all(0 < weight < math.inf for weight in weights)
-    _require("task_weights", weights, good, "finite numbers above 0")
+    require("task_weights", weights, good, "finite numbers above 0")
     _check_parents(spec)
 
 
@@ -236,15 +229,15 @@ def _check_parents(spec: RunSpec) -> None:
         _require_low_rank("method of a run that goes on from another", spec)
         grown, grows = (get_method(each.method).grows for each in (spec.start, spec))
         wanted = "one that leaves the rank as it was, or the run's own to be one that adds factors too"
-        _require("method of the start run", spec.start.method, grows or not grown, wanted)
+        require("method of the start run", spec.start.method, grows or not grown, wanted)
         if get_method(spec.method).begin is not None:
             several = [run.tasks for run in (*earlier_runs(spec), spec) if len(run.tasks) > 1]
-            _require("tasks of a sequence's runs", several, not several, f"one each for method {spec.method}")
+            require("tasks of a sequence's runs", several, not several, f"one each for method {spec.method}")
     same = ("base", "rank", "modules", "last_layers")
     for place, parent, names in (("start", spec.start, (*same, "alpha")), ("calibration", spec.calibration, same)):
         for name in names if parent is not None else ():
             own, theirs = getattr(spec, name), getattr(parent, name)
-            _require(f"{name} of the {place} run", theirs, own == theirs, f"that of the run itself, {own!r}")
+            require(f"{name} of the {place} run", theirs, own == theirs, f"that of the run itself, {own!r}")
 
 
 def _check_mask_origin(spec: RunSpec) -> None:
@@ -252,35 +245,33 @@ def _check_mask_origin(spec: RunSpec) -> None:
     wanted = "a run" if origin.calibrated else f"None with mask_origin {spec.mask_origin}"
     found = spec.calibration
     label = None if found is None else found.label
-    _require(f"calibration of method {spec.method}", label, origin.calibrated == bool(found), wanted)
+    require(f"calibration of method {spec.method}", label, origin.calibrated == bool(found), wanted)
     goes_on = None if start is None else start.label
-    _require("start", goes_on, start is None or not origin.fresh_A, "None with fresh-a, which draws another A")
+    require("start", goes_on, start is None or not origin.fresh_A, "None with fresh-a, which draws another A")
     if origin.disjoint and start is not None:
         masked = get_method(start.method).masked
-        _require(
-            "method of the start run", start.method, masked, f"one under masks with mask_origin {spec.mask_origin}"
-        )
+        require("method of the start run", start.method, masked, f"one under masks with mask_origin {spec.mask_origin}")
     if origin.calibrated:
-        _require("tasks of the calibration run", found.tasks, found.tasks == spec.tasks, f"the run's own, {spec.tasks}")
+        require("tasks of the calibration run", found.tasks, found.tasks == spec.tasks, f"the run's own, {spec.tasks}")
     if origin.calibrated and not origin.fresh_A and start is None:
         own, theirs = ((each.seed, subspace_of(each)) for each in (spec, found))
-        _require("seed and subspace of the calibration run", theirs, own == theirs, f"the run's own, {own}, for one A")
+        require("seed and subspace of the calibration run", theirs, own == theirs, f"the run's own, {own}, for one A")
 
 
 def _require_low_rank(name: str, spec: RunSpec) -> None:
     low_rank = [known for known, chosen in METHODS.items() if chosen.form == LOW_RANK and chosen.trains]
     get_method(spec.method)
-    _require(name, spec.method, spec.method in low_rank, f"one whose update is s·B A ({', '.join(low_rank)})")
+    require(name, spec.method, spec.method in low_rank, f"one whose update is s·B A ({', '.join(low_rank)})")
 
 
 def _check_merge(spec: MergeSpec) -> None:
-    _require("parts", spec.parts, len(spec.parts) >= 1, "at least one run")
-    _require("weights", spec.weights, len(spec.weights) == len(spec.parts), f"{len(spec.parts)} numbers, one a part")
-    _require("merge", spec.merge, spec.merge in MERGE_METHODS, f"one of {', '.join(sorted(MERGE_METHODS))}")
+    require("parts", spec.parts, len(spec.parts) >= 1, "at least one run")
+    require("weights", spec.weights, len(spec.weights) == len(spec.parts), f"{len(spec.parts)} numbers, one a part")
+    require("merge", spec.merge, spec.merge in MERGE_METHODS, f"one of {', '.join(sorted(MERGE_METHODS))}")
     for part in spec.parts:
         _require_low_rank("method of a merge's parts", part)
     bases = {(part.base, part.last_layers) for part in spec.parts}
-    _require("parts", sorted(map(str, bases)), len(bases) == 1, "runs with one base and the same last_layers")
+    require("parts", sorted(map(str, bases)), len(bases) == 1, "runs with one base and the same last_layers")
 
 
 def _check_tasks(spec: Spec) -> None:
@@ -289,14 +280,14 @@ def _check_tasks(spec: Spec) -> None:
     for name in dict.fromkeys((*spec.tasks, *spec.scored)):
         task = get_task(name)
         if learns and name in spec.tasks:
-            _require(
+            require(
                 f"splits of task {name!r} that a run learns from",
                 task.splits,
                 "train" in task.splits,
                 "some with train",
             )
         if name in spec.scored:
-            _require(f"score_on for task {name!r}", spec.score_on, spec.score_on in task.splits, ", ".join(task.splits))
+            require(f"score_on for task {name!r}", spec.score_on, spec.score_on in task.splits, ", ".join(task.splits))
         for metric in (task.metric, *task.also):
             evaluation.get_metric(metric)
         if kind == "encoder" and task.reads != "encoder":
