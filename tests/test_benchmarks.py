@@ -48,6 +48,13 @@ def test_a_ratio_of_times_is_the_geometric_mean_of_interleaved_pairs(measure, cl
     assert (found["ours"], found["peer"], found["n"]) == (pytest.approx(6**0.5), pytest.approx(8**0.5), 4)
 
 
+@pytest.mark.parametrize(("each", "n"), [(0.01, 40), (2.0, 6), (9.0, 4)])
+def test_quick_calls_have_more_pairs(measure, clock, each, n):
+    work, _ = clock
+    found = measure.wall_ratio(work("ours", *[each] * 50), work("peer", *[each] * 50), 4)
+    assert found["n"] == n, "up to ten times as many, within some seconds"
+
+
 @pytest.mark.parametrize(
     ("measured", "target", "met"),
     [
@@ -78,6 +85,7 @@ def test_every_case_has_its_rows_and_a_target_where_one_is_stated(measure, monke
     names = [case.name for case in ortho.cases((2, 4, 8))]
     assert len(set(names)) == len(names) == 9 and ortho.cases((2,))[0].measures == ortho.EVERYTHING
     monkeypatch.setattr(ortho, "TORCHJD_TARGETS", {2: 2.0})
+    monkeypatch.setattr(measure, "ROOM", 0.0)
     rows = ortho.step_rows(ortho.Case("MiniLM, q and v", 2), "float32", 2)
     by_name = {(row["name"].partition(": ")[2], row["unit"]): row for row in rows}
     assert len(by_name) == len(rows) == 8

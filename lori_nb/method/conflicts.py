@@ -105,8 +105,7 @@ def combine_stacked(
         weighted = torch.tensor(scales, dtype=gramians.dtype)
         problem = Problem(gramians, weighted, order, reference, generator, {} if state is None else state)
         coefficients = get_solver(solver)(problem, **(strengths or {}))
-        sums = {name: coefficients[place[name]].to(row) @ row for name, row in rows.items()}
-    combined = {name: sums[name].reshape(each.shape[1:]).to(each.dtype) for name, each in gradients.items()}
+        combined = _weighted_sums(coefficients, place, rows, gradients)
     return combined, _conflicts(groups, gramians, problem.told.get("removed"))
 
 
@@ -148,8 +147,7 @@ def project_off(
         groups, place, gramians, rows = _blocks(stacked, grouping)
         orders = random_orders(len(groups), tasks, generator)
         coefficients = projection_matrices(gramians, orders)[:, 0]  # of the gradient itself
-        sums = {name: coefficients[place[name]].to(row) @ row for name, row in rows.items()}
-    return {name: sums[name].reshape(each.shape).to(each.dtype) for name, each in gradient.items()}
+        return _weighted_sums(coefficients, place, rows, stacked)
 
 
 @torch.no_grad()
@@ -186,9 +184,24 @@ def _blocks(
 def _gramians(rows: Sequence[Tensor], members: Sequence[int], groups: int) -> Tensor:
     """Gramians of the blocks (G, T, T): those of their tensors, added; ``members`` holds each tensor's block."""
     device = rows[0].device
-    wide = (row.double() for row in rows)  # one copy at a time
-    each = torch.stack([(row @ row.T).to(device) for row in wide])
+    # One room a shape: a new copy a tensor costs a CPU in pages to map about what its product does.
+    rooms = {shape: torch.empty(shape, dtype=torch.float64, device=device) for shape in {row.shape for row in rows}}
+    turned = {shape: room.T for shape, room in rooms.items()}
+    each = torch.stack([torch.mm(rooms[row.shape].copy_(row), turned[row.shape]) for row in rows])
     return each.new_zeros(groups, *each.shape[1:]).index_add(0, send(torch.tensor(members), device), each)
+
+
+def _weighted_sums(
+    coefficients: Tensor, place: Mapping[str, int], rows: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Σ_t c_t g_t of every tensor, c being its block's row of the coefficients (G, T), in its shape and dtype."""
+    shares = coefficients.to(next(iter(rows.values()))).unbind()
+    sums = {}
+    for name, row in rows.items():
+        given = gradients[name]
+        combined = torch.mv(row.t(), shares[place[name]]).view(given.shape[1:])
+        sums[name] = combined if given.dtype == row.dtype else combined.to(given.dtype)
+    return sums
 
 
 def _conflicts(groups: tuple[str, ...], gramians: Tensor, removed: Tensor | None = None) -> Conflicts:

@@ -136,12 +136,12 @@ def _off_originals(gramians: Tensor, orders: Tensor) -> Tensor:
     usable = squares > _floors(squares, "original")
     inverse = torch.where(usable, 1 / torch.where(usable, squares, 1), 0)
     matrices = torch.eye(tasks, dtype=gramians.dtype, device=gramians.device).repeat(groups, 1, 1)
-    for step in range(tasks - 1):
-        j = orders[:, :, step]  # (G, T): for every i the task to project off
-        facing = gramians.gather(1, j[:, :, None].expand(-1, -1, tasks))  # row i is G_j
-        inner = (matrices * facing).sum(dim=2)
-        shift = inner.clamp(max=0) * inverse.gather(1, j)
-        matrices = matrices.scatter_add(2, j[:, :, None], -shift[:, :, None])
+    turns = orders.transpose(1, 2)  # (G, T−1, T): at each step, for every i the task to project off
+    facing = gramians[:, None].expand(-1, tasks - 1, -1, -1).gather(2, turns[..., None].expand(-1, -1, -1, tasks))
+    shares = -inverse[:, None].expand(-1, tasks - 1, -1).gather(2, turns)
+    for j, rows, share in zip(turns.unbind(1), facing.unbind(1), shares.unbind(1), strict=True):  # row i of rows is G_j
+        inner = (matrices * rows).sum(dim=2)
+        matrices.scatter_add_(2, j[:, :, None], (inner.clamp_(max=0) * share)[:, :, None])
     return matrices
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from math import inf
 
 import torch
@@ -104,9 +105,10 @@ def get_solver(name: str) -> Solver:
 
 def strengths_of(name: str) -> dict[str, float]:
     """The numbers that a solver takes, by name, with their defaults."""
-    return _numbers_of(get_solver(name))
+    return dict(_numbers_of(get_solver(name)))
 
 
+@cache
 def _numbers_of(function: Solver) -> dict[str, float]:
     _, *numbers = inspect.signature(function).parameters.values()
     return {each.name: each.default for each in numbers}
@@ -114,7 +116,7 @@ def _numbers_of(function: Solver) -> dict[str, float]:
 
 def check_strengths(name: str, strengths: Mapping[str, float]) -> None:
     """ValueError for a number that the solver does not take, or one out of its range."""
-    known = strengths_of(name)
+    known = _numbers_of(get_solver(name))
     for key, value in strengths.items():
         if key not in known:
             raise ValueError(f"strengths of solver {name} must be among {', '.join(known) or 'none'}; found {key!r}")
