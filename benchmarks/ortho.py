@@ -33,7 +33,7 @@ from lori_nb.lab.models import Base, load_base
 from lori_nb.lab.prefix import cached_states, split_at, suffix_body
 from lori_nb.lab.specs import RunSpec
 from lori_nb.lab.tasks import Example, get_task
-from lori_nb.lab.telemetry import LOOKS
+from lori_nb.lab.telemetry import LOOKS, Telemetry
 from lori_nb.lab.text import Encoded, encode_decoder_rows, encode_encoder_rows
 from lori_nb.lab.training import Loop
 from lori_nb.method.adapters import LowRank, attach, target_linears
@@ -48,7 +48,7 @@ MOST_TASKS = 8
 NUMBERS = (2, 4, MOST_TASKS)  # of tasks
 ROWS = 2  # of a task, a step
 STUDY_ROWS = 8  # of a task, a step of the studies
-CANDIDATES = 8 * ROWS * MOST_TASKS  # rows, of which those of middling length are taken
+CANDIDATES = 8 * ROWS * MOST_TASKS  # rows, of which those alike in length are taken
 EVERYTHING = ("flops", "joint", "loop", "torchjd", "peak", "telemetry")
 
 
@@ -115,7 +115,7 @@ def setting_of(case: Case, dtype: str) -> Setting:
 
 
 def rows_of_like_length(base: Base, count: int) -> list[Encoded]:
-    """So many rows, those of middling length among all candidates."""
+    """So many rows: among those that differ least in length, those nearest to middling."""
     rows = get_task("family_relationships").rows("train", CANDIDATES)
     if base.kind == "decoder":
         encoded = encode_decoder_rows(base.tokenizer, rows)
@@ -123,7 +123,12 @@ def rows_of_like_length(base: Base, count: int) -> list[Encoded]:
         asked = [Example(row.prompt, answer="", target=place % 2) for place, row in enumerate(rows)]
         encoded = encode_encoder_rows(base.tokenizer, asked)
     ordered = sorted(encoded, key=lambda row: len(row.ids))
-    start = (len(ordered) - count) // 2
+    last = len(ordered) - count
+
+    def spread_and_place(start: int) -> tuple[int, float]:
+        return len(ordered[start + count - 1].ids) - len(ordered[start].ids), abs(start - last / 2)
+
+    start = min(range(last + 1), key=spread_and_place)
     return ordered[start : start + count]
 
 
@@ -154,10 +159,10 @@ def ours(setting: Setting, telemetry: bool = True, looks: bool = False) -> Calla
     :data:`LOOKS` steps of a run do.
     """
     loop = Loop(setting.spec, setting.base, setting.body, low_rank(setting), setting.tasks)
-    record = loop.telemetry
+    tasks = loop.telemetry.tasks
 
     def step() -> None:
-        loop.telemetry = copy.deepcopy(record) if telemetry else None  # a record of one step does not grow
+        loop.telemetry = Telemetry(tasks) if telemetry else None  # a record of one step does not grow
         loop.step(0 if looks else 1)
 
     return step

@@ -14,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from lori_nb.analysis.interference import ALL
 from lori_nb.analysis.nulls import null_set
+from lori_nb.analysis.overlap import MEASURES
 from lori_nb.analysis.statistics import Interval, proportion_interval, t_interval
 from lori_nb.lab.runs import Run, Store
 from lori_nb.lab.tasks import get_task
@@ -24,6 +26,7 @@ from lori_nb.method.adapters import layer_number
 from lori_nb.study import claims, conflict, geometry, notebook, questions, sharing, summary
 from lori_nb.study.cells import joint, single
 from lori_nb.study.joint_arms import JOINT_ARMS, arrangement_specs, arrangements, joint_arm_spec
+from lori_nb.study.overlap_references import means_and_references, seed_summary
 from lori_nb.study.profiles import load_settings
 from lori_nb.study.style import null_of, seeds_of
 
@@ -304,9 +307,12 @@ def test_the_null_of_a_method_has_its_singular_values(results):
 
 
 def test_two_seeds_of_one_task_are_the_other_reference(results, settings):
-    assert geometry.seed_summary(results).empty, "one seed has no second"
+    assert seed_summary(results, MEASURES).empty, "one seed has no second"
     two = notebook.collect("04_interference", replace(settings, seed=(0, 1), arms=(), pair_tasks=()))
-    found = geometry.seed_summary(two).set_index(["method", "measure"])
+    table = means_and_references(two)
+    assert set(table.loc[table["method"] == seeds_of("lora"), "measure"]) == set(ALL) - {"cosine_size"}
+    assert set(table["method"]) >= {"lora", null_of("lora"), seeds_of("lora")}
+    found = table.set_index(["method", "measure"])
     both = [geometry.single_adapters(two, "lora", seed) for seed in (0, 1)]
     means = []
     for task in settings.tasks:

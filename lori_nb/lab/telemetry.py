@@ -119,7 +119,7 @@ class Telemetry:
 def relative_change(taken: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> Tensor:
     """‖taken − whole‖ / ‖whole‖ for every tensor (G,), in the order of ``whole``; NaN where that is zero."""
     norms = torch._foreach_norm(list(whole.values()))
-    gaps = torch._foreach_norm([taken[name] - each for name, each in whole.items()])
+    gaps = torch._foreach_norm(torch._foreach_sub([taken[name] for name in whole], list(whole.values())))
     return torch.stack(gaps) / torch.stack(norms)
 
 

@@ -250,8 +250,13 @@ class Loop:
 
     def _plain(self, found: TaskGradients) -> dict[str, Tensor]:
         """What joint training takes: the mean over tasks, or their sum where the options say so."""
-        tasks = 1 if self._sums else len(found.losses)
-        return {name: sum(each.unbind()) / tasks for name, each in found.shared.items()}
+        first, *others = zip(*(each.unbind() for each in found.shared.values()), strict=True)
+        totals = torch._foreach_add(first, others[0]) if others else [each.clone() for each in first]
+        for gradients in others[1:]:
+            torch._foreach_add_(totals, gradients)
+        if not self._sums:
+            torch._foreach_div_(totals, len(found.losses))
+        return dict(zip(found.shared, totals, strict=True))
 
     def save(self, path: Path, about: dict) -> None:
         """Write a checkpoint, with what ``about`` says of it."""

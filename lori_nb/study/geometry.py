@@ -31,7 +31,7 @@ from lori_nb.study.cells import single
 from lori_nb.study.choices import choice_arms
 from lori_nb.study.notebook import Results
 from lori_nb.study.plans import sparsity_specs
-from lori_nb.study.style import null_of, seeds_of, title_of
+from lori_nb.study.style import null_of, title_of
 from lori_nb.study.summary import as_columns
 
 GIVEN = "adapters"  # what tables call those from elsewhere
@@ -147,27 +147,6 @@ def single_adapters(results: Results, method: str, seed: int) -> dict[str, Adapt
     settings = results.settings
     runs = {task: results.run(single(settings, method, task, seed)) for task in settings.tasks}
     return {task: run.adapter for task, run in runs.items() if run is not None}
-
-
-def seed_summary(results: Results) -> pd.DataFrame:
-    """The other reference: how far two seeds' adapters of one and the same task overlap, as :func:`overlap_summary`.
-
-    The method is called :func:`~lori_nb.study.style.seeds_of` it; a t interval over tasks. Empty with one seed.
-    """
-    settings = results.settings
-    rows = []
-    for method in settings.method if len(settings.seed) > 1 and not settings.adapters else ():
-        by_seed = {str(seed): single_adapters(results, method, seed) for seed in settings.seed}
-        tables = []
-        for task in settings.tasks:
-            same = {seed: found[task].factors for seed, found in by_seed.items() if task in found}
-            tables += [overlap_table(same).assign(task=task)] if len(same) > 1 else []
-        table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["measure"])
-        for measure, part in table.groupby("measure", sort=False):
-            values = part["value"].abs().groupby(part["task"]).mean().dropna()
-            about = {"method": seeds_of(method), "measure": measure, "seeds": len(settings.seed)}
-            rows += [about | as_columns(t_interval(values), "tasks")] if len(values) else []
-    return pd.DataFrame(rows, columns=["method", "measure", "value", "low", "high", "n", "of", "seeds"])
 
 
 def choice_sets(results: Results, seed: int) -> dict[str, dict[str, dict[str, Factors]]]:

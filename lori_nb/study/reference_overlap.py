@@ -13,6 +13,7 @@ import pandas as pd
 
 from lori_nb.study import comparison, figures, functional, geometry, layouts
 from lori_nb.study.notebook import Results, collect
+from lori_nb.study.overlap_references import means_and_references
 from lori_nb.study.plans import method_specs
 from lori_nb.study.summary import markdown, readable
 
@@ -31,7 +32,7 @@ def tables(results: Results) -> dict[str, pd.DataFrame]:
         pair = ["method", "measure", "adapter_a", "adapter_b"]
         magnitudes = overlaps.assign(value=overlaps["value"].abs())
         found["overlap_pairs"] = magnitudes.groupby(pair, sort=False)["value"].mean().reset_index()
-        found["overlap"] = pd.concat([geometry.overlap_summary(overlaps), geometry.seed_summary(here)])
+        found["overlap"] = means_and_references(here)
         found["overlap_choices"] = geometry.overlap_summary(geometry.overlaps(here, geometry.choice_sets))
         found["angles"] = geometry.angle_spectra(here)
         found["mask_overlap"] = geometry.mask_overlaps(here)
@@ -60,6 +61,7 @@ def headline(folder: Path) -> str:
     if not (folder / "overlap.csv").exists():
         return ""
     means = pd.read_csv(folder / "overlap.csv")
+    means = means[means["measure"].isin(MEASURES)]
     means[BOUNDS] *= 100
     table = readable(means.replace({"measure": figures.MEASURE_LABELS}), "method", "measure")
     parts = ["Overlap of two tasks' adapters in percent, mean over modules and pairs of tasks:", markdown(table)]
@@ -73,6 +75,9 @@ def headline(folder: Path) -> str:
 def text(folder: Path) -> str:
     """The same with what choices buy, for the page of all tables."""
     parts = [words] if (words := headline(folder)) else []
+    if parts:
+        every = readable(pd.read_csv(folder / "overlap.csv"), "measure", "method", 3)
+        parts += ["All measures, each in its own unit (`lori_nb.analysis`):", markdown(every)]
     if (folder / "choices.csv").exists():
         parts += [
             "What the draw of A and the structure of masks buy, on the tasks of the arms; the merge is the plain sum:",
