@@ -144,13 +144,14 @@ def arrangement_specs(settings: Settings, seed: int) -> dict[str, list[RunSpec]]
 
 
 def planned_arrangements(settings: Settings) -> list[RunSpec]:
-    """Joint training and Ortho-LoRA beside one adapter a task on every seed, also where they train twice as long; the
-    other ways on ``arm_seed``.
+    """Joint training and Ortho-LoRA beside one adapter a task on every seed, also where they train twice as long; then
+    the other ways on ``arm_seed``.
     """
-    return [
-        spec
-        for seed in settings.seed
-        for name, specs in arrangement_specs(settings, seed).items()
-        if name in ON_EVERY_SEED or seed in settings.arm_seed
-        for spec in specs
-    ]
+    first, then = [], []
+    for seed in settings.seed:
+        for name, specs in arrangement_specs(settings, seed).items():
+            if name in ON_EVERY_SEED:
+                first += specs
+            elif seed in settings.arm_seed:
+                then += specs
+    return first + then
