@@ -39,6 +39,7 @@ from lori_nb.study import (
 )
 from lori_nb.study.cells import joint
 from lori_nb.study.profiles import NOTEBOOKS, load_settings
+from lori_nb.study.sequence_runs import orders_from_first
 from lori_nb.study.stored import read_notebook
 
 TASKS = ["refusal", "chain_sum", "family_relationships"]
@@ -69,6 +70,10 @@ def results(settings, session_home):
 
 @pytest.fixture(scope="module")
 def varied(results):
+    return with_other_answers(results)
+
+
+def with_other_answers(results):
     """The same runs with answers drawn anew: models this small score 0 on nearly everything, which no mean tells."""
     draws, table, runs = np.random.default_rng(0), results.table.copy(), {}
     for name, run in results.runs.items():
@@ -102,7 +107,7 @@ def test_safety_comes_first_unless_the_sequence_says_otherwise():
     ("changes", "words"),
     [
         ({"ways": ["lori"]}, "ways must be among lora, .*; found 'lori'"),
-        ({"orders": "some"}, "orders must be one of given, balanced, all, auto; found 'some'"),
+        ({"orders": "some"}, "orders must be one of given, balanced, all, auto, every; found 'some'"),
         ({"first": "gsm8k"}, "first must be one of chain_sum, refusal; found 'gsm8k'"),
         ({"strengths": {"ewc": {"force": 1}}}, "strengths of ewc must be among strength, memory; found 'force'"),
         ({"strengths": {"ewc": {"strength": "much"}}}, "strengths of ewc: strength must be a number"),
@@ -136,12 +141,37 @@ def test_all_orders_of_three_tasks_and_balanced_ones_of_more():
     assert ordered(5, "auto") == ordered(5, "balanced") and len(ordered(5, "all")) == 24
 
 
-@pytest.mark.parametrize("tasks", [2, 3, 4, 6])
+@pytest.mark.parametrize("tasks", [1, 2, 3, 4, 5, 6])
 def test_balanced_orders_have_every_task_once_at_every_place(tasks):
     table = np.array(ordered(tasks, "balanced"))
-    assert len(table) == tasks - 1
+    assert len(table) == max(1, tasks - 1) and "".join(table[0]) == "abcdef"[:tasks], "the given order comes first"
     for place in range(1, tasks):
         assert sorted(table[:, place]) == sorted("abcdef"[1:tasks])
+
+
+@pytest.mark.parametrize("tasks", [2, 4, 6])
+def test_balanced_orders_of_an_even_number_of_tasks_have_every_pair_of_neighbours_once(tasks):
+    orders = sequences.latin_square("abcdef"[:tasks])
+    neighbours = [pair for order in orders for pair in itertools.pairwise(order)]
+    assert sorted(neighbours) == sorted(itertools.permutations("abcdef"[:tasks], 2))
+
+
+def test_neighbours_of_an_odd_number_of_tasks_are_not_balanced():
+    neighbours = {pair for order in sequences.latin_square("abc") for pair in itertools.pairwise(order)}
+    assert neighbours == {("a", "b"), ("b", "c"), ("c", "a")}
+
+
+def test_any_task_may_be_first():
+    assert sorted(ordered(3, "every")) == sorted(itertools.permutations("abc"))
+    assert ordered(4, "every", "ewc") == sequences.latin_square("abcd")
+    assert ordered(3, "every", "joint") == [("a", "b", "c")]
+    plain = replace(load_settings("smoke"), orders="every", sequence_steps=2)
+    first = {order[0]: sequences.stage_runs(plain, "lora", order, 0)[0] for order in sequences.orders_of(plain, "lora")}
+    assert {task: (run.tasks, run.trained_steps) for task, run in first.items()} == {
+        task: ((task,), 2) for task in plain.sequence
+    }, "no task has more steps than another for coming first"
+    held = orders_from_first(plain, sequences.orders_of(plain, "lora"))
+    assert held == [plain.sequence], "what becomes of the first task is asked of orders that begin with it"
 
 
 def test_sequences_that_begin_alike_share_their_runs(settings):
@@ -249,7 +279,7 @@ def test_all_tasks_are_scored_after_every_stage(varied, settings):
 
 def test_the_first_row_is_the_first_task_s_own_run(results, settings):
     """Scored again on all tasks, its own score is that of the run itself, on the rows that both have."""
-    run = results.run(sequences.first_run(settings, "lora", 0))
+    run = results.run(sequences.alone_run(settings, "lora", settings.first, 0))
     again = results.run(sequences.stages(settings, "lora", settings.sequence, 0)[0])
     rows = [each.predictions.query("task == 'refusal'").sort_values("row")["correct"].tolist() for each in (run, again)]
     assert rows[0][:30] == rows[1] and len(rows[0]) == 40
@@ -280,6 +310,26 @@ def test_metrics_are_means_over_orders_then_seeds(varied, settings):
     assert table["lora", "forward"] == pytest.approx(np.mean(ahead))
     assert table["lora", "intransigence"] == pytest.approx(np.mean(missed))
     assert np.isnan(table["joint", "forgetting"]) and 0 <= table["joint", "average"] <= 1
+
+
+def test_tables_of_sequences_that_begin_with_any_task(settings):
+    """The first task's fate is read off the sequences that begin with it; everything else off all."""
+    several = replace(settings, seed=(0,), ways=("lora",), sequence=("refusal", "chain_sum"), orders="every")
+    found = notebook.collect("06_forgetting", several)
+    assert len(functional.later_interference(found))
+    results = with_other_answers(found)
+    first, last = (
+        results.run(spec).predictions.query("task == 'refusal'").sort_values("row")["correct"].to_numpy()
+        for spec in sequences.stages(several, "lora", ("refusal", "chain_sum"), 0)
+    )
+    kept = forgetting.kept_answers(results)
+    assert kept["value"].tolist() == [last[first == 1].mean()] and first.any()
+    matrices = [stage_values(results, "lora", order, 0) for order in itertools.permutations(several.sequence)]
+    lost = forgetting.metrics(results).set_index("metric").loc["forgetting"]
+    assert lost["value"] == pytest.approx(np.mean([R[0, 0] - R[1, 0] for R in matrices])) and lost["orders"] == 2
+    assert set(forgetting.by_step(results)["task"]) == set(several.sequence)
+    assert sequence_effects.order_effects(results)["orders"].tolist() == [2]
+    assert forgetting.plane(results)["orders"].tolist() == [2]
 
 
 def test_an_encoder_has_no_forward_transfer(tiny_encoder, registries):

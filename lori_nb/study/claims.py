@@ -9,6 +9,7 @@ papers' own numbers belong to other models and tasks.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -114,7 +115,8 @@ def _kept_first(a: str, b: str) -> Callable[[Results], Measured | None]:
             lambda seed: sequence_runs.last_specs(settings, a, seed),
             lambda seed: sequence_runs.last_specs(settings, b, seed),
         )
-        return _difference(pairs, [settings.first] * len(orders_of(settings, a)))
+        orders = sequence_runs.orders_from_first(settings, orders_of(settings, a))
+        return _difference(pairs, [settings.first] * len(orders))
 
     return measure
 
@@ -122,7 +124,8 @@ def _kept_first(a: str, b: str) -> Callable[[Results], Measured | None]:
 def _left_of_first(results: Results, way: str) -> str:
     """What a way leaves of the first task's score, in brackets where that is less than half: better is not kept."""
     settings = results.settings
-    grid = [(order, seed) for order in orders_of(settings, way) for seed in settings.seed]
+    orders = sequence_runs.orders_from_first(settings, orders_of(settings, way))
+    grid = itertools.product(orders, settings.seed)
     found = [R for order, seed in grid if (R := sequence_runs.matrix_of(results, way, order, seed)) is not None]
     if not found:  # the last runs are known, those before them are not
         return ""

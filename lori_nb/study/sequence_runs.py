@@ -30,6 +30,11 @@ def common_orders(settings: Settings) -> list[tuple[str, ...]]:
     return [order for order in several[0] if all(order in orders for orders in several)]
 
 
+def orders_from_first(settings: Settings, orders: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Those that begin with the settings' first task, such as one of safety: all, unless orders are "every"."""
+    return [order for order in orders if order[0] == settings.first]
+
+
 def on_common_orders(scores: pd.DataFrame, settings: Settings) -> pd.DataFrame:
     """Rows of :func:`stage_scores` of :func:`common_orders`."""
     return scores[scores["order"].isin([arrow(order) for order in common_orders(settings)])]
@@ -125,9 +130,12 @@ def first_and_last(order: Sequence[str], runs: Sequence[Run]) -> list[Pair]:
 def pairs_of(
     results: Results, way: str, of: Callable[[Sequence[str], Sequence[Run]], list[Pair]]
 ) -> dict[int, list[Pair]]:
-    """Seed → pairs of runs from the way's sequences on :func:`common_orders`; seeds that lack a run are left out."""
+    """Seed → pairs of runs from the way's sequences on :func:`common_orders`, of which :func:`first_and_last` is asked
+    about those of :func:`orders_from_first`; seeds that lack a run are left out.
+    """
     settings, found = results.settings, {}
     orders = common_orders(settings)
+    orders = orders_from_first(settings, orders) if of is first_and_last else orders
     for seed in settings.seed:
         runs = [finished(results, way, order, seed) for order in orders]
         if None not in runs:
@@ -136,5 +144,6 @@ def pairs_of(
 
 
 def last_specs(settings: Settings, way: str, seed: int) -> list[Spec]:
-    """The specs scored after the last task, one an order."""
-    return [stages(settings, way, order, seed)[-1] for order in orders_of(settings, way)]
+    """The specs scored after the last task, one for each of :func:`orders_from_first`."""
+    orders = orders_from_first(settings, orders_of(settings, way))
+    return [stages(settings, way, order, seed)[-1] for order in orders]

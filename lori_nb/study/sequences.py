@@ -22,7 +22,7 @@ from lori_nb.study.cells import base_runs, check_goes_on, joint, rate_of, single
 from lori_nb.study.pairs import pair_settings
 from lori_nb.study.settings import Settings
 
-ORDERS = ("given", "balanced", "all", "auto")
+ORDERS = ("given", "balanced", "all", "auto", "every")
 ALL_OF = 3  # tasks after the first of which "auto" takes all orders
 MERGED, JOINT, DISJOINT, MASKS_ALONE = "merged", "joint", "lori-s-disjoint", "lori-s-masks-alone"
 
@@ -83,20 +83,31 @@ def get_way(name: str) -> Way:
 def orders_of(settings: Settings, way: str) -> list[tuple[str, ...]]:
     """The sequences of a way: the first task, then the others in every order that the settings ask for.
 
-    "given" is the settings' own sequence; "all" every order of the tasks after the first; "balanced" as many as there
-    are such tasks, each of them once at every place (a cyclic Latin square: places are balanced, neighbours are not);
-    "auto" all of up to :data:`ALL_OF` such tasks and balanced ones of more. Ways without ``every_order`` have balanced
-    ones in place of all.
-    The first task stays first in every order, whether or not it is one to be kept such as safety, since tables ask what
-    becomes of it: "all" orders of three tasks are two sequences of the six.
+    "given" is the settings' own sequence; "all" every order of the tasks after the first; "balanced" those of
+    :func:`latin_square`; "auto" all of up to :data:`ALL_OF` such tasks and balanced ones of more. Under these the first
+    task, such as one of safety, stays first, since tables ask what becomes of it. Under "every" no task is held first:
+    all orders of all tasks. Ways without ``every_order`` have balanced ones in place of all.
     """
-    first, *others = settings.sequence
     if settings.orders == "given" or way == JOINT:
         return [settings.sequence]
-    every = settings.orders == "all" or (settings.orders == "auto" and len(others) <= ALL_OF)
-    if every and get_way(way).every_order:
-        return [(first, *order) for order in itertools.permutations(others)]
-    return [(first, *others[place:], *others[:place]) for place in range(max(1, len(others)))]
+    held = 0 if settings.orders == "every" else 1
+    first, others = settings.sequence[:held], settings.sequence[held:]
+    every = settings.orders in ("all", "every") or (settings.orders == "auto" and len(others) <= ALL_OF)
+    chosen = itertools.permutations(others) if every and get_way(way).every_order else latin_square(others)
+    return [(*first, *order) for order in chosen]
+
+
+def latin_square(tasks: Sequence[str]) -> list[tuple[str, ...]]:
+    """As many orders as tasks, each task once at every place, the given order first. Of an even number of tasks also
+    each once right before every other (E. J. Williams 1949, doi:10.1071/CH9490149); of an odd number, where so few
+    orders cannot have that, the cyclic ones.
+    """
+    count = len(tasks)
+    if count % 2:
+        return [(*tasks[shift:], *tasks[:shift]) for shift in range(count)]
+    row = [place // 2 if place % 2 == 0 else -(place // 2 + 1) for place in range(count)]  # 0, −1, 1, −2, 2, …
+    at = {number % count: task for number, task in zip(row, tasks, strict=True)}
+    return [tuple(at[(number + shift) % count] for number in row) for shift in range(count)] or [()]
 
 
 def stages(settings: Settings, way: str, order: Sequence[str], seed: int) -> list[Spec]:
@@ -121,7 +132,7 @@ def stage_runs(settings: Settings, way: str, order: Sequence[str], seed: int) ->
     watch.
     """
     chosen, shorter = get_way(way), _as_stages(settings)
-    runs = [first_run(settings, way, seed)]
+    runs = [alone_run(settings, chosen.first, order[0], seed)]
     for place, task in enumerate(order[1:], start=1):
         watch = tuple(step for step in settings.watch if step < shorter.steps_on(task)) if place == 1 else ()
         watched = {"watch": watch, "watch_rows": settings.watch_rows, "evaluate": (order[0], task)} if watch else {}
@@ -135,7 +146,8 @@ def stage_runs(settings: Settings, way: str, order: Sequence[str], seed: int) ->
 
 def alone_run(settings: Settings, method: str, task: str, seed: int) -> RunSpec:
     """A method on a task alone, for as many steps as the task has in a sequence."""
-    later = settings.sequence_steps is not None and task != settings.sequence[0]
+    first = settings.orders != "every" and task == settings.first
+    later = settings.sequence_steps is not None and not first
     return single(_as_stages(settings) if later else settings, method, task, seed)
 
 
@@ -148,11 +160,6 @@ def _as_stages(settings: Settings) -> Settings:
 def steps_after(settings: Settings, task: str) -> int:
     """Optimiser steps of a task that is learned after another."""
     return _as_stages(settings).steps_on(task)
-
-
-def first_run(settings: Settings, way: str, seed: int) -> RunSpec:
-    """The run of a sequence's first task."""
-    return single(settings, get_way(way).first, settings.sequence[0], seed)
 
 
 def options_of(settings: Settings, method: str) -> tuple[tuple[str, str], ...]:
