@@ -117,6 +117,9 @@ def tune(
     strengths: Annotated[str, typer.Option(help="Instead: how strongly earlier tasks are held: ewc,o-lora.")] = "",
     tasks: Tasks = "",
     seed: Seed = "",
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimiser steps of every run instead of the profile's.")
+    ] = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="Print the first grids' runs and their cost; do nothing.")
     ] = False,
@@ -124,14 +127,17 @@ def tune(
 ) -> None:
     """Choose learning rates on held-out training rows, every method with the same budget."""
     allow_code(allow_code_execution)
+    from lori_nb.lab.models import base_kind
     from lori_nb.study import tuning
     from lori_nb.study.conduct import plan_text
     from lori_nb.study.grid import expand_values
     from lori_nb.study.profiles import load_settings
 
     changes = {"tasks": names_in(tasks)} if tasks else {}
-    settings = load_settings(profile, **changes, **({"seed": expand_values(seed)} if seed else {}))  # own methods too
-    words = [f"--{name} {value}" for name, value in (("tasks", tasks), ("seed", seed)) if value]
+    changes |= {"seed": expand_values(seed)} if seed else {}
+    changes |= {"steps": steps, "joint_steps": steps, "task_steps": {}} if steps else {}
+    settings = load_settings(profile, **changes)  # own methods too
+    words = [f"--{name} {value}" for name, value in (("tasks", tasks), ("seed", seed), ("steps", steps)) if value]
     asked = " ".join([f"--profile {profile}", *words])
     if strengths:
         from lori_nb.study import strengths as numbers
@@ -144,7 +150,7 @@ def tune(
         for path in numbers.publish_strengths(table, tuning.table_name(settings), asked):
             print(path)
         return
-    grids = tuning.first_grids(names_in(methods)) if methods else tuning.first_grids()
+    grids = tuning.first_grids(names_in(methods) or tuple(tuning.CENTRES), base_kind(settings.base))
     if plan:
         print(plan_text(tuning.first_specs(settings, grids), jobs))
         return

@@ -7,6 +7,7 @@ what is left of a gap of which one side only learns faster.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -20,7 +21,8 @@ from lori_nb.study.settings import Settings
 
 SINGLE, JOINT, ORTHO = "single", "joint", "ortho-lora"
 SINGLE_LONGER, JOINT_LONGER, ORTHO_LONGER = (f"{name}-longer" for name in (SINGLE, JOINT, ORTHO))
-ON_EVERY_SEED = (SINGLE, JOINT, ORTHO, SINGLE_LONGER, JOINT_LONGER, ORTHO_LONGER)  # what the gap is made of
+FIRST = (SINGLE, JOINT, ORTHO)  # what the gap is made of: on every seed
+THEN = (SINGLE_LONGER, JOINT_LONGER, ORTHO_LONGER)  # whether that was their plateau
 
 
 @dataclass(frozen=True)
@@ -144,14 +146,16 @@ def arrangement_specs(settings: Settings, seed: int) -> dict[str, list[RunSpec]]
 
 
 def planned_arrangements(settings: Settings) -> list[RunSpec]:
-    """Joint training and Ortho-LoRA beside one adapter a task on every seed, also where they train twice as long; then
-    the other ways on ``arm_seed``.
+    """Joint training and Ortho-LoRA beside one adapter a task on every seed; then, on ``arm_seed``, the same trained
+    twice as long, and the other ways.
     """
-    first, then = [], []
-    for seed in settings.seed:
-        for name, specs in arrangement_specs(settings, seed).items():
-            if name in ON_EVERY_SEED:
-                first += specs
-            elif seed in settings.arm_seed:
-                then += specs
-    return first + then
+    several = {seed: arrangement_specs(settings, seed) for seed in settings.seed}
+    names = arrangements(settings)
+    others = [name for name in names if name not in (*FIRST, *THEN)]
+    stages = ((FIRST, settings.seed), (THEN, settings.arm_seed), (others, settings.arm_seed))
+    return [
+        spec
+        for chosen, seeds in stages
+        for seed, name in itertools.product(seeds, [name for name in names if name in chosen])
+        for spec in several[seed][name]
+    ]

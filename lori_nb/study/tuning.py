@@ -36,14 +36,16 @@ RATES = 5  # learning rates a method begins with
 # the method most like it does.
 CENTRES = {"lora": 2e-3, "lori-d": 3.2e-2, "lori-s": 6.4e-2, "joint": 2e-3, "ortho-lora": 2e-3}
 OTHER_CENTRES = {"lora-fa": 3.2e-2, "dora": 2e-3, "full": 2e-4}
+ENCODER_CENTRES = {"lora": 1e-3, "lori-d": 8e-3, "lori-s": 1.6e-2, "joint": 1e-3, "ortho-lora": 1e-3}
 
 
-def first_grids(arms: Sequence[str] = tuple(CENTRES)) -> dict[str, list[float]]:
+def first_grids(arms: Sequence[str] = tuple(CENTRES), kind: str = "decoder") -> dict[str, list[float]]:
     """Arm → the rates that its grid begins with, a method after the one that calibrates it, at whose rate it does so.
 
     Args:
         arms: "joint" for LoRA on all tasks at once, other ways to learn all tasks at once as ``joint_arms`` takes them,
             and any method that trains, own ones too.
+        kind: "decoder" or "encoder", whose rates differ.
 
     Raises:
         ValueError: another name; it lists the known ones.
@@ -54,7 +56,7 @@ def first_grids(arms: Sequence[str] = tuple(CENTRES)) -> dict[str, list[float]]:
             raise ValueError(f"methods must be among {', '.join(dict.fromkeys((*known, *SOLVERS)))}; found {arm!r}")
     ordered = sorted((arm for arm in dict.fromkeys((*known, *arms)) if arm in arms), key=_is_calibrated)
     steps = range(-(RATES // 2), RATES // 2 + 1)
-    return {arm: [centre_of(arm) * FACTOR**step for step in steps] for arm in ordered}
+    return {arm: [centre_of(arm, kind) * FACTOR**step for step in steps] for arm in ordered}
 
 
 def _is_joint_arm(name: str) -> bool:
@@ -70,9 +72,9 @@ def _is_calibrated(arm: str) -> bool:
     return arm in METHODS and METHODS[arm].calibration is not None
 
 
-def centre_of(arm: str) -> float:
+def centre_of(arm: str, kind: str = "decoder") -> float:
     """The middle of an arm's first grid: its own, or that of the built-in method most like it."""
-    known = CENTRES | OTHER_CENTRES
+    known = CENTRES | OTHER_CENTRES | (ENCODER_CENTRES if kind == "encoder" else {})
     if arm in known:
         return known[arm]
     like = get_joint_arm(arm).like if _is_joint_arm(arm) else like_of(arm)[0]
@@ -142,7 +144,9 @@ def first_specs(settings: Settings, grids: dict[str, list[float]]) -> list[RunSp
 
 def table_name(settings: Settings) -> str:
     """What the tables of a study's rates are named by: its profile, and its tasks where they are others."""
-    return slug(replace(settings, seed=load_settings(settings.profile).seed))
+    usual = load_settings(settings.profile, tasks=list(settings.tasks))
+    same = ("seed", "steps", "joint_steps", "task_steps")
+    return slug(replace(settings, **{name: getattr(usual, name) for name in same}))
 
 
 def publish(table: pd.DataFrame, name: str, chosen: str = "") -> list[Path]:
