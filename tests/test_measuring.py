@@ -6,6 +6,7 @@ import re
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 from tiny import marked
@@ -13,6 +14,7 @@ from tiny import marked
 from lori_nb.lab import ledger
 from lori_nb.lab.resolving import resolve
 from lori_nb.lab.runs import Store
+from lori_nb.lab.tasks import Example, task
 from lori_nb.study import conflict, conflict_records, measuring, reference, reference_text, sharing
 from lori_nb.study.joint_arms import joint_arm_spec
 from lori_nb.study.notebook import collect, slug
@@ -57,6 +59,16 @@ def test_methods_first_then_the_rest_one_seed_after_another_and_each_run_once(se
         assert [spec.seed for spec in part] == sorted(spec.seed for spec in part)
     assert {spec.hash for spec in ordered} == {resolve(spec).hash for spec in specs}
     assert len(ordered) == len({spec.hash for spec in ordered})
+
+
+def test_what_tells_of_a_plateau_comes_before_the_other_ways():
+    settings = load_settings("standard")
+    ordered = measuring.planned(settings, ["03_ortho_lora"])
+    names = {joint_arm_spec(settings, name, seed): name for name in settings.joint_arms for seed in settings.seed}
+    names = {resolve(spec).hash: name for spec, name in names.items()}
+    shared = [names[spec.hash] for spec in ordered if spec.hash in names]
+    assert set(shared[:10]) == {"joint", "ortho-lora"} and set(shared[10:20]) == {"joint-longer", "ortho-lora-longer"}
+    assert "joint-wide" in shared[20:] and len(ordered) == len(shared) + 2 * 4 * 5, "and one adapter a task, both long"
 
 
 def test_reference_tables_and_figures_come_from_the_ledger_alone(settings, tmp_path):
@@ -122,6 +134,37 @@ def test_the_page_says_what_its_tables_alone_do_not_show(tmp_path):
 
 
 # Several tasks in one adapter
+
+
+def test_every_official_metric_of_an_encoders_tasks_is_on_the_page(
+    tiny_encoder, home, registries, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(ledger, "ledger_folder", lambda: tmp_path / "ledger")
+    for number in (0, 1):
+
+        @task(
+            f"odd-{number}", domain="own", metric="accuracy", also=("matthews",) * number, licence="own",
+            reads="encoder", labels=("even", "odd"),
+        )  # fmt: skip
+        def odd(split, number=number):
+            for value in range(40):
+                answer = (value + number) % 2
+                yield Example(prompt=f"{number} {value}", answer=("even", "odd")[answer], target=answer)
+
+    small = {"last_layers": 2, "rank": 2, "steps": 2, "joint_steps": 2, "test_rows": 12, "arms": []}
+    settings = load_settings("smoke", base=str(tiny_encoder), tasks=["odd-0", "odd-1"], seed=[0, 1], **small)
+    monkeypatch.setenv("LORI_NB_BATCH", "1")
+    results = collect("03_ortho_lora", settings)  # in this process, which knows the tasks
+    others = sharing.other_metrics(results)
+    assert set(others["task"]) == {"odd-1"} and set(others["metric"]) == {"matthews"} and set(others["seeds"]) == {2}
+    runs = [run for run in results.runs.values() if run.spec.tasks == ("odd-1",)]
+    alone = others.set_index("arrangement").loc["single", "value"]
+    assert len(runs) == 2 and alone == pytest.approx(np.mean([run.value("odd-1", "matthews") for run in runs]))
+    measuring.measure(settings, ["03_ortho_lora"], jobs=1)
+    (tmp_path / "project").mkdir()
+    _, page = marked(tmp_path / "project", slug(settings))
+    reference.write_reference(settings, ["03_ortho_lora"], tmp_path / "project")
+    assert "odd-1: matthews (n = 2 seeds)" in page.read_text()
 
 
 @pytest.fixture

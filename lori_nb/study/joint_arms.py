@@ -7,7 +7,6 @@ what is left of a gap of which one side only learns faster.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -21,8 +20,8 @@ from lori_nb.study.settings import Settings
 
 SINGLE, JOINT, ORTHO = "single", "joint", "ortho-lora"
 SINGLE_LONGER, JOINT_LONGER, ORTHO_LONGER = (f"{name}-longer" for name in (SINGLE, JOINT, ORTHO))
-FIRST = (SINGLE, JOINT, ORTHO)  # what the gap is made of: on every seed
-THEN = (SINGLE_LONGER, JOINT_LONGER, ORTHO_LONGER)  # whether that was their plateau
+GAP = (SINGLE, JOINT, ORTHO)  # what the gap is made of; these and
+LONGER = (SINGLE_LONGER, JOINT_LONGER, ORTHO_LONGER)  # what tells whether that was their plateau: on every seed
 
 
 @dataclass(frozen=True)
@@ -146,16 +145,19 @@ def arrangement_specs(settings: Settings, seed: int) -> dict[str, list[RunSpec]]
 
 
 def planned_arrangements(settings: Settings) -> list[RunSpec]:
-    """Joint training and Ortho-LoRA beside one adapter a task on every seed; then, on ``arm_seed``, the same trained
-    twice as long, and the other ways.
+    """Joint training and Ortho-LoRA beside one adapter a task on every seed, also where they train twice as long; the
+    other ways on ``arm_seed``.
     """
-    several = {seed: arrangement_specs(settings, seed) for seed in settings.seed}
-    names = arrangements(settings)
-    others = [name for name in names if name not in (*FIRST, *THEN)]
-    stages = ((FIRST, settings.seed), (THEN, settings.arm_seed), (others, settings.arm_seed))
     return [
         spec
-        for chosen, seeds in stages
-        for seed, name in itertools.product(seeds, [name for name in names if name in chosen])
-        for spec in several[seed][name]
+        for seed in settings.seed
+        for name, specs in arrangement_specs(settings, seed).items()
+        if name in (*GAP, *LONGER) or seed in settings.arm_seed
+        for spec in specs
     ]
+
+
+def longer_arrangements(settings: Settings) -> list[RunSpec]:
+    """Of :func:`planned_arrangements` those that train twice as long."""
+    several = [arrangement_specs(settings, seed) for seed in settings.seed]
+    return [spec for each in several for name in LONGER for spec in each.get(name, ())]

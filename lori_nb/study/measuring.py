@@ -3,9 +3,9 @@
 What only adapters can tell goes there too (:mod:`lori_nb.study.adapter_records`), once they are all in the store.
 
 A study of hours trains the methods themselves first, with joint training and Ortho-LoRA where a notebook asks for them,
-and the variants after them, each seed by seed, so that the runs that share a calibration are done together and what is
-there at any time can be read. Tables and figures are then made from the ledger alone, wherever the runs themselves may
-be.
+then what tells whether that was their plateau, and the variants after them, each seed by seed, so that the runs that
+share a calibration are done together and what is there at any time can be read. Tables and figures are then made from
+the ledger alone, wherever the runs themselves may be.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lori_nb.lab.run_tables import also_rows, watched_rows
 from lori_nb.lab.runs import Store, unmeasured
 from lori_nb.lab.specs import Spec
 from lori_nb.study import adapter_records, conflict_records, functional, mergeability
-from lori_nb.study.joint_arms import JOINT, ORTHO, joint_arm_spec
+from lori_nb.study.joint_arms import JOINT, ORTHO, joint_arm_spec, longer_arrangements
 from lori_nb.study.notebook import Results, slug
 from lori_nb.study.plans import PLANS, method_specs
 from lori_nb.study.pool import train_all
@@ -60,7 +60,8 @@ def measure(settings: Settings, notebooks: Sequence[str], jobs: int = 2, store: 
 def planned(settings: Settings, notebooks: Sequence[str]) -> list[Spec]:
     """Every run that the notebooks ask for, once, in the order in which they are measured."""
     first = [*method_specs(settings), *(joint_arm_spec(settings, n, s) for n in (JOINT, ORTHO) for s in settings.seed)]
-    return in_order((spec for name in notebooks for spec in PLANS[name](settings)), first)
+    asked = (spec for name in notebooks for spec in PLANS[name](settings))
+    return in_order(asked, first, longer_arrangements(settings))
 
 
 def command_of(settings: Settings, notebooks: Sequence[str]) -> str:
@@ -69,11 +70,14 @@ def command_of(settings: Settings, notebooks: Sequence[str]) -> str:
     return f"lori-nb measure --profile {settings.profile}{tasks} --notebooks {','.join(notebooks)}"
 
 
-def in_order(specs: Iterable[Spec], first: Iterable[Spec] = ()) -> list[Spec]:
-    """Every spec once: those of ``first``, then the others, each one seed after another, else in the plan's order."""
-    early = {resolve(spec).hash for spec in first}
+def in_order(specs: Iterable[Spec], *groups: Iterable[Spec]) -> list[Spec]:
+    """Every spec once: those of each group, then the others, one seed after another, else in the plan's order."""
+    early: dict[str, int] = {}
+    for number, group in enumerate(groups):
+        for spec in group:
+            early.setdefault(resolve(spec).hash, number)
     every = {spec.hash: spec for spec in map(resolve, specs)}.values()
-    return sorted(every, key=lambda spec: (spec.hash not in early, spec.seed))
+    return sorted(every, key=lambda spec: (early.get(spec.hash, len(groups)), spec.seed))
 
 
 def record(specs: Sequence[Spec], store: Store, study: str, command: str) -> Path | None:

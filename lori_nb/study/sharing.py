@@ -48,8 +48,8 @@ def arrangement_scores(results: Results) -> pd.DataFrame:
 def other_metrics(results: Results) -> pd.DataFrame:
     """Scores by the metrics that tasks report beside their own, such as MRPC's accuracy and STS-B's rank correlation.
 
-    Columns arrangement, task, metric, value, low, high, n, of: means with t intervals over seeds. Empty where no task
-    has such a metric.
+    Columns arrangement, task, metric, value, low, high, n, of, seeds: means with t intervals over seeds. Empty where no
+    task has such a metric.
     """
     settings, rows = results.settings, []
     for name, (place, task) in itertools.product(arrangements(settings), enumerate(settings.tasks)):
@@ -58,8 +58,8 @@ def other_metrics(results: Results) -> pd.DataFrame:
             values = [run.value(task, metric) for run in runs if run is not None]
             if values:
                 about = {"arrangement": name, "task": task, "metric": metric}
-                rows.append(about | as_columns(seeds_interval(values), "seeds"))
-    return pd.DataFrame(rows, columns=["arrangement", "task", "metric", "value", "low", "high", "n", "of"])
+                rows.append(about | as_columns(seeds_interval(values), "seeds") | {"seeds": len(values)})
+    return pd.DataFrame(rows, columns=["arrangement", "task", "metric", "value", "low", "high", "n", "of", "seeds"])
 
 
 def gaps(results: Results) -> pd.DataFrame:
