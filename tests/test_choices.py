@@ -18,6 +18,7 @@ from lori_nb.study.style import null_of
 
 ARMS = ("lora-shared", "lori-d-shared", "lori-d-orthogonal", "lori-s-rows")
 TASKS = ("chain_sum", "word_sequence_reversal")
+MASKED = ("mask_overlap",)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,7 @@ def test_overlaps_are_written_where_the_adapters_are(results, settings, tmp_path
 
 
 def test_masks_of_two_tasks_overlap_as_their_entries_do(results, settings):
-    table = geometry.mask_overlaps(results).set_index("method")
+    table = geometry.mask_overlaps(geometry.overlaps(results, measures=MASKED), results).set_index("method")
     assert set(table.index) == {"lori-s", null_of("lori-s")}
     one, two = (results.run(arm_spec(settings, "lori-s", task, 0)).adapter.factors for task in TASKS)
     shares = [
@@ -113,7 +114,7 @@ def test_masks_of_two_tasks_overlap_as_their_entries_do(results, settings):
     ]  # what independent masks share
     assert table.loc[null_of("lori-s"), "value"] == pytest.approx(float(sum(density)) / len(density), abs=0.05)
     plain = replace(results, settings=replace(settings, method=("lora",)))
-    assert geometry.mask_overlaps(plain).empty
+    assert geometry.mask_overlaps(geometry.overlaps(plain, measures=MASKED), plain).empty
 
 
 def test_places_are_means_of_their_modules_beside_the_null_s(results):

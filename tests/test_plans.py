@@ -20,7 +20,7 @@ from lori_nb.study.plans import PLANS, method_specs
 from lori_nb.study.profiles import NOTEBOOKS, as_parameters, load_settings, profile_names, read_profile
 from lori_nb.study.sequences import orders_of, stage_runs
 from lori_nb.study.sharing import rows_per_task
-from lori_nb.study.tuning import CENTRES, RATES, first_grids, tuning_specs
+from lori_nb.study.tuning import CENTRES, RATES, TUNED, first_grids, tuning_specs
 
 LLAMA = "meta-llama/Meta-Llama-3-8B"
 
@@ -217,14 +217,14 @@ def test_the_cost_of_a_run_grows_with_its_steps_and_layers():
 def test_every_arm_is_tuned_with_as_many_rates_around_its_centre():
     grids = first_grids()
     assert {len(rates) for rates in grids.values()} == {RATES}
-    assert all(rates == sorted(rates) and CENTRES[arm] in rates for arm, rates in grids.items())
+    assert all(rates == sorted(rates) and CENTRES["decoder"][arm] in rates for arm, rates in grids.items())
     with pytest.raises(ValueError, match="methods must be among lora, .*found 'lorax'"):
         first_grids(["lorax"])
 
 
 def test_tuning_scores_on_rows_held_out_of_training_and_of_the_test():
     settings = load_settings("quick")
-    for arm in CENTRES:
+    for arm in TUNED:
         specs = tuning_specs(settings, arm, 1e-3)
         assert {spec.score_on for spec in specs} == {"tune"}
         assert {spec.learning_rate for spec in specs} == {1e-3}

@@ -26,7 +26,7 @@ from lori_nb.method.adapters import layer_number
 from lori_nb.study import claims, conflict, geometry, notebook, questions, sharing, summary
 from lori_nb.study.cells import joint, single
 from lori_nb.study.joint_arms import JOINT_ARMS, arrangement_specs, arrangements, joint_arm_spec
-from lori_nb.study.overlap_references import means_and_references, seed_summary
+from lori_nb.study.overlap_references import every_overlap, means_and_references, seed_summary
 from lori_nb.study.profiles import load_settings
 from lori_nb.study.style import null_of, seeds_of
 
@@ -309,7 +309,8 @@ def test_the_null_of_a_method_has_its_singular_values(results):
 def test_two_seeds_of_one_task_are_the_other_reference(results, settings):
     assert seed_summary(results, MEASURES).empty, "one seed has no second"
     two = notebook.collect("04_interference", replace(settings, seed=(0, 1), arms=(), pair_tasks=()))
-    table = means_and_references(two)
+    every = every_overlap(two)
+    table = means_and_references(every, two)
     assert set(table.loc[table["method"] == seeds_of("lora"), "measure"]) == set(ALL) - {"cosine_size"}
     assert set(table["method"]) >= {"lora", null_of("lora"), seeds_of("lora")}
     found = table.set_index(["method", "measure"])

@@ -107,7 +107,7 @@ def test_safety_comes_first_unless_the_sequence_says_otherwise():
     ("changes", "words"),
     [
         ({"ways": ["lori"]}, "ways must be among lora, .*; found 'lori'"),
-        ({"orders": "some"}, "orders must be one of given, balanced, all, auto, every; found 'some'"),
+        ({"orders": "some"}, "orders must be one of given, balanced, all, auto, any-first; found 'some'"),
         ({"first": "gsm8k"}, "first must be one of chain_sum, refusal; found 'gsm8k'"),
         ({"strengths": {"ewc": {"force": 1}}}, "strengths of ewc must be among strength, memory; found 'force'"),
         ({"strengths": {"ewc": {"strength": "much"}}}, "strengths of ewc: strength must be a number"),
@@ -162,16 +162,15 @@ def test_neighbours_of_an_odd_number_of_tasks_are_not_balanced():
 
 
 def test_any_task_may_be_first():
-    assert sorted(ordered(3, "every")) == sorted(itertools.permutations("abc"))
-    assert ordered(4, "every", "ewc") == sequences.latin_square("abcd")
-    assert ordered(3, "every", "joint") == [("a", "b", "c")]
-    plain = replace(load_settings("smoke"), orders="every", sequence_steps=2)
+    assert sorted(ordered(3, "any-first")) == sorted(itertools.permutations("abc"))
+    assert ordered(4, "any-first", "ewc") == sequences.latin_square("abcd")
+    assert ordered(3, "any-first", "joint") == [("a", "b", "c")]
+    plain = replace(load_settings("smoke"), orders="any-first", sequence_steps=2)
     first = {order[0]: sequences.stage_runs(plain, "lora", order, 0)[0] for order in sequences.orders_of(plain, "lora")}
     assert {task: (run.tasks, run.trained_steps) for task, run in first.items()} == {
         task: ((task,), 2) for task in plain.sequence
     }, "no task has more steps than another for coming first"
-    held = orders_from_first(plain, sequences.orders_of(plain, "lora"))
-    assert held == [plain.sequence], "what becomes of the first task is asked of orders that begin with it"
+    assert orders_from_first(plain, "lora") == [plain.sequence], "what becomes of the first task is asked of these"
 
 
 def test_sequences_that_begin_alike_share_their_runs(settings):
@@ -314,7 +313,7 @@ def test_metrics_are_means_over_orders_then_seeds(varied, settings):
 
 def test_tables_of_sequences_that_begin_with_any_task(settings):
     """The first task's fate is read off the sequences that begin with it; everything else off all."""
-    several = replace(settings, seed=(0,), ways=("lora",), sequence=("refusal", "chain_sum"), orders="every")
+    several = replace(settings, seed=(0,), ways=("lora",), sequence=("refusal", "chain_sum"), orders="any-first")
     found = notebook.collect("06_forgetting", several)
     assert len(functional.later_interference(found))
     results = with_other_answers(found)
@@ -330,6 +329,11 @@ def test_tables_of_sequences_that_begin_with_any_task(settings):
     assert set(forgetting.by_step(results)["task"]) == set(several.sequence)
     assert sequence_effects.order_effects(results)["orders"].tolist() == [2]
     assert forgetting.plane(results)["orders"].tolist() == [2]
+    line = forgetting.orders_line(several)
+    assert "What becomes of refusal is of the 1 that begin with it." in line
+    ax = figures_sequences.score_by_order(plt.figure().subplots(), forgetting.order_scores(results))
+    assert sorted(label.get_text() for label in ax.get_xticklabels()) == ["A B", "B A"]
+    assert ax.get_title().startswith("A refusal, B chain_sum (") and plt.close("all") is None
 
 
 def test_an_encoder_has_no_forward_transfer(tiny_encoder, registries):

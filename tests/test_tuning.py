@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -14,6 +15,7 @@ from lori_nb.lab.runs import Store, unmeasured
 from lori_nb.study import tuning
 from lori_nb.study.joint_arms import joint_arm_spec
 from lori_nb.study.profiles import load_settings
+from lori_nb.study.sequences import steps_after
 
 
 @pytest.fixture
@@ -135,9 +137,20 @@ def test_rates_for_other_tasks_have_a_table_of_their_own(own_ledger):
     assert pd.read_parquet(added)["command"].unique().tolist() == [words]
 
 
+def test_rates_tuned_at_other_steps_are_another_table():
+    usual = load_settings("standard", tasks=["rte", "stsb"])
+    shorter = replace(usual, **tuning.fixed_steps(250))
+    assert tuning.table_name(usual) == "standard-tasks-rte-stsb"
+    assert tuning.table_name(shorter) == "standard-tasks-rte-stsb-250-steps"
+    specs = [spec for arm in ("lora", "joint") for spec in tuning.tuning_specs(shorter, arm, 1e-3)]
+    assert {spec.trained_steps for spec in specs} == {250}
+    assert steps_after(shorter, "stsb") == 250 != steps_after(usual, "stsb")
+
+
 def test_every_way_to_share_an_adapter_is_tuned_on_the_encoder_s_tasks():
     settings = load_settings("standard", tasks="rte,mrpc,cola,sst2,stsb", seed=0)
-    grids = tuning.first_grids(settings.joint_arms)
+    grids = tuning.first_grids(settings.joint_arms, "encoder")
+    assert grids["joint"][tuning.RATES // 2] == grids["pcgrad"][tuning.RATES // 2] == 1e-3
     specs = tuning.first_specs(settings, grids)
     assert set(grids) == set(settings.joint_arms) and len(specs) == len(grids) * tuning.RATES
     assert {spec.tasks for spec in specs} == {settings.tasks} and {spec.base for spec in specs} == {settings.base}

@@ -135,7 +135,7 @@ def tune(
 
     changes = {"tasks": names_in(tasks)} if tasks else {}
     changes |= {"seed": expand_values(seed)} if seed else {}
-    changes |= {"steps": steps, "joint_steps": steps, "task_steps": {}} if steps else {}
+    changes |= tuning.fixed_steps(steps) if steps else {}
     settings = load_settings(profile, **changes)  # own methods too
     words = [f"--{name} {value}" for name, value in (("tasks", tasks), ("seed", seed), ("steps", steps)) if value]
     asked = " ".join([f"--profile {profile}", *words])
@@ -150,7 +150,7 @@ def tune(
         for path in numbers.publish_strengths(table, tuning.table_name(settings), asked):
             print(path)
         return
-    grids = tuning.first_grids(names_in(methods) or tuple(tuning.CENTRES), base_kind(settings.base))
+    grids = tuning.first_grids(names_in(methods) or tuning.TUNED, base_kind(settings.base))
     if plan:
         print(plan_text(tuning.first_specs(settings, grids), jobs))
         return

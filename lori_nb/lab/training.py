@@ -249,9 +249,9 @@ class Loop:
         return combine_stacked(gradients, generator=generator, state=self.solver_state, **settings)
 
     def _plain(self, found: TaskGradients) -> dict[str, Tensor]:
-        """What joint training takes: the mean over tasks, or their sum where the options say so."""
+        """What joint training takes of several tasks: their mean, or their sum where the options say so."""
         first, *others = zip(*(each.unbind() for each in found.shared.values()), strict=True)
-        totals = torch._foreach_add(first, others[0]) if others else [each.clone() for each in first]
+        totals = torch._foreach_add(first, others[0])
         for gradients in others[1:]:
             torch._foreach_add_(totals, gradients)
         if not self._sums:

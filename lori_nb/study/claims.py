@@ -24,7 +24,6 @@ from lori_nb.study.cells import single
 from lori_nb.study.joint_arms import JOINT, ORTHO, SINGLE
 from lori_nb.study.notebook import Results
 from lori_nb.study.plans import merged_spec
-from lori_nb.study.sequences import orders_of
 from lori_nb.study.summary import DEMONSTRATION, as_columns, difference, estimate, estimate_unit, group_word, text_of
 
 TOLERANCE = comparison.MARGIN  # what "matches" may cost
@@ -115,8 +114,7 @@ def _kept_first(a: str, b: str) -> Callable[[Results], Measured | None]:
             lambda seed: sequence_runs.last_specs(settings, a, seed),
             lambda seed: sequence_runs.last_specs(settings, b, seed),
         )
-        orders = sequence_runs.orders_from_first(settings, orders_of(settings, a))
-        return _difference(pairs, [settings.first] * len(orders))
+        return _difference(pairs, [settings.first] * len(sequence_runs.orders_from_first(settings, a)))
 
     return measure
 
@@ -124,8 +122,7 @@ def _kept_first(a: str, b: str) -> Callable[[Results], Measured | None]:
 def _left_of_first(results: Results, way: str) -> str:
     """What a way leaves of the first task's score, in brackets where that is less than half: better is not kept."""
     settings = results.settings
-    orders = sequence_runs.orders_from_first(settings, orders_of(settings, way))
-    grid = itertools.product(orders, settings.seed)
+    grid = itertools.product(sequence_runs.orders_from_first(settings, way), settings.seed)
     found = [R for order, seed in grid if (R := sequence_runs.matrix_of(results, way, order, seed)) is not None]
     if not found:  # the last runs are known, those before them are not
         return ""

@@ -116,15 +116,19 @@ def interference_against_forgetting(ax: Axes, table: pd.DataFrame) -> Axes:
 
 
 def score_by_order(ax: Axes, table: pd.DataFrame) -> Axes:
-    """Mean score after the last task in every order, ways side by side; tasks after the first go by letters."""
+    """Mean score after the last task in every order, ways side by side. Tasks go by letters, but the first where all
+    orders have the same.
+    """
     if table.empty:
         return nothing(ax)
-    first, *others = table["order"].iloc[0].split(ARROW)
-    letters = {task: letter for task, letter in zip(others, "ABCDEFGHIJ", strict=False)}
-    names = {each: " ".join(letters.get(task, task) for task in each.split(ARROW)[1:]) for each in table["order"]}
+    orders = {each: each.split(ARROW) for each in table["order"]}
+    given = orders[table["order"].iloc[0]]
+    held = 1 if all(order[0] == given[0] for order in orders.values()) else 0
+    letters = {task: letter for task, letter in zip(given[held:], "ABCDEFGHIJ", strict=False)}
+    names = {each: " ".join(letters.get(task, task) for task in order[held:]) for each, order in orders.items()}
     grouped_points(ax, table.assign(short=table["order"].map(names)), "short", "way", metric_label(table["metric"]))
     key = ", ".join(f"{letter} {task}" for task, letter in letters.items())
-    ax.set_title(f"after {first}: {key} ({n_text(table)})")
+    ax.set_title(f"after {given[0]}: {key} ({n_text(table)})" if held else f"{key} ({n_text(table)})")
     ax.set_xlabel("order")
     return score_limits(ax, table["metric"])
 

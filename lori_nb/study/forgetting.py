@@ -30,6 +30,7 @@ from lori_nb.study.sequence_runs import (
     matrix_of,
     on_common_orders,
     on_first_rows,
+    orders_from_first,
     pairs_of,
     sequential,
     stage_scores,
@@ -135,8 +136,9 @@ def forgetting_scores(results: Results) -> pd.DataFrame:
     """
     settings, rows = results.settings, []
     for way in sequential(settings):
-        tasks = [task for order in common_orders(settings) for task in order[:-1]]
-        pairs = pairs_of(results, way, best_and_last)
+        orders = common_orders(settings)
+        tasks = [task for order in orders for task in order[:-1]]
+        pairs = pairs_of(results, way, best_and_last, orders)
         if pairs and tasks:
             interval = difference(pairs, tasks)
             after = np.mean([b.value(t) for each in pairs.values() for (_, b), t in zip(each, tasks, strict=True)])
@@ -174,7 +176,7 @@ def kept_answers(results: Results, target: int | None = None) -> pd.DataFrame:
     settings, rows = results.settings, []
     for way in sequential(settings):
         shares, asked = [], 0
-        for pairs in pairs_of(results, way, first_and_last).values():
+        for pairs in pairs_of(results, way, first_and_last, orders_from_first(settings)).values():
             kept = [found for pair in pairs if (found := _kept(pair, settings.first, target))]
             if kept:
                 shares.append(float(np.mean([share for share, _ in kept])))
@@ -233,7 +235,7 @@ def safety_scores(results: Results) -> pd.DataFrame:
     settings, task = results.settings, safety_task(results.settings)
     rows = []
     for way in sequential(settings) if task is not None else ():
-        pairs = pairs_of(results, way, first_and_last)
+        pairs = pairs_of(results, way, first_and_last, orders_from_first(settings))
         for when, place in (("before", 0), ("after", 1)):
             shares = [_by_request([pair[place] for pair in each], task, settings) for each in pairs.values()]
             for request in shares[0] if shares else ():
@@ -324,4 +326,6 @@ def orders_line(settings: Settings) -> str:
     several = ", ".join(f"{way_title(way)} {count}" for way, count in counts.items()) or "none, all at once"
     common = len(common_orders(settings))
     compared = f" Ways are compared on the {common} that all have." if set(counts.values()) - {common} else ""
+    held = len(orders_from_first(settings))
+    compared += f" What becomes of {settings.first} is of the {held} that begin with it." if held < common else ""
     return f"First order: {first}. Orders a way: {several}.{compared} {budget_line(settings)}"

@@ -230,12 +230,15 @@ def overlap_places(overlaps: pd.DataFrame) -> pd.DataFrame:
     return means.merge(chance.assign(method=chance["method"].map(of_null)), on=keys)
 
 
-def mask_overlaps(results: Results) -> pd.DataFrame:
+def mask_overlaps(every: pd.DataFrame, results: Results) -> pd.DataFrame:
     """:func:`overlap_summary` of the share of a mask's entries that another task's has too, of methods with masks and
     of their nulls, the same rows of B in other places. Empty without such a method.
+
+    Args:
+        every: of :func:`overlaps`, "mask_overlap" among its measures.
     """
     masked = [name for name in results.settings.method if get_method(name).masked]
-    found = overlaps(results, measures=("mask_overlap",))
+    found = every[every["measure"] == "mask_overlap"]
     return overlap_summary(found[found["method"].isin([*masked, *map(null_of, masked)])])
 
 

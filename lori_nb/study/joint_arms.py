@@ -20,8 +20,8 @@ from lori_nb.study.settings import Settings
 
 SINGLE, JOINT, ORTHO = "single", "joint", "ortho-lora"
 SINGLE_LONGER, JOINT_LONGER, ORTHO_LONGER = (f"{name}-longer" for name in (SINGLE, JOINT, ORTHO))
-GAP = (SINGLE, JOINT, ORTHO)  # what the gap is made of; these and
-LONGER = (SINGLE_LONGER, JOINT_LONGER, ORTHO_LONGER)  # what tells whether that was their plateau: on every seed
+GAP = (SINGLE, JOINT, ORTHO)  # what the gap is made of
+LONGER = (SINGLE_LONGER, JOINT_LONGER, ORTHO_LONGER)  # what tells whether that was their plateau
 
 
 @dataclass(frozen=True)
@@ -160,4 +160,4 @@ def planned_arrangements(settings: Settings) -> list[RunSpec]:
 def longer_arrangements(settings: Settings) -> list[RunSpec]:
     """Of :func:`planned_arrangements` those that train twice as long."""
     several = [arrangement_specs(settings, seed) for seed in settings.seed]
-    return [spec for each in several for name in LONGER for spec in each.get(name, ())]
+    return list(dict.fromkeys(spec for each in several for name in LONGER for spec in each.get(name, ())))

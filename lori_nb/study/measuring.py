@@ -71,7 +71,9 @@ def command_of(settings: Settings, notebooks: Sequence[str]) -> str:
 
 
 def in_order(specs: Iterable[Spec], *groups: Iterable[Spec]) -> list[Spec]:
-    """Every spec once: those of each group, then the others, one seed after another, else in the plan's order."""
+    """Every spec once: those of the groups, one group after another, then the others; within each of these one seed
+    after another, else in the plan's order.
+    """
     early: dict[str, int] = {}
     for number, group in enumerate(groups):
         for spec in group:

@@ -6,28 +6,45 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from lori_nb.analysis.interference import ALL, ELEMENTWISE
-from lori_nb.analysis.overlap import overlap_table
+from lori_nb.analysis.interference import ELEMENTWISE
+from lori_nb.analysis.overlap import REGISTERED, overlap_table
 from lori_nb.analysis.statistics import t_interval
+from lori_nb.lab.folders import read_folders
+from lori_nb.lab.models import empty_body
+from lori_nb.method.adapters import target_linears
 from lori_nb.study.geometry import overlap_summary, overlaps, single_adapters
 from lori_nb.study.notebook import Results
+from lori_nb.study.settings import Settings
 from lori_nb.study.style import seeds_of
 from lori_nb.study.summary import as_columns
 
-SIGNED = ("cosine_size",)  # magnitudes of a measure that is there with its sign: means here are of magnitudes anyway
+REPEATED = ("cosine_size",)  # |cosine|, which a mean of magnitudes is anyway
+ENTRIES = 10**8  # of ΔW, all modules together, up to which it is formed; more would take hours
 
 
-def means_and_references(results: Results, measures: Sequence[str] | None = None) -> pd.DataFrame:
-    """:func:`~lori_nb.study.geometry.overlap_summary` of pairs of tasks, and below it :func:`seed_summary`.
+def measures_of(settings: Settings) -> list[str]:
+    """Every registered measure, but for large models those that need ΔW entry by entry."""
+    left = (*REPEATED, *(ELEMENTWISE if _entries(settings) > ENTRIES else ()))
+    return [name for name in REGISTERED if name not in left]
 
-    Args:
-        measures: None takes all, but those of single entries of ΔW where adapters come from elsewhere: these may be of
-            a model for which they take hours.
-    """
-    if measures is None:
-        left = (*SIGNED, *(ELEMENTWISE if results.settings.adapters else ()))
-        measures = [name for name in ALL if name not in left]
-    return pd.concat([overlap_summary(overlaps(results, measures=measures)), seed_summary(results, measures)])
+
+def _entries(settings: Settings) -> int:
+    """Of ΔW over all modules; of adapters from elsewhere those of the largest."""
+    if settings.adapters:
+        several = [folder.stored for folder in read_folders(settings.adapters).values()]
+        return max(sum(len(f.B) * f.A.shape[1] for f in each.values()) for each in several)
+    linears = target_linears(empty_body(settings.base), settings.modules, settings.last_layers)
+    return sum(linear.weight.numel() for linear in linears.values())
+
+
+def every_overlap(results: Results) -> pd.DataFrame:
+    """:func:`~lori_nb.study.geometry.overlaps` by all of :func:`measures_of`."""
+    return overlaps(results, measures=measures_of(results.settings))
+
+
+def means_and_references(every: pd.DataFrame, results: Results) -> pd.DataFrame:
+    """:func:`~lori_nb.study.geometry.overlap_summary` of :func:`every_overlap`, and below it :func:`seed_summary`."""
+    return pd.concat([overlap_summary(every), seed_summary(results, measures_of(results.settings))])
 
 
 def seed_summary(results: Results, measures: Sequence[str]) -> pd.DataFrame:

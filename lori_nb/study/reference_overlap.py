@@ -13,9 +13,9 @@ import pandas as pd
 
 from lori_nb.study import comparison, figures, functional, geometry, layouts
 from lori_nb.study.notebook import Results, collect
-from lori_nb.study.overlap_references import means_and_references
+from lori_nb.study.overlap_references import every_overlap, means_and_references
 from lori_nb.study.plans import method_specs
-from lori_nb.study.summary import markdown, readable
+from lori_nb.study.summary import SIGNIFICANT, markdown, readable
 
 MEASURES = tuple(figures.MEASURE_LABELS)
 BOUNDS = ["value", "low", "high"]
@@ -28,14 +28,15 @@ def tables(results: Results) -> dict[str, pd.DataFrame]:
     found = {"choices": comparison.bought(results)}
     here = collect(results.name, results.settings, train=False)
     if all(here.run(spec) is not None for spec in method_specs(here.settings)):
-        overlaps = geometry.overlaps(here)
+        every = every_overlap(here)
+        overlaps = every[every["measure"].isin(MEASURES)]
         pair = ["method", "measure", "adapter_a", "adapter_b"]
         magnitudes = overlaps.assign(value=overlaps["value"].abs())
         found["overlap_pairs"] = magnitudes.groupby(pair, sort=False)["value"].mean().reset_index()
-        found["overlap"] = means_and_references(here)
+        found["overlap"] = means_and_references(every, here)
         found["overlap_choices"] = geometry.overlap_summary(geometry.overlaps(here, geometry.choice_sets))
         found["angles"] = geometry.angle_spectra(here)
-        found["mask_overlap"] = geometry.mask_overlaps(here)
+        found["mask_overlap"] = geometry.mask_overlaps(every, here)
         found["overlap_places"] = geometry.overlap_places(overlaps)
         moved = functional.functional_interference(here)
         keys = ["method", "seed", "task", "adapter"]
@@ -75,9 +76,10 @@ def headline(folder: Path) -> str:
 def text(folder: Path) -> str:
     """The same with what choices buy, for the page of all tables."""
     parts = [words] if (words := headline(folder)) else []
-    if parts:
-        every = readable(pd.read_csv(folder / "overlap.csv"), "measure", "method", 3)
-        parts += ["All measures, each in its own unit (`lori_nb.analysis`):", markdown(every)]
+    means = pd.read_csv(folder / "overlap.csv") if parts else pd.DataFrame({"measure": []})
+    if len(others := means[~means["measure"].isin(MEASURES)]):
+        every = readable(others, "measure", "method", SIGNIFICANT)
+        parts += ["The other measures, each in its own unit (`lori_nb.analysis`):", markdown(every)]
     if (folder / "choices.csv").exists():
         parts += [
             "What the draw of A and the structure of masks buy, on the tasks of the arms; the merge is the plain sum:",

@@ -30,8 +30,11 @@ def common_orders(settings: Settings) -> list[tuple[str, ...]]:
     return [order for order in several[0] if all(order in orders for orders in several)]
 
 
-def orders_from_first(settings: Settings, orders: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Those that begin with the settings' first task, such as one of safety: all, unless orders are "every"."""
+def orders_from_first(settings: Settings, way: str | None = None) -> list[tuple[str, ...]]:
+    """Of :func:`common_orders`, or of a way's orders, those that begin with the settings' first task, such as one of
+    safety: all, unless any task may be first.
+    """
+    orders = common_orders(settings) if way is None else orders_of(settings, way)
     return [order for order in orders if order[0] == settings.first]
 
 
@@ -128,15 +131,14 @@ def first_and_last(order: Sequence[str], runs: Sequence[Run]) -> list[Pair]:
 
 
 def pairs_of(
-    results: Results, way: str, of: Callable[[Sequence[str], Sequence[Run]], list[Pair]]
+    results: Results,
+    way: str,
+    of: Callable[[Sequence[str], Sequence[Run]], list[Pair]],
+    orders: Sequence[tuple[str, ...]],
 ) -> dict[int, list[Pair]]:
-    """Seed → pairs of runs from the way's sequences on :func:`common_orders`, of which :func:`first_and_last` is asked
-    about those of :func:`orders_from_first`; seeds that lack a run are left out.
-    """
-    settings, found = results.settings, {}
-    orders = common_orders(settings)
-    orders = orders_from_first(settings, orders) if of is first_and_last else orders
-    for seed in settings.seed:
+    """Seed → pairs of runs from the way's sequences on ``orders``; seeds that lack a run are left out."""
+    found = {}
+    for seed in results.settings.seed:
         runs = [finished(results, way, order, seed) for order in orders]
         if None not in runs:
             found[seed] = [pair for order, each in zip(orders, runs, strict=True) for pair in of(order, each)]
@@ -145,5 +147,4 @@ def pairs_of(
 
 def last_specs(settings: Settings, way: str, seed: int) -> list[Spec]:
     """The specs scored after the last task, one for each of :func:`orders_from_first`."""
-    orders = orders_from_first(settings, orders_of(settings, way))
-    return [stages(settings, way, order, seed)[-1] for order in orders]
+    return [stages(settings, way, order, seed)[-1] for order in orders_from_first(settings, way)]

@@ -4,7 +4,8 @@ sequences which begin alike share their runs, whatever comes later (scores taken
 of that run).
 
 A *way* is how an adapter goes from task to task; settings and figures know it by name. The first task's run is that of
-the task alone, so that it is trained once for all studies.
+the task alone, so that it is trained once for all studies; where any task may be first, and later tasks have steps of
+their own number, all have that number.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from lori_nb.study.cells import base_runs, check_goes_on, joint, rate_of, single
 from lori_nb.study.pairs import pair_settings
 from lori_nb.study.settings import Settings
 
-ORDERS = ("given", "balanced", "all", "auto", "every")
+ORDERS = ("given", "balanced", "all", "auto", "any-first")
 ALL_OF = 3  # tasks after the first of which "auto" takes all orders
 MERGED, JOINT, DISJOINT, MASKS_ALONE = "merged", "joint", "lori-s-disjoint", "lori-s-masks-alone"
 
@@ -85,22 +86,23 @@ def orders_of(settings: Settings, way: str) -> list[tuple[str, ...]]:
 
     "given" is the settings' own sequence; "all" every order of the tasks after the first; "balanced" those of
     :func:`latin_square`; "auto" all of up to :data:`ALL_OF` such tasks and balanced ones of more. Under these the first
-    task, such as one of safety, stays first, since tables ask what becomes of it. Under "every" no task is held first:
-    all orders of all tasks. Ways without ``every_order`` have balanced ones in place of all.
+    task, such as one of safety, stays first, since tables ask what becomes of it; it is the number of the others that
+    counts. Under "any-first" no task is held: all orders of all tasks. Ways without ``every_order`` have balanced ones
+    in place of all.
     """
     if settings.orders == "given" or way == JOINT:
         return [settings.sequence]
-    held = 0 if settings.orders == "every" else 1
+    held = 0 if settings.orders == "any-first" else 1
     first, others = settings.sequence[:held], settings.sequence[held:]
-    every = settings.orders in ("all", "every") or (settings.orders == "auto" and len(others) <= ALL_OF)
-    chosen = itertools.permutations(others) if every and get_way(way).every_order else latin_square(others)
+    asked = settings.orders in ("all", "any-first") or (settings.orders == "auto" and len(others) <= ALL_OF)
+    chosen = itertools.permutations(others) if asked and get_way(way).every_order else latin_square(others)
     return [(*first, *order) for order in chosen]
 
 
 def latin_square(tasks: Sequence[str]) -> list[tuple[str, ...]]:
     """As many orders as tasks, each task once at every place, the given order first. Of an even number of tasks also
-    each once right before every other (E. J. Williams 1949, doi:10.1071/CH9490149); of an odd number, where so few
-    orders cannot have that, the cyclic ones.
+    each once right before every other (E. J. Williams 1949, doi:10.1071/CH9490149); of an odd number the cyclic ones,
+    whose neighbours are not balanced (for 3, 5 and 7 tasks no so few orders are).
     """
     count = len(tasks)
     if count % 2:
@@ -146,13 +148,13 @@ def stage_runs(settings: Settings, way: str, order: Sequence[str], seed: int) ->
 
 def alone_run(settings: Settings, method: str, task: str, seed: int) -> RunSpec:
     """A method on a task alone, for as many steps as the task has in a sequence."""
-    first = settings.orders != "every" and task == settings.first
+    first = settings.orders != "any-first" and task == settings.first
     later = settings.sequence_steps is not None and not first
     return single(_as_stages(settings) if later else settings, method, task, seed)
 
 
 def _as_stages(settings: Settings) -> Settings:
-    """The settings of the runs after the first."""
+    """The settings of runs that are no first ones."""
     steps = {} if settings.sequence_steps is None else {"steps": settings.sequence_steps, "task_steps": {}}
     return replace(settings, test_rows=settings.sequence_rows, **steps)
 

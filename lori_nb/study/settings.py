@@ -65,12 +65,12 @@ class Settings:
     adapters: tuple[str, ...] = ()  # folders from elsewhere that 04_interference compares, 05_merging merges, instead
     task_steps: Mapping[str, int] = field(default_factory=dict)  # of single runs, where a task's are not ``steps``
     sequence: tuple[str, ...] = ()  # tasks learned one after another; empty: ``first``, then the other tasks
-    orders: str = "given"  # of the tasks after the first: given, balanced, all, auto; of all tasks: every
+    orders: str = "given"  # of the tasks after the first: given, balanced, all, auto; of all tasks: any-first
     ways: tuple[str, ...] = ()  # ways to go from task to task (lori_nb.study.sequences.WAYS); empty: the methods
     strengths: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # of continual methods, by name
     merged_total: float = 1.2  # of the weights where one adapter a task is merged: the LoRI authors', of 3 and of 4
     sequence_rows: int = 0  # rows a task that are scored after every stage; a profile that names none takes test_rows
-    sequence_steps: int | None = None  # of tasks after the first, of all where any may be it; none: as many as alone
+    sequence_steps: int | None = None  # of tasks after the first, under any-first of all; none: as many as alone
     watch: tuple[int, ...] = ()  # steps of the second task's training after which it and the first are scored
     watch_rows: int = 0  # rows a task that are scored there; a profile that names none takes sequence_rows
     sequence_scored: tuple[str, ...] = ()  # further tasks scored after every stage, which none trains, such as xstest

@@ -181,8 +181,16 @@ def _group_differences(a: Run, b: Run, task: str) -> np.ndarray:
     return np.bincount(groups, gap) / np.bincount(groups)
 
 
-def text_of(row: pd.Series, digits: int = 2, signed: bool = False) -> str:
-    """:func:`interval_text` of a row of any table here."""
+SIGNIFICANT = "significant"  # digits, as many as three need
+
+
+def text_of(row: pd.Series, digits: int | str = 2, signed: bool = False) -> str:
+    """:func:`interval_text` of a row of any table here; :data:`SIGNIFICANT` takes as many decimals as its value needs
+    for three digits.
+    """
+    if digits == SIGNIFICANT:
+        size = abs(row["value"])
+        digits = max(0, 2 - math.floor(math.log10(size))) if 0 < size < math.inf else 2
     return interval_text(row["value"], row["low"], row["high"], digits, signed)
 
 
@@ -202,7 +210,7 @@ def latex(table: pd.DataFrame) -> str:
     return shown.to_latex(index=False, float_format="%.3f", escape=True).replace("<", "$<$")
 
 
-def readable(summary: pd.DataFrame, rows: str | Sequence[str], columns: str, digits: int = 2) -> pd.DataFrame:
+def readable(summary: pd.DataFrame, rows: str | Sequence[str], columns: str, digits: int | str = 2) -> pd.DataFrame:
     """A summary as a table of text, value [interval]: ``rows`` down, ``columns`` with their n across."""
     if summary.empty:
         return pd.DataFrame(index=pd.Index([], name=rows))

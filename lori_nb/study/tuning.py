@@ -32,14 +32,17 @@ TUNE_ROWS = 128
 PAPER_RATES = {"lori-d": 5e-5, "lori-s": 5e-4}
 ROUNDS = 4  # how often a grid may be widened
 RATES = 5  # learning rates a method begins with
+TUNED = ("lora", "lori-d", "lori-s", "joint", "ortho-lora")  # where no others are named
 # Centres of the grids: frozen A and sparse B want larger steps, whole weights smaller ones. An extension begins where
 # the method most like it does.
-CENTRES = {"lora": 2e-3, "lori-d": 3.2e-2, "lori-s": 6.4e-2, "joint": 2e-3, "ortho-lora": 2e-3}
-OTHER_CENTRES = {"lora-fa": 3.2e-2, "dora": 2e-3, "full": 2e-4}
-ENCODER_CENTRES = {"lora": 1e-3, "lori-d": 8e-3, "lori-s": 1.6e-2, "joint": 1e-3, "ortho-lora": 1e-3}
+_OWN = {
+    "decoder": {"lora": 2e-3, "dora": 2e-3, "lora-fa": 3.2e-2, "lori-d": 3.2e-2, "lori-s": 6.4e-2, "full": 2e-4},
+    "encoder": {"lora": 1e-3, "dora": 1e-3, "lora-fa": 8e-3, "lori-d": 8e-3, "lori-s": 1.6e-2, "full": 1e-4},
+}
+CENTRES = {kind: own | {"joint": own["lora"], "ortho-lora": own["lora"]} for kind, own in _OWN.items()}
 
 
-def first_grids(arms: Sequence[str] = tuple(CENTRES), kind: str = "decoder") -> dict[str, list[float]]:
+def first_grids(arms: Sequence[str] = TUNED, kind: str = "decoder") -> dict[str, list[float]]:
     """Arm → the rates that its grid begins with, a method after the one that calibrates it, at whose rate it does so.
 
     Args:
@@ -50,7 +53,7 @@ def first_grids(arms: Sequence[str] = tuple(CENTRES), kind: str = "decoder") -> 
     Raises:
         ValueError: another name; it lists the known ones.
     """
-    known = list(dict.fromkeys((*CENTRES, *JOINT_ARMS, *(name for name, method in METHODS.items() if method.trains))))
+    known = list(dict.fromkeys((*TUNED, *JOINT_ARMS, *(name for name, method in METHODS.items() if method.trains))))
     for arm in arms:
         if arm not in known and not _is_joint_arm(arm):
             raise ValueError(f"methods must be among {', '.join(dict.fromkeys((*known, *SOLVERS)))}; found {arm!r}")
@@ -74,7 +77,7 @@ def _is_calibrated(arm: str) -> bool:
 
 def centre_of(arm: str, kind: str = "decoder") -> float:
     """The middle of an arm's first grid: its own, or that of the built-in method most like it."""
-    known = CENTRES | OTHER_CENTRES | (ENCODER_CENTRES if kind == "encoder" else {})
+    known = CENTRES[kind]
     if arm in known:
         return known[arm]
     like = get_joint_arm(arm).like if _is_joint_arm(arm) else like_of(arm)[0]
@@ -143,10 +146,15 @@ def first_specs(settings: Settings, grids: dict[str, list[float]]) -> list[RunSp
 
 
 def table_name(settings: Settings) -> str:
-    """What the tables of a study's rates are named by: its profile, and its tasks where they are others."""
+    """What the tables of a study's rates are named by: its profile, its tasks and its steps where they are others."""
     usual = load_settings(settings.profile, tasks=list(settings.tasks))
-    same = ("seed", "steps", "joint_steps", "task_steps")
-    return slug(replace(settings, **{name: getattr(usual, name) for name in same}))
+    name = slug(replace(settings, **{key: getattr(usual, key) for key in ("seed", *fixed_steps(1))}))
+    return name if settings.steps == usual.steps else f"{name}-{settings.steps}-steps"
+
+
+def fixed_steps(steps: int) -> dict:
+    """The settings under which every run has so many steps."""
+    return {"steps": steps, "joint_steps": steps, "task_steps": {}, "sequence_steps": None}
 
 
 def publish(table: pd.DataFrame, name: str, chosen: str = "") -> list[Path]:
