@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -138,14 +139,14 @@ def test_tasks_beside_a_sequence_are_scored_after_every_stage_and_never_trained(
 
 
 def test_effects_of_sparsity_are_paired_over_seeds_on_common_orders(monkeypatch):
-    ways = ("lora", "lori-d", "lori-s", "lori-s-masks-alone")
+    ways = ("lora", "lori-d", "lori-s", "lori-s-chained")
     settings = replace(of_safety(), sequence=tuple("abcd"), orders="all", ways=ways, seed=(0, 1, 2))
-    lost = {"lora": 0.9, "lori-d": 0.6, "lori-s": 0.5, "lori-s-masks-alone": 0.7}
+    lost = {"lora": 0.9, "lori-d": 0.6, "lori-s": 0.5, "lori-s-chained": 0.7}
 
     def metrics_of(results, way, order, seed):
         if way == "lori-d" and seed == 2:
             return None
-        every = way == "lori-s-masks-alone" or order in sequences.orders_of(settings, "lori-s-masks-alone")
+        every = way == "lori-s-chained" or order in sequences.orders_of(settings, "lori-s-chained")
         extra = 0.01 * seed * (way == "lori-s") + (0 if every else 0.1 * (way == "lora"))
         return {"forgetting": lost[way] + extra, "average": 1 - lost[way]}
 
@@ -156,9 +157,9 @@ def test_effects_of_sparsity_are_paired_over_seeds_on_common_orders(monkeypatch)
     expected = t_interval([0.9 + 0.05 - 0.5 - 0.01 * seed for seed in (0, 1, 2)])
     assert row[["value", "low", "high"]].tolist() == pytest.approx([expected.mean, expected.low, expected.high])
     assert (row["n"], row["verdict"], row["orders"]) == (3, "held", 6)
-    alone = found.loc[("lori-s-masks-alone", "lora", "forgetting")]
-    assert alone["value"] == pytest.approx(0.2) and alone["orders"] == 3  # the balanced ones
-    worse = found.loc[("lori-s-masks-alone", "lori-d", "forgetting")]
+    chained = found.loc[("lori-s-chained", "lora", "forgetting")]
+    assert chained["value"] == pytest.approx(0.2) and chained["orders"] == 3  # the balanced ones
+    worse = found.loc[("lori-s-chained", "lori-d", "forgetting")]
     assert worse["value"] == pytest.approx(-0.1) and worse["n"] == 2  # the seed that lacks a run is left out
     assert found.loc[("lori-s", "lori-d", "average"), "value"] == pytest.approx(0.1)
 
@@ -178,7 +179,7 @@ def effects_of(monkeypatch, ways, forgotten, seeds=(0, 1, 2), average=lambda way
     ("gap", "words", "word"),
     [(0.2, "held", "confirmed"), (-0.2, "not held", "refuted"), (0.0, "cannot tell", "undecided")],
 )
-def test_the_claim_is_decided_by_the_mask_alone_over_seeds(monkeypatch, gap, words, word):
+def test_the_claim_is_decided_by_sparse_against_dense_over_seeds(monkeypatch, gap, words, word):
     def lost(way, seed):
         return 0.5 + (gap + (0.01, -0.01, 0.0)[seed]) * (way == "lori-d")
 
@@ -187,7 +188,7 @@ def test_the_claim_is_decided_by_the_mask_alone_over_seeds(monkeypatch, gap, wor
     found = table.set_index(["way", "against", "measure"])
     assert found.loc[("lori-s", "lori-d", "forgetting"), "verdict"].partition(" (")[0] == words
     first, *others = sequence_effects.effect_lines(table)
-    assert first.startswith(f"The mask alone (LoRI-S, independent masks against LoRI-D): {gap:+.2f} [")
+    assert first.startswith(f"Sparsity (LoRI-S, independent masks against LoRI-D, each at its own rate): {gap:+.2f} [")
     assert first.endswith(f"-0.10 [-0.10, -0.10] average score at the end (n = 3 seeds): {word}.")
     assert len(others) == 2 and not any(each.endswith(("confirmed.", "refuted.", "undecided.")) for each in others)
     one = effects_of(monkeypatch, ("lora", "lori-d", "lori-s"), lost, seeds=(0,))
@@ -195,15 +196,20 @@ def test_the_claim_is_decided_by_the_mask_alone_over_seeds(monkeypatch, gap, wor
     assert sequence_effects.effect_lines(one)[0].endswith("(n = one seed): undecided.")
 
 
-def test_the_authors_own_masks_decide_where_they_are_measured(monkeypatch):
-    ways = ("lora", "lori-d", "lori-s", "lori-s-masks-alone")
+def test_nothing_is_decided_where_the_deciding_contrast_is_not_measured(monkeypatch):
+    ways = ("lora", "lori-d", "lori-s", "lori-s-chained")
     table = effects_of(monkeypatch, ways, lambda way, seed: 0.5)
-    assert sequence_effects.primary(table) == ("lori-s-masks-alone", "lori-d")
-    assert sequence_effects.effect_lines(table)[0].startswith(
-        "The mask alone (LoRI-S, masks found alone against LoRI-D"
-    )
-    assert sequence_effects.primary(table[table["against"] == "lora"]) is None
-    assert len(sequence_effects.effect_lines(table[table["against"] == "lora"])) == 3
+    first, *others = sequence_effects.effect_lines(table)
+    assert first.startswith("Sparsity (") and first.endswith("undecided.") and len(others) == 4
+    lines = sequence_effects.effect_lines(table[table["against"] == "lora"])
+    assert len(lines) == 3 and not any("undecided" in line or "Sparsity" in line for line in lines)
+
+
+def test_equal_differences_without_spread_have_no_p(monkeypatch):
+    table = effects_of(monkeypatch, ("lora", "lori-d"), lambda way, seed: 0.5 + 0.1 * (way == "lora"))
+    assert math.isnan(table.set_index("measure").loc["forgetting", "p"])
+    same = effects_of(monkeypatch, ("lora", "lori-d"), lambda way, seed: 0.5)
+    assert same.set_index("measure").loc["forgetting", "p"] == 1.0
 
 
 def test_every_way_stands_against_lora_with_p_values_adjusted_for_their_number(monkeypatch):
@@ -253,24 +259,39 @@ def test_scores_on_first_rows_are_those_of_the_rows_themselves():
     assert found["n"].tolist() == [3, 4, 4, 4] and found["same_rows"].tolist() == [True, True, False, False]
 
 
-def test_the_effect_of_order_is_its_spread_with_friedman_s_test(monkeypatch):
-    """Three orders ranked alike by five seeds: χ² = 12/(5·3·4)·(5² + 10² + 15²) − 3·5·4 = 10, p = e^(−10/2)."""
-    rows = [
-        {"way": way, "order": order, "seed": seed, "stage": 2, "value": base + (0.1 * place if way == "lora" else 0.0)}
-        for way in ("lora", "lori-s", "joint")
-        for place, order in enumerate(("a → b", "a → c", "a → d"))
-        for seed, base in enumerate((0.2, 0.3, 0.4, 0.5, 0.6))
-        if way != "joint" or place == 0
+def test_the_effect_of_order_is_its_spread_and_a_shuffle_within_seeds(monkeypatch):
+    """Three orders of which one is better under every seed: two of the 3³ ways to shuffle that matter differ as much
+    per order, so that p is known by enumeration."""
+    settings = replace(of_safety(), sequence=tuple("abcd"), orders="balanced", ways=("lora", "lori-s", "joint"))
+    settings = replace(settings, seed=(0, 1, 2))
+    orders = sequences.orders_of(settings, "lora")
+
+    def metrics_of(results, way, order, seed):
+        place = orders.index(order)
+        better = 0.2 * (place == 1) if way == "lora" else 0.0
+        return {"average": 0.3 + 0.1 * seed + better, "forgetting": 0.5 - better}
+
+    monkeypatch.setattr(sequence_effects, "metrics_of", metrics_of)
+    table = sequence_effects.order_effects(SimpleNamespace(settings=settings)).set_index(["way", "measure"])
+    assert set(table.index.get_level_values("way")) == {"lora", "lori-s"}
+    row = table.loc[("lora", "average")]
+    assert row[["lowest", "highest", "spread", "orders", "seeds"]].tolist() == pytest.approx([0.4, 0.6, 0.2, 3, 3])
+    better = np.zeros((3, 3))
+    better[:, 1] = 0.2
+    spread = [
+        np.mean([row[list(p)] for row, p in zip(better, each, strict=True)], axis=0).var()
+        for each in itertools.product(itertools.permutations(range(3)), repeat=3)
     ]
-    early = [row | {"stage": 0, "value": 0.0} for row in rows]
-    monkeypatch.setattr(sequence_effects, "stage_scores", lambda results: pd.DataFrame([*early, *rows]))
-    table = sequence_effects.order_effects(None).set_index("way")
-    assert list(table.index) == ["lora", "lori-s"]
-    assert table.loc["lora", ["lowest", "highest", "spread"]].tolist() == pytest.approx([0.4, 0.6, 0.2])
-    assert table.loc["lora", "p"] == pytest.approx(math.exp(-5))
-    assert table.loc["lori-s", "spread"] == pytest.approx(0.0) and not table.loc["lori-s", "p"] < 0.5
-    assert "LoRA 0.40 to 0.60 (p = 0.007)" in sequence_effects.order_lines(table.reset_index())[0]
+    exact = np.mean(np.array(spread) >= better.mean(axis=0).var() - 1e-12)
+    assert exact == pytest.approx(1 / 9)
+    for measure in ("average", "forgetting"):
+        assert table.loc[("lora", measure), "p"] == pytest.approx(exact, abs=0.01)
+        assert table.loc[("lori-s", measure), ["spread", "p"]].tolist() == pytest.approx([0.0, 1.0])
+    lines = sequence_effects.order_lines(table.reset_index())
+    assert len(lines) == 2 and "LoRA 0.40 to 0.60 (p = 0.1" in lines[1] and lines[0].startswith("Forgetting, from")
     assert sequence_effects.order_lines(table.head(0).reset_index()) == []
+    one = sequence_effects.order_effects(SimpleNamespace(settings=replace(settings, seed=(0,))))
+    assert one["p"].isna().all(), "one seed tells no order from another"
 
 
 def test_interference_is_ranked_with_forgetting_over_ways():
@@ -320,26 +341,29 @@ def test_rows_trained_on_are_counted_from_the_runs_of_profile_standard():
     settings = load_settings("standard")
     chains = {
         way: sequences.chain_of(settings, way, settings.sequence, 0)
-        for way in ("lora", "lori-s", "replay", "merged", "lori-s-masks-alone")
+        for way in ("lora", "lori-s", "replay", "merged", "lori-s-chained")
     }
     assert [run.steps for run in chains["merged"]] == [240, 48, 48, 48]
     assert {way: budget.trained_rows(chain) for way, chain in chains.items()} == dict.fromkeys(chains, 384 * 8)
     masked = {way: budget.calibration_rows(chain) for way, chain in chains.items()}
-    assert masked == {"lora": 0, "lori-s": 3072, "replay": 0, "merged": 3072, "lori-s-masks-alone": 3072}
+    assert masked == {"lora": 0, "lori-s": 3072, "replay": 0, "merged": 3072, "lori-s-chained": 3072}
     assert budget.replayed_rows(chains["replay"]) == 3 * 48 * 2 and budget.replayed_rows(chains["lora"]) == 0
     assert budget.budget_line(settings) == (
         "Rows trained on in one order: 3,072 by a sequence, 3,072 more by calibrations of a way under masks, 288 more "
-        "of earlier tasks by replay, 6,144 by the merged adapters with their calibrations, 7,680 jointly."
+        "of earlier tasks by replay (2 of 10 rows a batch), 6,144 by the merged adapters with their calibrations, "
+        "7,680 jointly. Rows of every earlier task that are kept: 64 by LoRA + EWC, 64 by LoRA + replay, 64 by "
+        "Ortho-LoRA on memory."
     )
 
 
 def test_rows_trained_on_follow_the_settings():
     settings = replace(load_settings("standard"), ways=("lora", "replay"), sequence_steps=10)
     assert budget.budget_line(settings) == (
-        "Rows trained on in one order: 2,160 by a sequence, 60 more of earlier tasks by replay."
+        "Rows trained on in one order: 2,160 by a sequence, 60 more of earlier tasks by replay (2 of 10 rows a batch). "
+        "Rows of every earlier task that are kept: 64 by LoRA + replay."
     )
     few = replace(settings, ways=("replay",), strengths={"replay": {"rows": 4, "memory": 3}})
-    assert "90 more of earlier tasks by replay" in budget.budget_line(few)  # no more than are kept
+    assert "90 more of earlier tasks by replay (3 of 11 rows a batch)" in budget.budget_line(few)  # as many as are kept
     part = replace(settings, ways=("lori-s",), calibration_share=0.5)
     assert "1,080 more by calibrations" in budget.budget_line(part)
     alone = replace(settings, ways=("joint",))

@@ -17,6 +17,7 @@ import pytest
 import torch
 from tiny import marked
 
+from lori_nb.analysis import continual
 from lori_nb.lab import ledger
 from lori_nb.lab.models import load_base
 from lori_nb.lab.paths import PROJECT
@@ -41,6 +42,7 @@ from lori_nb.study.cells import joint
 from lori_nb.study.profiles import NOTEBOOKS, load_settings
 from lori_nb.study.sequence_runs import orders_from_first
 from lori_nb.study.stored import read_notebook
+from lori_nb.study.style import look_of
 
 TASKS = ["refusal", "chain_sum", "family_relationships"]
 
@@ -116,6 +118,9 @@ def test_safety_comes_first_unless_the_sequence_says_otherwise():
         ({"sequence_rows": 0}, "sequence_rows must be at least 1; found 0"),
         ({"sequence_steps": 0}, "sequence_steps must be at least 1, or none; found 0"),
         ({"ways": ["base"]}, "ways must be among lora, .*; found 'base'"),
+        ({"sequence_rates": {"lora": 0}}, "sequence_rates of lora must be a finite number above 0; found 0"),
+        ({"sequence_rates": {"joint": 0.1}}, "sequence_rates must be of ways such as lora, .*; found 'joint'"),
+        ({"sequence_rates": {"lorra": 0.1}}, "sequence_rates must be of ways such as lora, .*; found 'lorra'"),
     ],
 )
 def test_bad_settings(changes, words):
@@ -163,7 +168,7 @@ def test_neighbours_of_an_odd_number_of_tasks_are_not_balanced():
 
 def test_any_task_may_be_first():
     assert sorted(ordered(3, "any-first")) == sorted(itertools.permutations("abc"))
-    assert ordered(4, "any-first", "ewc") == sequences.latin_square("abcd")
+    assert ordered(4, "any-first", "ewc") == ordered(4, "any-first") == sequences.latin_square("abcd")
     assert ordered(3, "any-first", "joint") == [("a", "b", "c")]
     plain = replace(load_settings("smoke"), orders="any-first", sequence_steps=2)
     first = {order[0]: sequences.stage_runs(plain, "lora", order, 0)[0] for order in sequences.orders_of(plain, "lora")}
@@ -185,25 +190,57 @@ def test_sequences_that_begin_alike_share_their_runs(settings):
     assert alone in plan and hashes <= set(plan)
 
 
-def test_calibrations_of_masked_ways_are_the_dense_sequence(settings):
-    order = settings.sequence
-    dense = [resolve(run).hash for run in sequences.stage_runs(settings, "lori-d", order, 0)]
-    for way in ("lori-s", "lori-s-disjoint"):
-        masked = sequences.stage_runs(settings, way, order, 0)
-        assert [resolve(run.calibration).hash for run in masked] == dense
+def test_masks_found_in_sequence_are_those_of_the_dense_sequence(settings):
+    dense = [resolve(run).hash for run in sequences.stage_runs(settings, "lori-d", settings.sequence, 0)]
+    masked = sequences.stage_runs(settings, "lori-s-chained", settings.sequence, 0)
+    assert [resolve(run.calibration).hash for run in masked] == dense
 
 
 def test_masks_found_alone_are_those_of_the_task_s_own_run(settings):
     """The LoRI authors take each mask from LoRI-D on that task alone, whatever was learned before."""
-    alone, chained = (
-        sequences.stage_runs(settings, way, settings.sequence, 0) for way in ("lori-s-masks-alone", "lori-s")
+    alone, disjoint, chained = (
+        sequences.stage_runs(settings, way, settings.sequence, 0)
+        for way in ("lori-s", "lori-s-disjoint", "lori-s-chained")
     )
     assert [run.calibration.start for run in alone] == [None, None, None]
     assert [run.calibration.tasks for run in alone] == [(task,) for task in settings.sequence]
+    assert [run.calibration for run in disjoint] == [run.calibration for run in alone]
     assert [run.start for run in alone[:2]] == [run.start for run in chained[:2]]  # the same adapter goes on
     assert all(resolve(a).hash != resolve(b).hash for a, b in zip(alone[1:], chained[1:], strict=True))
-    other = sequences.stage_runs(settings, "lori-s-masks-alone", (settings.sequence[0], *settings.sequence[:0:-1]), 0)
+    other = sequences.stage_runs(settings, "lori-s", (settings.sequence[0], *settings.sequence[:0:-1]), 0)
     assert other[1].calibration == alone[2].calibration  # in another order, the same masks
+
+
+def test_a_way_s_own_rate_is_that_of_its_later_tasks_alone(settings):
+    """Of the way named, and of no calibration: masks stay those of each task alone."""
+    changed = replace(settings, sequence_rates={"lori-s": 0.3})
+    for way in ("lora", "lori-s", "lori-s-disjoint"):
+        before, after = (sequences.stage_runs(each, way, settings.sequence, 0) for each in (settings, changed))
+        assert after[0] == before[0] and [run.calibration for run in after] == [run.calibration for run in before]
+        assert (after == before) == (way != "lori-s")
+    assert [run.learning_rate for run in sequences.stage_runs(changed, "lori-s", settings.sequence, 0)] == [
+        0.1,
+        0.3,
+        0.3,
+    ]
+
+
+@pytest.mark.parametrize("scope", ["model", "matrix"])
+def test_the_study_s_disjoint_masks_move_no_bit_of_any_earlier_task(results, settings, scope):
+    """Every order and seed of the study; independent masks of the same sequences do move some."""
+    scoped, moved = replace(settings, mask_scope=scope), {}
+    if scope != settings.mask_scope:
+        scoped = replace(scoped, seed=(0,), orders="given")
+    for way in ("lori-s-disjoint", "lori-s"):
+        moved[way] = 0
+        for order, seed in itertools.product(sequences.orders_of(scoped, way), scoped.seed):
+            adapters = [Store().get(run).adapter for run in sequences.stage_runs(scoped, way, order, seed)]
+            for earlier, later in itertools.pairwise(adapters):
+                for name, mask in earlier.masks.items():
+                    bits = [each.factors[name].B.view(torch.int32)[mask] for each in (earlier, later)]
+                    moved[way] += int((bits[0] != bits[1]).sum())
+                    assert torch.equal(earlier.factors[name].A, later.factors[name].A)
+    assert moved["lori-s-disjoint"] == 0 < moved["lori-s"]
 
 
 @pytest.mark.parametrize(("count", "weight"), [(1, 1.0), (2, 0.6), (3, 0.4), (4, 0.3)])
@@ -327,7 +364,7 @@ def test_tables_of_sequences_that_begin_with_any_task(settings):
     lost = forgetting.metrics(results).set_index("metric").loc["forgetting"]
     assert lost["value"] == pytest.approx(np.mean([R[0, 0] - R[1, 0] for R in matrices])) and lost["orders"] == 2
     assert set(forgetting.by_step(results)["task"]) == set(several.sequence)
-    assert sequence_effects.order_effects(results)["orders"].tolist() == [2]
+    assert sequence_effects.order_effects(results)["orders"].tolist() == [2, 2]  # two measures
     assert forgetting.plane(results)["orders"].tolist() == [2]
     line = forgetting.orders_line(several)
     assert "What becomes of refusal is of the 1 that begin with it." in line
@@ -360,6 +397,29 @@ def test_an_encoder_has_no_forward_transfer(tiny_encoder, registries):
     assert np.isnan(table.loc[("lora", "forward"), "value"]) and table.loc[("lora", "average"), "low"] <= 1
     course = forgetting.by_step(results)
     assert set(course["metric"]) == {"accuracy"} and sorted(set(course["step"])) == [0, 2, 4]
+    (shown, *_) = forgetting.matrices(results).values()
+    assert shown.isna().to_numpy().tolist() == [[False, True], [False, False]], "no head is scored before it is trained"
+    with pytest.raises(ValueError, match="sequence_scored must hold tasks with classes .* found refusal_harmless"):
+        sequences.sequence_specs(replace(settings, sequence_scored=("refusal_harmless",)))
+
+
+def test_an_untrained_head_has_no_score_to_forget(monkeypatch):
+    """A head that answers one class always may beat what its task learns; the best score counts from the stage on in
+    which it was learned."""
+    R = {"a": [0.9, 0.7, 0.6], "b": [0.99, 0.8, 0.5], "c": [0.2, 0.99, 0.7]}  # by task, stage after stage
+    runs = [SimpleNamespace(value=lambda task, stage=stage: R[task][stage]) for stage in range(3)]
+    from lori_nb.study import sequence_runs
+
+    monkeypatch.setattr(sequence_runs, "finished", lambda *asked: runs)
+    lost = {}
+    for base in ("all-minilm-l6-v2", "smollm2-135m-instruct"):
+        study = SimpleNamespace(settings=SimpleNamespace(base=base))
+        found = sequence_runs.matrix_of(study, "lora", "abc", 0)
+        pairs = sequence_runs.best_and_last("abc", runs, learned=base == "all-minilm-l6-v2")
+        lost[base] = [best.value(task) - last.value(task) for task, (best, last) in zip("ab", pairs, strict=True)]
+        assert continual.forgetting(found)[:2].tolist() == pytest.approx(lost[base])
+    assert lost["all-minilm-l6-v2"] == pytest.approx([0.3, 0.3])
+    assert lost["smollm2-135m-instruct"] == pytest.approx([0.3, 0.49])
 
 
 def test_what_was_lost_is_best_minus_last_paired(varied):
@@ -383,7 +443,10 @@ def test_final_scores_and_the_plane(results, varied):
     found = every_matrix(varied, "lori-s")
     assert plane.loc["lori-s", "value_old"] == pytest.approx(np.mean([R[-1, :2].mean() for R in found]))
     assert plane.loc["lori-s", "value_new"] == pytest.approx(np.mean([(R[1, 1] + R[2, 2]) / 2 for R in found]))
-    assert set(plane.index) == {"lora", "lori-s", "lori-s-disjoint", "o-lora", "merged"}
+    assert set(plane.index) == {"lora", "lori-s", "lori-s-disjoint", "o-lora", "merged", "joint"}
+    found = [R[0] for R in every_matrix(varied, "joint")]  # in both orders the first task is the same
+    assert plane.loc["joint", "value_old"] == pytest.approx(np.mean([(R[0] + (R[1] + R[2]) / 2) / 2 for R in found]))
+    assert plane.loc["joint", "value_new"] == pytest.approx(np.mean([(R[1] + R[2]) / 2 for R in found]))
     orders = forgetting.order_scores(varied)
     assert len(orders.query("way == 'lora'")) == 2 and len(orders.query("way == 'joint'")) == 1
     for order in sequences.orders_of(varied.settings, "lora"):
@@ -516,6 +579,10 @@ def test_capacity(settings, session_home):
     full = replace(small, sparsity=0.5, capacity_tasks=(), ways=("lora", "lori-s-disjoint"))
     with pytest.raises(ValueError, match="sequence must hold at most 2 tasks for lori-s-disjoint, which fit; found 3"):
         sequences.sequence_specs(full)
+    with pytest.raises(ValueError, match=r"\(capacity_tasks\); found 'fresh-a', which draws another A"):
+        sequences.sequence_specs(replace(small, mask_origin="fresh-a"))
+    with pytest.raises(ValueError, match="mask_origin must leave disjoint masks to the way lori-s-disjoint; found 'fr"):
+        sequences.sequence_specs(replace(full, ways=("lori-s",), mask_origin="free"))
     sequences.sequence_specs(replace(full, ways=("lora", "lori-s"), mask_origin="random"))
     nth = forgetting.capacity_scores(notebook.collect("06_forgetting", small))
     assert list(nth.query("kind == 'in sequence'")["task"]) == many
@@ -581,11 +648,32 @@ def test_the_ledger_gives_the_same_tables(results, settings, session_home, tmp_p
     row = forgetting.metrics(results).query("way == 'o-lora' and metric == 'average'").iloc[0]
     assert f"| O-LoRA | {row['value']:.2f} [" in text and " old " not in text
     assert sequence_effects.CLAIM in text and "\n- LoRI-S, independent masks against LoRA: " in text
-    assert "worst and in the best order" in text
+    assert "p by shuffling orders within seeds" in text
     assert functional.interference_line(functional.interference_and_forgetting(results)) in text
     # another notebook's tables do not push these out
     reference.write_reference(settings, ["01_lori"], root)
     assert "| O-LoRA | " in readme.read_text()
+
+
+def test_every_way_has_a_look_of_its_own_and_a_place_in_the_legend():
+    """All ways at once, with scores at the steps of profile standard: no entry is cut, no point nearer another step."""
+    ways, steps = list(sequences.WAYS), (0, 5, 10, 20, 40, 48)
+    looks = [{key: look_of(way)[key] for key in ("color", "marker")} for way in ways]
+    assert len({tuple(sorted(look.items())) for look in looks}) == len(ways)
+    about = {"low": 0.4, "high": 0.6, "n": 5, "of": "seeds", "seeds": 5, "metric": "accuracy", "same_rows": True}
+    rows = [
+        {"way": w, "role": r, "task": r, "step": s, "value": 0.5} for w in ways for r in ("old", "new") for s in steps
+    ]
+    figure = layouts.course(pd.DataFrame(rows).assign(**about))
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width and len(legend.get_texts()) == len(ways)
+    for line in figure.axes[0].get_lines():
+        drawn = line.get_xdata()
+        if len(drawn) == len(steps):
+            assert [min(steps, key=lambda step, x=x: abs(step - x)) for x in drawn] == list(steps)
+    plt.close(figure)
 
 
 def test_figures_draw_every_way(results):
@@ -595,6 +683,6 @@ def test_figures_draw_every_way(results):
         figures_sequences.scores_by_step(ax, course, role)
     figures_sequences.plasticity_against_stability(axes[2], forgetting.plane(results))
     figures_sequences.safety_plane(axes[3], forgetting.safety_scores(results))
-    for ax, count in zip(axes, (4, 4, 5, 5), strict=True):
+    for ax, count in zip(axes, (4, 4, 6, 5), strict=True):
         assert len(set(ax.get_legend_handles_labels()[1])) == count
         assert ax.get_xlabel() and ax.get_ylabel()

@@ -16,8 +16,8 @@ from lori_nb.lab.models import load_base
 from lori_nb.lab.resolving import check, resolve
 from lori_nb.lab.runs import Store
 from lori_nb.lab.specs import MergeSpec
-from lori_nb.lab.tasks import Example, task
-from lori_nb.lab.text import collate
+from lori_nb.lab.tasks import Example, get_task, task
+from lori_nb.lab.text import collate, encode_rows
 from lori_nb.method.conflicts import project_off
 from lori_nb.method.projection import project_conflicts_reference, random_orders
 
@@ -412,6 +412,51 @@ def test_kept_rows_are_rows_that_the_earlier_run_was_trained_on(base, store, reg
     sizes = []
     seen_by(store, base, lambda stage: sizes.append(len(stage.earlier[0].task.rows)), memory=1000)
     assert sizes == [32]
+
+
+def test_kept_rows_are_drawn_by_the_seed(base, store, registries):
+    """Not the first ones, which a file sorted by answer would make a memory of one answer."""
+    kept = {}
+
+    @method("seen", like="lora", hook="begin", strengths={"memory": 6})
+    def seen(stage):
+        kept[stage.spec.seed] = [tuple(row.ids) for row in stage.earlier[0].task.rows]
+        return {}
+
+    loaded = load_base(str(base), "float32")
+    rows = tuple(get_task(TASKS[0]).rows("train", 32))
+    every = [tuple(row.ids) for row in encode_rows(loaded.tokenizer, "decoder", rows, (), get_task(TASKS[0]).system)]
+    for seed in (0, 1):
+        store.get(tiny_spec(base, "seen", [TASKS[1]], start=tiny_spec(base, "lora", [TASKS[0]], seed=seed), seed=seed))
+        assert len(kept[seed]) == 6 and set(kept[seed]) <= set(every)
+    assert kept[0] != kept[1] and every[:6] not in kept.values()
+
+
+def test_fisher_of_a_number_is_that_of_a_normal_density_of_unit_variance(tiny_encoder, store, registries):
+    """log p = −(y − ŷ)² / 2 + constant, with y and ŷ standardised as in training."""
+
+    @task("sum", domain="own", metric="pearson", licence="own", reads="encoder")
+    def total(split):
+        for value in range(40):
+            yield Example(prompt=f"{value} and {value % 7}", answer="", target=float(value + value % 7))
+
+    checked = []
+
+    @method("seen", like="lora", hook="begin", strengths={"memory": 4})
+    def seen(stage):
+        (earlier,) = stage.earlier
+        with stage.at(earlier.adapter):
+            expected = {name: torch.zeros_like(p) for name, p in stage.shared.items()}
+            for row in range(4):
+                found = stage.gradients([(earlier.task, [row])])  # of (y − ŷ)²
+                for name, g in found.items():
+                    expected[name] += (g[0] / 2).square() / 4
+            checked.append(close(continual.fisher(stage, earlier.task), expected))
+        return {}
+
+    first = tiny_spec(tiny_encoder, "lora", ["sum"], steps=6)
+    store.get(tiny_spec(tiny_encoder, "seen", ["sum"], steps=2, start=first, seed=1))
+    assert checked == [True]
 
 
 def test_a_stage_of_several_tasks_is_refused(base):

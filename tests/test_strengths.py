@@ -90,7 +90,7 @@ def test_an_own_way_is_tuned_like_the_others_and_shares_the_first_run(settings, 
     (tmp_path / "own.py").write_text(ANCHORED)
     monkeypatch.setenv("LORI_NB_EXTENSIONS", str(tmp_path / "own.py"))  # for the workers too
     load_extensions()
-    grid = strengths.grid_of("anchored")
+    grid = strengths.grid_of(settings, "anchored")
     assert (grid.number, grid.factor) == ("strength", 10.0) and grid.values == [1e-3, 0.01, 0.1, 1, 10]
     one, ewc = (strengths.specs_at(settings, way, 3.0)[0] for way in ("anchored", "ewc"))
     assert one.method == "anchored" and one.start.method == "lora"
@@ -101,14 +101,25 @@ def test_an_own_way_is_tuned_like_the_others_and_shares_the_first_run(settings, 
     monkeypatch.setattr(strengths, "RATES", 2)
     table = strengths.tune_strengths(settings, ["anchored"], jobs=1)
     assert set(table["way"]) == {"anchored"} and table["setting"].nunique() == 2
-    with pytest.raises(ValueError, match="strengths must be among ewc, .*, merged, anchored; found 'lora'"):
-        strengths.check_ways(["lora"])
+    with pytest.raises(ValueError, match="strengths must be of ways that learn one task after another; found 'joint'"):
+        strengths.tune_strengths(settings, ["anchored", "joint"], jobs=1)
+
+
+def test_a_way_without_a_number_has_its_later_rate_tuned(settings):
+    for way, method_name in (("lora", "lora"), ("lori-s-disjoint", "lori-s"), ("lori-d", "lori-d")):
+        grid, rate = strengths.grid_of(settings, way), settings.learning_rate[method_name]
+        assert (grid.number, len(grid.values)) == ("learning_rate", RATES)
+        assert grid.values == pytest.approx([rate / 4, rate / 2, rate, 2 * rate, 4 * rate])
+        one, other = (strengths.specs_at(settings, way, value)[0] for value in grid.values[:2])
+        assert (one.learning_rate, other.learning_rate) == (grid.values[0], grid.values[1])
+        assert replace(one, learning_rate=0) == replace(other, learning_rate=0) and one.start.learning_rate == rate
+        assert one.score_on == "tune" and one.scored == settings.sequence[:2]
 
 
 @pytest.mark.parametrize(("default", "values"), [(2, [1, 2, 4, 8, 16]), (5, [1, 2, 5, 10, 20])])
-def test_an_own_way_s_count_of_rows_stays_whole(registries, default, values):
+def test_an_own_way_s_count_of_rows_stays_whole(settings, registries, default, values):
     method("rehearsed", like="lora", hook="begin", strengths={"rows": default})(lambda stage: {})
-    grid = strengths.grid_of("rehearsed")
+    grid = strengths.grid_of(settings, "rehearsed")
     assert grid.values == values and grid.is_lowest(1) and not grid.is_lowest(2)
 
 
@@ -122,7 +133,7 @@ def test_only_a_hook_for_later_tasks_leaves_the_first_to_the_built_in_method(reg
 
 
 def test_unknown_ways_and_single_tasks_are_refused(settings):
-    with pytest.raises(ValueError, match="strengths must be among ewc, .*; found 'lora'"):
-        strengths.tune_strengths(settings, ["lora"])
+    with pytest.raises(ValueError, match="ways must be among lora, .*; found 'lorra'"):
+        strengths.tune_strengths(settings, ["lorra"])
     with pytest.raises(ValueError, match="sequence must hold at least two tasks; found chain_sum"):
         strengths.tune_strengths(load_settings("smoke", tasks="chain_sum"), ["ewc"])

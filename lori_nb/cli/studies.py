@@ -114,7 +114,9 @@ def tune(
     methods: Annotated[
         str, typer.Option(help="Some only: lora,lori-s, any method of the registry, joint or another of joint_arms.")
     ] = "",
-    strengths: Annotated[str, typer.Option(help="Instead: how strongly earlier tasks are held: ewc,o-lora.")] = "",
+    strengths: Annotated[
+        str, typer.Option(help="Instead: the one number of ways from task to task: lora,ewc,merged.")
+    ] = "",
     tasks: Tasks = "",
     seed: Seed = "",
     steps: Annotated[

@@ -17,7 +17,7 @@ from lori_nb.method.conflicts import project_off
 if TYPE_CHECKING:
     from lori_nb.lab.stages import Stage
 
-RECIPE = 1  # raise when a hook or one of its defaults gives another adapter
+RECIPE = 2  # raise when a hook, what it is handed or one of its defaults gives another adapter
 ROWS_AT_ONCE = 8  # rows whose gradients are held one by one
 Hooks = dict[str, Callable]
 
@@ -53,8 +53,10 @@ def fisher(stage: Stage, task) -> dict[str, Tensor]:
     rows = range(len(task.rows))
     for first in rows[::ROWS_AT_ONCE]:
         chunk = rows[first : first + ROWS_AT_ONCE]
-        # A loss is a mean over answer tokens; log p of the whole answer is their sum.
-        tokens = torch.tensor([float(task.targets([row])) for row in chunk])
+        # A loss is a mean over answer tokens; log p of the whole answer is their sum. A squared error is −2 log p of a
+        # number with unit variance.
+        share = 1.0 if task.unit is None else 0.5
+        tokens = torch.tensor([share * task.targets([row]) for row in chunk])
         for name, each in stage.gradients([(task, [row]) for row in chunk]).items():
             scale = tokens.to(each.device).view(-1, *[1] * (each.ndim - 1))
             total[name] += (each * scale).square().sum(0) / len(rows)
@@ -78,7 +80,7 @@ def orthogonal_subspaces(stage: Stage) -> Hooks:
 def replay(stage: Stage) -> Hooks:
     """Experience replay: every batch of b new rows is joined by m = ``rows`` kept rows of one earlier task, the tasks
     taking turns. The gradient is (b g_new + m g_old) / (b + m), each g that of its own batch's mean loss, so that the
-    share of old rows is m / (b + m); they come on top of the new ones.
+    share of old rows is m / (b + m); they come on top of the new ones. Heads of earlier tasks stay as they were left.
     """
     rows, new = int(stage.strength("rows")), stage.spec.batch_size
 
@@ -98,6 +100,7 @@ def projected_off_memory(stage: Stage) -> Hooks:
     """Ortho-LoRA's projection in a sequence: the new task's gradient of every A and B, where it conflicts with that of
     an earlier task on ``rows`` of its kept rows, is projected onto its orthogonal complement, one earlier task after
     another in random order. What is averaged over tasks in A-GEM (arXiv 1812.00420) is done for every task and tensor.
+    A later projection may bring back an earlier conflict, and clipping and AdamW come after.
     """
     rows = int(stage.strength("rows"))
 

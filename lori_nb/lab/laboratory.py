@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lori_nb.analysis.merging import merge
 from lori_nb.lab import distributed
 from lori_nb.lab.baselines import Dora, dora_extras, put_in_place, replacing
+from lori_nb.lab.gradients import batch_indices
 from lori_nb.lab.methods import FACTORED, LOW_RANK, get_method, initial_live, subspace_of
 from lori_nb.lab.models import Base, base_kind, empty_body, load_base
 from lori_nb.lab.prefix import split_at, suffix_body
@@ -115,8 +116,8 @@ def _earlier(spec: RunSpec, base: Base, first: int, adapter_of, report: Report) 
     found = []
     for run in earlier_runs(spec):
         (name,), adapter = run.tasks, adapter_of(run)
-        kept = min(kept_rows(spec), run.train_rows)  # of what that run was trained on
-        rows = _encoded(base, name, kept) if kept else []
+        kept = kept_rows(spec)
+        rows = _encoded(base, name, run.train_rows, (kept, spec.seed)) if kept else []  # of what that run trained on
         states = states_of(base, rows, first, name, report) if kept else None
         head = _stored_head(base, name, adapter.extras)
         unit = _unit(name, rows, head) if kept else None
@@ -202,10 +203,15 @@ def _unit(name: str, rows: Sequence[Encoded], head: nn.Module | None) -> Unit | 
     return unit_of(row.target for row in rows) if head is not None and not get_task(name).labels else None
 
 
-def _encoded(base: Base, name: str, rows: int) -> list[Encoded]:
-    """The first training rows of a task."""
+def _encoded(base: Base, name: str, rows: int, drawn: tuple[int, int] | None = None) -> list[Encoded]:
+    """The first training rows of a task; where (how many, seed) are ``drawn``, so many of them at random."""
     task = get_task(name)
-    return encode_rows(base.tokenizer, base.kind, tuple(task.rows("train", rows)), (), task.system)
+    chosen = tuple(task.rows("train", rows))
+    if drawn is not None:
+        kept, seed = drawn
+        places = batch_indices(len(chosen), min(kept, len(chosen)), 0, seed, f"kept/{name}")
+        chosen = tuple(chosen[place] for place in sorted(places))
+    return encode_rows(base.tokenizer, base.kind, chosen, (), task.system)
 
 
 def new_head(spec: RunSpec, base: Base, task: str, width: int | None = None) -> nn.Module | None:

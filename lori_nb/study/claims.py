@@ -211,9 +211,9 @@ CLAIMS = (
     Claim(
         LORI,
         "Sparse masks keep the first task (safety) better through later tasks.",
-        "LoRI-S − LoRA, first task's score after the last one",
+        "LoRI-S − LoRI-D, first task's score after the last one",
         0.0,
-        _kept_first("lori-s", "lora"),
+        _kept_first("lori-s", "lori-d"),
         lambda results: _left_of_first(results, "lori-s"),
     ),
     Claim(

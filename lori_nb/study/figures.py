@@ -61,8 +61,11 @@ def shared_legend(figure: Figure) -> None:
     for ax in figure.axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
-    if found:
-        figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=min(4, len(found)))
+    for columns in range(min(4, len(found)), 0, -1):
+        legend = figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns)
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            break
+        legend.remove()
 
 
 def metric_label(metrics: Iterable[str]) -> str:
@@ -235,7 +238,7 @@ def heat_maps(axes: Sequence[Axes], matrices: Mapping[str, pd.DataFrame], label:
     limits = (-reach if np.nanmin(values) < 0 else 0.0), reach
     columns = axes[0].get_subplotspec().get_gridspec().ncols
     for place, (ax, (title, matrix)) in enumerate(zip(axes, matrices.items(), strict=True)):
-        heat_map(ax, matrix, limits, form).set_title(title)
+        heat_map(ax, matrix, limits, form).set_title(textwrap.fill(title, 60 // columns))
         if place % columns:
             ax.tick_params(left=False, labelleft=False)
         if place + columns < len(axes):  # another map of the same columns stands below

@@ -6,10 +6,11 @@ Each function takes a matplotlib ``Axes`` and a table of :mod:`lori_nb.study.for
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 
 from lori_nb.study.figures import grouped_points, metric_label, nothing, points, score_limits
 from lori_nb.study.forgetting import OVER_REFUSED
@@ -26,7 +27,8 @@ def scores_by_step(ax: Axes, table: pd.DataFrame, role: str) -> Axes:
     if part.empty:
         return nothing(ax)
     ways = list(dict.fromkeys(part["way"]))
-    width = 0.02 * (part["step"].max() or 1)  # side by side, so that intervals do not hide each other
+    gaps = np.diff(np.unique(part["step"]))
+    width = 0.5 * gaps.min(initial=part["step"].max() or 1) / len(ways)  # side by side, yet nearest to their own step
     for number, way in enumerate(ways):
         own = part[part["way"] == way].sort_values("step")
         points(ax, own["step"] + width * (number - (len(ways) - 1) / 2), own, way, label=way_title(way))
@@ -115,9 +117,9 @@ def interference_against_forgetting(ax: Axes, table: pd.DataFrame) -> Axes:
     return ax
 
 
-def score_by_order(ax: Axes, table: pd.DataFrame) -> Axes:
-    """Mean score after the last task in every order, ways side by side. Tasks go by letters, but the first where all
-    orders have the same.
+def score_by_order(ax: Axes, table: pd.DataFrame, joint: Sequence[float] = ()) -> Axes:
+    """Mean score after the last task in every order, ways side by side; a level line for ``joint`` training. Tasks go
+    by letters, but the first where all orders have the same.
     """
     if table.empty:
         return nothing(ax)
@@ -127,6 +129,8 @@ def score_by_order(ax: Axes, table: pd.DataFrame) -> Axes:
     letters = {task: letter for task, letter in zip(given[held:], "ABCDEFGHIJ", strict=False)}
     names = {each: " ".join(letters.get(task, task) for task in order[held:]) for each, order in orders.items()}
     grouped_points(ax, table.assign(short=table["order"].map(names)), "short", "way", metric_label(table["metric"]))
+    for level in joint:
+        ax.axhline(level, color=GREY, linestyle="--", linewidth=1, label=way_title("joint"))
     key = ", ".join(f"{letter} {task}" for task, letter in letters.items())
     ax.set_title(f"after {given[0]}: {key} ({n_text(table)})" if held else f"{key} ({n_text(table)})")
     ax.set_xlabel("order")
@@ -139,9 +143,12 @@ def score_of_nth_task(ax: Axes, table: pd.DataFrame, fits: int) -> Axes:
         return nothing(ax)
     for number, (kind, look) in enumerate((("in sequence", "lori-s-disjoint"), ("alone", "lori-s"))):
         part = table[table["kind"] == kind].sort_values("place")
-        points(ax, part["place"] + 0.12 * (number - 0.5), part, look, label=f"{title_of(look)}: {kind}")
+        label = f"{title_of(look)}: {kind}"
+        points(ax, part["place"] + 0.3 * (number - 0.5), part, look, label=label, line=False)
     ax.axvline(fits + 0.5, color=GREY, linestyle="--", linewidth=1, label=f"{fits} tasks fit")
-    ax.set(xlabel="place of the task in the sequence", ylabel=metric_label(table["metric"]))
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    tasks = table.drop_duplicates("place").sort_values("place")
+    names = [f"{place} {task}" for place, task in zip(tasks["place"], tasks["task"], strict=True)]
+    ax.set_xticks(tasks["place"], names, rotation=45, ha="right", rotation_mode="anchor")
+    ax.set(xlabel="place in the sequence, and task", ylabel=metric_label(table["metric"]))
     ax.set_title(n_text(table))
     return score_limits(ax, table["metric"])

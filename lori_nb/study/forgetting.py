@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import pandas as pd
 
 from lori_nb.analysis import continual
 from lori_nb.analysis.statistics import interval_text, proportion_interval, t_interval
+from lori_nb.lab.models import base_kind
 from lori_nb.lab.runs import Run
 from lori_nb.lab.scoring import GENERATED
 from lori_nb.lab.tasks import get_task
@@ -26,7 +28,9 @@ from lori_nb.study.sequence_runs import (
     common_orders,
     finished,
     first_and_last,
+    in_every_order,
     last_rows,
+    matrices_of_seeds,
     matrix_of,
     on_common_orders,
     on_first_rows,
@@ -68,13 +72,11 @@ def matrices(results: Results) -> dict[str, pd.DataFrame]:
     """
     settings, found = results.settings, {}
     orders = common_orders(settings)
+    names = list(orders[0]) if len(orders) == 1 else [f"task {n + 1}" for n in range(len(orders[0]))]
     for way in sequential(settings):
-        several = [matrix_of(results, way, order, seed) for order in orders for seed in settings.seed]
-        there = [matrix for matrix in several if matrix is not None]
-        if there:
-            names = list(orders[0]) if len(orders) == 1 else [f"task {n + 1}" for n in range(len(orders[0]))]
-            index = [f"after {name}" for name in names]
-            found[way_title(way)] = pd.DataFrame(np.mean(there, axis=0), index=index, columns=names)
+        if whole := matrices_of_seeds(results, way):
+            R = np.mean(list(whole.values()), axis=(0, 1))
+            found[way_title(way)] = pd.DataFrame(R, index=[f"after {name}" for name in names], columns=names)
     return found
 
 
@@ -135,10 +137,11 @@ def forgetting_scores(results: Results) -> pd.DataFrame:
     over seeds, or for one seed over the rows evaluated.
     """
     settings, rows = results.settings, []
+    heads = base_kind(settings.base) == "encoder"  # whose scores before their task count for nothing
     for way in sequential(settings):
         orders = common_orders(settings)
         tasks = [task for order in orders for task in order[:-1]]
-        pairs = pairs_of(results, way, best_and_last, orders)
+        pairs = pairs_of(results, way, partial(best_and_last, learned=heads), orders)
         if pairs and tasks:
             interval = difference(pairs, tasks)
             after = np.mean([b.value(t) for each in pairs.values() for (_, b), t in zip(each, tasks, strict=True)])
@@ -150,14 +153,17 @@ def forgetting_scores(results: Results) -> pd.DataFrame:
 def plane(results: Results) -> pd.DataFrame:
     """For every way the score of ``old`` tasks at the end and of ``new`` ones when they were learned, with intervals:
     stability and plasticity. Old are all but a sequence's last task, new all but its first; a task of the merged way is
-    learned when its adapter joins the merge. ``orders`` is how many were learned.
+    learned when its adapter joins the merge, those of joint training are learned and kept at once, in every order.
+    ``orders`` is how many were learned.
     """
     settings = results.settings
-    scores = on_common_orders(stage_scores(results), settings)
-    scores = scores[scores["way"].isin(sequential(settings))]
-    last = last_rows(scores)
+    every = stage_scores(results)
+    scores = on_common_orders(every[every["way"] != JOINT], settings)
+    last = pd.concat([last_rows(scores), *in_every_order(every[every["way"] == JOINT], settings)])
+    new = (scores["learned"] == scores["stage"]) & (scores["stage"] > 0)
+    new = pd.concat([scores[new], last[(last["way"] == JOINT) & (last["learned"] > 0)]])
     old = summarise(last[last["learned"] < last["stages"] - 1], ["way"])
-    new = summarise(scores[(scores["learned"] == scores["stage"]) & (scores["stage"] > 0)], ["way"])
+    new = summarise(new, ["way"])
     return old.merge(new, on="way", suffixes=("_old", "_new")).assign(orders=len(common_orders(settings)))
 
 

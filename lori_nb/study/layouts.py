@@ -161,12 +161,13 @@ def loss_against_overlap(pairs: pd.DataFrame, correlations: pd.DataFrame) -> Fig
     return figure
 
 
-def accuracy_matrices(matrices: Mapping[str, pd.DataFrame]) -> Figure:
-    """Scores on every task after every stage, a heat map a way."""
+def accuracy_matrices(matrices: Mapping[str, pd.DataFrame], note: str) -> Figure:
+    """Scores on every task after every stage, a heat map a way; ``note`` says what they are means of."""
     if not matrices:
         return single(figures.nothing)
-    figure, axes = figures.panels(len(matrices), height=2.6)
-    figures.heat_maps(axes, matrices, "score (mean over seeds and orders)")
+    many = len(matrices) > 4
+    figure, axes = figures.panels(len(matrices), columns=3 if many else None, height=2.0 if many else 2.6)
+    figures.heat_maps(axes, matrices, f"score ({note})")
     return figure
 
 
@@ -192,8 +193,9 @@ def course(table: pd.DataFrame) -> Figure:
 
 
 def orders(table: pd.DataFrame) -> Figure:
-    """Score after the last task in every order, ways to go from task to task side by side."""
-    return single(figures_sequences.score_by_order, table[table["way"] != JOINT])
+    """Score after the last task in every order, ways from task to task side by side; a line for joint training."""
+    joint = table.loc[table["way"] == JOINT, "value"].tolist()
+    return single(figures_sequences.score_by_order, table[table["way"] != JOINT], joint)
 
 
 def capacity(table: pd.DataFrame, fits: int) -> Figure:

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from lori_nb.lab.models import base_kind
 from lori_nb.lab.own_code import load_extensions
 from lori_nb.lab.paths import PROJECT
 from lori_nb.lab.tasks import expand_tasks, get_task
@@ -45,7 +46,8 @@ def read_profile(name: str) -> dict[str, Any]:
 def load_settings(profile: str = "quick", **changes: Any) -> Settings:
     """The settings of a profile with some values changed.
 
-    Tasks written for encoders bring the profile's ``encoder`` section (base, layers, rates) with them.
+    Tasks written for encoders bring the profile's ``encoder`` section (base, layers, rates) with them, unless the base
+    is changed to a decoder.
 
     Raises:
         ValueError: an unknown name, or a value of the wrong type or outside its range.
@@ -59,7 +61,7 @@ def load_settings(profile: str = "quick", **changes: Any) -> Settings:
     _check_names(list(encoder), known, f"profile {profile}, encoder")
     _check_names(list(changes), known, "settings")
     tasks = expand_tasks(as_list(changes.get("tasks", values["tasks"])))
-    if all(get_task(task).reads == "encoder" for task in tasks):
+    if all(get_task(task).reads == "encoder" for task in tasks) and _is_encoder(changes.get("base")):
         values |= encoder
     if (
         tasks != plain_tasks
@@ -73,6 +75,11 @@ def load_settings(profile: str = "quick", **changes: Any) -> Settings:
     values |= changes
     values["base"] = absolute(values["base"])
     return checked({**values, "tasks": tasks})
+
+
+def _is_encoder(base: str | None) -> bool:
+    """Whether a base that was asked for is an encoder; none was where it is None, and any may come."""
+    return base is None or base_kind(absolute(base)) == "encoder"
 
 
 def as_parameters(settings: Settings, names: list[str]) -> dict[str, Any]:

@@ -46,6 +46,14 @@ CAPTIONS = {
     "recovery": "Share of the gap that each way wins back",
     "conflict_map": "Cosine between the tasks' gradients in joint training, by step and layer",
     "task_cosines": "Cosine between every two tasks' gradients in joint training",
+    "sequence_plane": "Score of new tasks when learned against that of earlier ones at the end, a point a way",
+    "sequence_safety": "Harmful requests refused against harmless ones, before and after the later tasks",
+    "sequence_matrices": "Scores on every task after every stage",
+    "sequence_by_step": "Scores of the first and of the second task while the second trains",
+    "sequence_orders": "Mean score after the last task in every order",
+    "sequence_capacity": "Score of the n-th task under disjoint masks",
+    "sequence_lost": "What earlier tasks lost by the end",
+    "sequence_interference": "The first task's forgetting against how far later updates move its activations",
 }
 RECOVERED = (
     "Share of what joint training loses against an adapter a task that each way wins back, with Fieller's interval "
@@ -69,6 +77,7 @@ def headlines(folder: Path, command: str) -> str:
         parts += [RECOVERED, _recovered(recovered), sharing.claimed_recovery(recovered), *_conflicts(folder)]
         parts += _shown(folder, Path(PAGE.parent, folder.name), "recovery", "conflict_map")
     parts += [words for made in SEQUENCES if (words := made.text(folder))]
+    parts += _shown(folder, Path(PAGE.parent, folder.name), "sequence_plane", "sequence_safety")
     return "\n\n".join(parts)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from lori_nb.lab.evaluation import Scored, metric
+from lori_nb.lab.models import base_kind
 from lori_nb.lab.runs import Run
 from lori_nb.lab.specs import Spec
 from lori_nb.lab.tasks import get_task
@@ -43,6 +44,12 @@ def on_common_orders(scores: pd.DataFrame, settings: Settings) -> pd.DataFrame:
     return scores[scores["order"].isin([arrow(order) for order in common_orders(settings)])]
 
 
+def in_every_order(scores: pd.DataFrame, settings: Settings) -> list[pd.DataFrame]:
+    """Joint training's rows of :func:`stage_scores`, which have no order, as they stand in each common order."""
+    places = [{task: place for place, task in enumerate(order)} for order in common_orders(settings)]
+    return [scores.assign(order=arrow(tuple(each)), learned=scores["task"].map(each)) for each in places]
+
+
 def arrow(order: Sequence[str]) -> str:
     """An order as text."""
     return ARROW.join(order)
@@ -55,9 +62,31 @@ def finished(results: Results, way: str, order: Sequence[str], seed: int) -> lis
 
 
 def matrix_of(results: Results, way: str, order: Sequence[str], seed: int) -> np.ndarray | None:
-    """R (stages × tasks in the sequence's order) of one sequence; None where a run is missing."""
+    """R (stages × tasks in the sequence's order) of one sequence; None where a run is missing. With an encoder NaN
+    before a task's own stage: a head that was never trained answers one class always, which is no score to forget.
+    """
     runs = finished(results, way, order, seed)
-    return None if runs is None else np.array([[run.value(task) for task in order] for run in runs])
+    if runs is None:
+        return None
+    R = np.array([[run.value(task) for task in order] for run in runs])
+    if base_kind(results.settings.base) == "encoder" and way != JOINT:
+        R[np.triu_indices_from(R, 1)] = np.nan
+    return R
+
+
+def matrices_of_seeds(results: Results, way: str) -> dict[int, list[np.ndarray]]:
+    """Seed → R of every order that all ways have; seeds that lack one are left out."""
+    orders = common_orders(results.settings)
+    found = {seed: [matrix_of(results, way, o, seed) for o in orders] for seed in results.settings.seed}
+    return {seed: several for seed, several in found.items() if not any(R is None for R in several)}
+
+
+def matrices_note(results: Results) -> str:
+    """What :func:`matrices_of_seeds` are: "one seed", "6 orders, 3 to 5 seeds"."""
+    settings = results.settings
+    orders, counts = len(common_orders(settings)), {len(matrices_of_seeds(results, w)) for w in sequential(settings)}
+    seeds = " to ".join(str(n) for n in sorted({min(counts - {0}, default=0), max(counts, default=0)}))
+    return (f"{orders} orders, " if orders > 1 else "") + ("one seed" if seeds == "1" else f"{seeds} seeds")
 
 
 def stage_scores(results: Results) -> pd.DataFrame:
@@ -120,9 +149,12 @@ def _share(credit: np.ndarray, row: Mapping) -> float:
     return metric(row["metric"], Scored(credit, nothing, target, nothing))
 
 
-def best_and_last(order: Sequence[str], runs: Sequence[Run]) -> list[Pair]:
-    """For every task but the last, the earlier stage that was best on it, and the last."""
-    return [(max(runs[:-1], key=lambda run, task=task: run.value(task)), runs[-1]) for task in order[:-1]]
+def best_and_last(order: Sequence[str], runs: Sequence[Run], learned: bool = False) -> list[Pair]:
+    """For every task but the last, the earlier stage that was best on it, and the last; if ``learned``, among those
+    from its own on.
+    """
+    earlier = {task: runs[place if learned else 0 : -1] for place, task in enumerate(order[:-1])}
+    return [(max(each, key=lambda run, task=task: run.value(task)), runs[-1]) for task, each in earlier.items()]
 
 
 def first_and_last(order: Sequence[str], runs: Sequence[Run]) -> list[Pair]:

@@ -11,12 +11,14 @@ their own number, all have that number.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from lori_nb.lab.methods import METHODS, get_mask_origin, get_method, without_begin
-from lori_nb.lab.models import empty_body
+from lori_nb.lab.models import base_kind, empty_body
 from lori_nb.lab.specs import MergeSpec, RunSpec, Spec
+from lori_nb.lab.tasks import get_task
 from lori_nb.method.adapters import target_linears
 from lori_nb.method.masks import capacity, group_of
 from lori_nb.study.cells import base_runs, check_goes_on, joint, rate_of, single
@@ -25,7 +27,7 @@ from lori_nb.study.settings import Settings
 
 ORDERS = ("given", "balanced", "all", "auto", "any-first")
 ALL_OF = 3  # tasks after the first of which "auto" takes all orders
-MERGED, JOINT, DISJOINT, MASKS_ALONE = "merged", "joint", "lori-s-disjoint", "lori-s-masks-alone"
+MERGED, JOINT, DISJOINT, CHAINED = "merged", "joint", "lori-s-disjoint", "lori-s-chained"
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class Way:
         later: the method of each further task, which goes on from the run before.
         changes: fields of the later runs.
         every_order: whether all orders are run where the settings ask for all; else a balanced few.
-        masks_alone: whether a mask is found by its task alone, in an adapter of its own; else by a run that goes on
-            from the dense runs on the tasks before.
+        masks_alone: whether a mask is found by its task alone, in an adapter of its own, as the LoRI authors' scripts
+            find it; else by a run that goes on from the dense runs on the tasks before.
     """
 
     name: str
@@ -47,7 +49,7 @@ class Way:
     later: str
     changes: Mapping = field(default_factory=dict)
     every_order: bool = False
-    masks_alone: bool = False
+    masks_alone: bool = True
 
 
 WAYS: dict[str, Way] = {
@@ -57,7 +59,7 @@ WAYS: dict[str, Way] = {
         Way("lori-d", "LoRI-D", "lori-d", "lori-d", every_order=True),
         Way("lori-s", "LoRI-S, independent masks", "lori-s", "lori-s", every_order=True),
         Way(DISJOINT, "LoRI-S, disjoint masks", "lori-s", "lori-s", {"mask_origin": "free"}, every_order=True),
-        Way(MASKS_ALONE, "LoRI-S, masks found alone", "lori-s", "lori-s", masks_alone=True),
+        Way(CHAINED, "LoRI-S, masks found in sequence", "lori-s", "lori-s", masks_alone=False),
         Way("ewc", "LoRA + EWC", "lora", "ewc"),
         Way("o-lora", "O-LoRA", "lora", "o-lora"),
         Way("replay", "LoRA + replay", "lora", "replay"),
@@ -75,10 +77,14 @@ def get_way(name: str) -> Way:
     """
     if name in WAYS:
         return WAYS[name]
-    if name in METHODS and METHODS[name].trains:
+    if _trained(name):
         return Way(name, METHODS[name].title, without_begin(name) or name, name)
     trained = [method for method in METHODS if METHODS[method].trains]
     raise ValueError(f"ways must be among {', '.join(dict.fromkeys((*WAYS, *trained)))}; found {name!r}")
+
+
+def _trained(method: str) -> bool:
+    return method in METHODS and METHODS[method].trains
 
 
 def orders_of(settings: Settings, way: str) -> list[tuple[str, ...]]:
@@ -87,14 +93,14 @@ def orders_of(settings: Settings, way: str) -> list[tuple[str, ...]]:
     "given" is the settings' own sequence; "all" every order of the tasks after the first; "balanced" those of
     :func:`latin_square`; "auto" all of up to :data:`ALL_OF` such tasks and balanced ones of more. Under these the first
     task, such as one of safety, stays first, since tables ask what becomes of it; it is the number of the others that
-    counts. Under "any-first" no task is held: all orders of all tasks. Ways without ``every_order`` have balanced ones
-    in place of all.
+    counts. "any-first" is "auto" of all tasks, none held. Ways without ``every_order`` have balanced ones in place of
+    all.
     """
     if settings.orders == "given" or way == JOINT:
         return [settings.sequence]
     held = 0 if settings.orders == "any-first" else 1
     first, others = settings.sequence[:held], settings.sequence[held:]
-    asked = settings.orders in ("all", "any-first") or (settings.orders == "auto" and len(others) <= ALL_OF)
+    asked = settings.orders == "all" or (settings.orders != "balanced" and len(others) <= ALL_OF)
     chosen = itertools.permutations(others) if asked and get_way(way).every_order else latin_square(others)
     return [(*first, *order) for order in chosen]
 
@@ -138,11 +144,11 @@ def stage_runs(settings: Settings, way: str, order: Sequence[str], seed: int) ->
     for place, task in enumerate(order[1:], start=1):
         watch = tuple(step for step in settings.watch if step < shorter.steps_on(task)) if place == 1 else ()
         watched = {"watch": watch, "watch_rows": settings.watch_rows, "evaluate": (order[0], task)} if watch else {}
-        changes = {"options": options_of(settings, chosen.later)} | dict(chosen.changes) | watched
+        rate = {"learning_rate": settings.sequence_rates[way]} if way in settings.sequence_rates else {}
+        changes = {"options": options_of(settings, chosen.later)} | dict(chosen.changes) | rate | watched
         run = single(shorter, chosen.later, task, seed, start=runs[-1], **changes)
-        if chosen.masks_alone:
-            run = replace(run, calibration=alone_run(settings, chosen.later, task, seed).calibration)
-        runs.append(run)
+        alone = alone_run(settings, chosen.later, task, seed) if chosen.masks_alone and run.calibration else run
+        runs.append(replace(run, calibration=alone.calibration))
     return runs
 
 
@@ -192,10 +198,14 @@ def merged_weight(settings: Settings, count: int) -> float:
 def sequence_specs(settings: Settings) -> list[Spec]:
     """Everything that the study of forgetting asks for: all sequences, every task alone, the bare base.
 
-    Raises ValueError for disjoint masks on more tasks than fit, and for masks that draw another A for every task.
+    Raises ValueError for tasks that an encoder cannot take, disjoint masks on more tasks than fit, and masks that draw
+    another A for every task.
     """
+    _check_tasks(settings)
     for way in settings.ways:
         _check_masks(settings, way)
+    if settings.capacity_tasks:
+        check_goes_on(settings.mask_origin, "capacity_tasks")
     grid = [(way, order, seed) for way in settings.ways for seed in settings.seed for order in orders_of(settings, way)]
     every = [spec for way, order, seed in grid for spec in stages(settings, way, order, seed)]
     chains = [run for way, order, seed in grid if way != JOINT for run in chain_of(settings, way, order, seed)]
@@ -222,10 +232,21 @@ def base_of(settings: Settings) -> list[RunSpec]:
     return [spec for spec in base_runs(shorter) if spec.shots == 0]
 
 
+def _check_tasks(settings: Settings) -> None:
+    for name in ("sequence", "sequence_scored", "capacity_tasks") if base_kind(settings.base) == "encoder" else ():
+        if odd := [task for task in getattr(settings, name) if get_task(task).reads != "encoder"]:
+            raise ValueError(
+                f"{name} must hold tasks with classes or a number for the encoder {settings.base}; "
+                f"found {', '.join(odd)}"
+            )
+
+
 def _check_masks(settings: Settings, way: str) -> None:
     origin = get_way(way).changes.get("mask_origin", settings.mask_origin)
     if not get_method(get_way(way).later).masked:
         return
+    if get_mask_origin(settings.mask_origin).disjoint:
+        raise ValueError(f"mask_origin must leave disjoint masks to the way {DISJOINT}; found {settings.mask_origin!r}")
     if way != MERGED and len(settings.sequence) > 1:  # what is merged has an A a task anyway
         check_goes_on(origin, f"way {way}")
     if get_mask_origin(origin).disjoint and len(settings.sequence) > (fits := fitting(settings)):
@@ -254,9 +275,10 @@ def capacity_runs(settings: Settings, seed: int) -> list[RunSpec]:
     own, runs = _of_capacity(settings), []
     if settings.capacity_tasks and len(settings.capacity_tasks) > (fits := fitting(settings)):
         raise ValueError(f"capacity_tasks must be at most {fits}, which fit; found {len(settings.capacity_tasks)}")
-    for task in settings.capacity_tasks:
+    for alone in capacity_alone(settings, seed):
+        (task,) = alone.tasks
         changes = {"start": runs[-1], **WAYS[DISJOINT].changes, "evaluate": (task,)} if runs else {}
-        runs.append(single(own, "lori-s", task, seed, **changes))
+        runs.append(replace(single(own, "lori-s", task, seed, **changes), calibration=alone.calibration))
     return runs
 
 
@@ -279,6 +301,12 @@ def check_sequence(settings: Settings) -> None:
         raise ValueError(f"watch must hold steps of at least 1; found {min(settings.watch)}")
     for name in settings.ways:
         rate_of(settings, get_way(name).later, "lora")
+    for name, rate in settings.sequence_rates.items():
+        if name in (MERGED, JOINT) or (name not in WAYS and not _trained(name)):
+            known = [way for way in dict.fromkeys((*WAYS, *settings.ways)) if way not in (MERGED, JOINT)]
+            raise ValueError(f"sequence_rates must be of ways such as {', '.join(known)}; found {name!r}")
+        if not 0 < rate < math.inf:
+            raise ValueError(f"sequence_rates of {name} must be a finite number above 0; found {rate:g}")
     if settings.orders not in ORDERS:
         raise ValueError(f"orders must be one of {', '.join(ORDERS)}; found {settings.orders!r}")
     if len(set(settings.sequence)) < len(settings.sequence) or len(settings.sequence) < 1:

@@ -68,6 +68,7 @@ class Settings:
     orders: str = "given"  # of the tasks after the first: given, balanced, all, auto; of all tasks: any-first
     ways: tuple[str, ...] = ()  # ways to go from task to task (lori_nb.study.sequences.WAYS); empty: the methods
     strengths: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # of continual methods, by name
+    sequence_rates: Mapping[str, float] = field(default_factory=dict)  # way → rate after its first task; else as alone
     merged_total: float = 1.2  # of the weights where one adapter a task is merged: the LoRI authors', of 3 and of 4
     sequence_rows: int = 0  # rows a task that are scored after every stage; a profile that names none takes test_rows
     sequence_steps: int | None = None  # of tasks after the first, under any-first of all; none: as many as alone
@@ -206,6 +207,8 @@ def _settle_sequence(values: dict[str, Any]) -> None:
     for name, kind in _LATER_NUMBERS.items():
         if name in values:
             values[name] = _number(name, values[name], kind)
+    rates = dict(values.get("sequence_rates", {}))
+    values["sequence_rates"] = {way: _number(f"sequence_rates of {way}", rate, float) for way, rate in rates.items()}
     values["strengths"] = {
         method: {name: _number(f"strengths of {method}: {name}", v, float) for name, v in dict(numbers).items()}
         for method, numbers in dict(values.get("strengths", {})).items()

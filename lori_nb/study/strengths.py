@@ -1,9 +1,10 @@
-"""The one number of every way to protect earlier tasks, chosen by the same rule, on rows held out of training.
+"""The one number of every way from task to task, chosen by the same rule, on rows held out of training.
 
-Every way, own ones too, begins with as many values as a method begins with learning rates, on the first two tasks of
-the sequence. Merged adapters have one too, the sum of their weights.
+Of a way that protects earlier tasks it is how strongly, at LoRA's own learning rate; of any other the learning rate
+after the first task, which is how far it may move from there; of merged adapters the sum of their weights. Every way,
+own ones too, begins with as many values as a method begins with learning rates, on the first two tasks of the sequence.
 Chosen is the value with the best mean score over both tasks after the second, on the tuning split; where it is the
-first or the last of the grid, the grid grows by one value on that side. The learning rate is LoRA's own.
+first or the last of the grid, the grid grows by one value on that side.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from pathlib import Path
 import pandas as pd
 
 from lori_nb.lab import ledger
-from lori_nb.lab.methods import COUNTED, METHODS
+from lori_nb.lab.methods import COUNTED, get_method
 from lori_nb.lab.paths import write_atomically
 from lori_nb.lab.runs import Store, unmeasured
 from lori_nb.lab.specs import Spec, with_parents
+from lori_nb.study.cells import like_of, rate_of
 from lori_nb.study.pool import train_all
-from lori_nb.study.sequences import MERGED, get_way, stage_runs, stages
+from lori_nb.study.sequences import JOINT, MERGED, get_way, stage_runs, stages
 from lori_nb.study.settings import Settings
 from lori_nb.study.tuning import RATES, ROUNDS, TUNE_ROWS
 
@@ -50,6 +52,7 @@ class Grid:
         return self.number in COUNTED and value <= 1
 
 
+RATE = "learning_rate"
 GRIDS = {
     "ewc": Grid("strength", 1e3, 10.0),
     "o-lora": Grid("strength", 0.5, 10.0),
@@ -59,35 +62,35 @@ GRIDS = {
 }
 
 
-def grid_of(way: str) -> Grid:
-    """Where a way's number is looked for: :data:`GRIDS`, or for a method of one's own around the first of the numbers
-    that it declares, tenfold apart, or twofold (from one row on) where it counts rows.
+def grid_of(settings: Settings, way: str) -> Grid:
+    """Where a way's number is looked for: :data:`GRIDS`; for a method of one's own around the first of the numbers that
+    it declares, tenfold apart, or twofold (from one row on) where it counts rows; for a way without numbers around the
+    learning rate of its tasks alone, twofold apart.
 
     Raises:
-        ValueError: a way without a number to choose; it lists those that have one.
+        ValueError: an unknown way, or joint training, which has no later tasks.
     """
     if way in GRIDS:
         return GRIDS[way]
-    own = [m.name for m in METHODS.values() if m.begin is not None and m.strengths and m.name not in GRIDS]
-    if way not in own:
-        raise ValueError(f"strengths must be among {', '.join((*GRIDS, *own))}; found {way!r}")
-    number, default = next(iter(METHODS[way].strengths.items()))
+    if (chosen := get_way(way)).name == JOINT:
+        raise ValueError(f"strengths must be of ways that learn one task after another; found {way!r}")
+    if not (strengths := get_method(chosen.later).strengths):
+        return Grid(RATE, rate_of(settings, chosen.later, *like_of(chosen.later)), 2.0)
+    number, default = next(iter(strengths.items()))
     if number in COUNTED:
         return Grid(number, max(default, 2 ** (RATES // 2)), 2.0)
     return Grid(number, default or 1.0, 10.0)  # no multiple of 0 is another value
 
 
-def check_ways(ways: list[str]) -> None:
-    """ValueError for a way without a number to choose; it lists those that have one."""
-    for way in ways:
-        grid_of(way)
-
-
 def specs_at(settings: Settings, way: str, value: float) -> list[Spec]:
     """A way after the second task at one value of its number, one spec a seed, scored on the tuning split."""
-    number, method = {grid_of(way).number: value}, get_way(way).later
+    name, method = grid_of(settings, way).number, get_way(way).later
     others = settings.strengths.get(method, {})  # a memory, say, that the study has
-    changes = number if way == MERGED else {"strengths": {method: {**others, **number}}}
+    changes = {"strengths": {method: {**others, name: value}}}
+    if name == RATE:
+        changes = {"sequence_rates": {way: value}}
+    elif way == MERGED:
+        changes = {name: value}
     fixed = replace(settings, sequence=settings.sequence[:2], watch=(), **changes)
     chain = stages if way == MERGED else stage_runs
     last = [chain(fixed, way, fixed.sequence, seed)[-1] for seed in settings.seed]
@@ -97,11 +100,13 @@ def specs_at(settings: Settings, way: str, value: float) -> list[Spec]:
 def first_specs(settings: Settings, ways: list[str]) -> list[Spec]:
     """Every run of the grids as they begin, once, after those it depends on; errors as in :func:`tune_strengths`."""
     _check(settings, ways)
-    return with_parents(s for way in ways for value in grid_of(way).values for s in specs_at(settings, way, value))
+    grids = {way: grid_of(settings, way).values for way in ways}
+    return with_parents(s for way, values in grids.items() for value in values for s in specs_at(settings, way, value))
 
 
 def _check(settings: Settings, ways: list[str]) -> None:
-    check_ways(ways)
+    for way in ways:
+        grid_of(settings, way)
     if len(settings.sequence) < 2:
         raise ValueError(f"sequence must hold at least two tasks; found {', '.join(settings.sequence)}")
 
@@ -110,7 +115,7 @@ def tune_strengths(settings: Settings, ways: list[str], jobs: int = 2, store: St
     """Run the grids and return one measurement a row, with :data:`COLUMNS`.
 
     Raises:
-        ValueError: a way without a number to choose, or a sequence of one task.
+        ValueError: an unknown way or joint training, or a sequence of one task.
     """
     _check(settings, ways)
     store, tables = store or Store(), []
@@ -119,7 +124,7 @@ def tune_strengths(settings: Settings, ways: list[str], jobs: int = 2, store: St
         best = _best(table)
         tables.append(table.assign(chosen=table["setting"] == best))
         tried = ", ".join(f"{value:g}" for value in sorted(set(table["setting"])))
-        print(f"{way}: {grid_of(way).number} {best:g} among {tried}", flush=True)
+        print(f"{way}: {table['number'].iloc[0]} {best:g} among {tried}", flush=True)
     return pd.concat(tables, ignore_index=True)
 
 
@@ -128,7 +133,7 @@ def _best(table: pd.DataFrame) -> float:
 
 
 def _tune_one(settings: Settings, way: str, jobs: int, store: Store) -> pd.DataFrame:
-    grid = grid_of(way)
+    grid = grid_of(settings, way)
     values = grid.values
     for widened in range(ROUNDS + 1):
         by_value = {value: specs_at(settings, way, value) for value in values}
