@@ -6,6 +6,7 @@ Each function takes a matplotlib ``Axes`` and a table of :mod:`lori_nb.study.for
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -132,7 +133,8 @@ def score_by_order(ax: Axes, table: pd.DataFrame, joint: Sequence[float] = ()) -
     for level in joint:
         ax.axhline(level, color=GREY, linestyle="--", linewidth=1, label=way_title("joint"))
     key = ", ".join(f"{letter} {task}" for task, letter in letters.items())
-    ax.set_title(f"after {given[0]}: {key} ({n_text(table)})" if held else f"{key} ({n_text(table)})")
+    title = f"after {given[0]}: {key} ({n_text(table)})" if held else f"{key} ({n_text(table)})"
+    ax.set_title(textwrap.fill(title, 90))
     ax.set_xlabel("order")
     return score_limits(ax, table["metric"])
 

@@ -195,9 +195,9 @@ def course(table: pd.DataFrame) -> Figure:
 def orders(table: pd.DataFrame) -> Figure:
     """Score after the last task in every order, ways from task to task side by side; a line for joint training."""
     joint = table.loc[table["way"] == JOINT, "value"].tolist()
-    return single(figures_sequences.score_by_order, table[table["way"] != JOINT], joint)
+    return single(figures_sequences.score_by_order, table[table["way"] != JOINT], joint, height=3.6)
 
 
 def capacity(table: pd.DataFrame, fits: int) -> Figure:
     """Score of the n-th task under disjoint masks; ``fits`` is the number of the last one that fits."""
-    return single(figures_sequences.score_of_nth_task, table, fits, height=2.5)
+    return single(figures_sequences.score_of_nth_task, table, fits, height=3.4)
