@@ -105,6 +105,13 @@ def test_a_seed_list_multiplies_the_runs_and_one_seed_does_not():
     assert {spec.seed for spec in two} == {0, 1}
 
 
+def test_encoder_tasks_on_a_decoder_have_the_decoder_s_settings():
+    decoder = load_settings("quick", base="smollm2-135m-instruct", tasks=["rte", "sst2"])
+    plain, encoder = load_settings("quick"), load_settings("quick", base="all-minilm-l6-v2", tasks=["rte", "sst2"])
+    assert (decoder.learning_rate, decoder.last_layers) == (plain.learning_rate, plain.last_layers)
+    assert encoder == load_settings("quick", tasks=["rte", "sst2"]) and encoder.learning_rate != plain.learning_rate
+
+
 def test_encoder_tasks_bring_their_base_and_need_no_few_shot_runs():
     settings = load_settings("smoke", tasks="glue")
     assert settings.tasks == ("rte", "mrpc", "cola", "sst2", "stsb", "qnli")

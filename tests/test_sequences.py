@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from real_data import needs_real_data, real_data
 from tiny import marked
 
 from lori_nb.analysis import continual
@@ -371,6 +372,27 @@ def test_tables_of_sequences_that_begin_with_any_task(settings):
     ax = figures_sequences.score_by_order(plt.figure().subplots(), forgetting.order_scores(results))
     assert sorted(label.get_text() for label in ax.get_xticklabels()) == ["A B", "B A"]
     assert ax.get_title().startswith("A refusal, B chain_sum (") and plt.close("all") is None
+
+
+@needs_real_data
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_sequences_of_real_tasks_are_scored_whole(kind, tiny_decoder, tiny_encoder, monkeypatch):
+    """Choices by likelihood, and tasks of GLUE with heads of their own, one of them a regression."""
+    monkeypatch.setenv("LORI_NB_DATA", str(real_data()))
+    base, tasks = {
+        "decoder": (tiny_decoder, ["boolq", "arc_easy"]),
+        "encoder": (tiny_encoder, ["mrpc", "sst2", "stsb"]),
+    }[kind]
+    small = {"last_layers": 2, "rank": 2, "steps": 2, "batch_size": 2, "train_rows": 4, "test_rows": 4, "arms": []}
+    small |= {"sequence_rows": 2, "watch": [], "ways": ["lori-s-disjoint", "replay"], "sparsity": 0.75}
+    settings = load_settings("smoke", base=str(base), tasks=tasks, **small)
+    results = notebook.collect("06_forgetting", settings)
+    for way in settings.ways:
+        runs = [results.run(spec) for spec in sequences.stages(settings, way, settings.sequence, 0)]
+        assert [set(run.metrics["task"]) for run in runs] == [set(tasks)] * len(tasks)
+    shown = forgetting.matrices(results)
+    assert len(shown) == 2 and all(table.shape == (len(tasks),) * 2 for table in shown.values())
+    assert {bool(table.isna().any(axis=None)) for table in shown.values()} == {kind == "encoder"}
 
 
 def test_an_encoder_has_no_forward_transfer(tiny_encoder, registries):
