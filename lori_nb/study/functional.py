@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -24,7 +25,7 @@ from lori_nb.study import adapter_records
 from lori_nb.study.geometry import adapter_sets
 from lori_nb.study.notebook import Results, adapters_of
 from lori_nb.study.sequence_runs import matrix_of
-from lori_nb.study.sequences import JOINT, MERGED, orders_of, stage_runs
+from lori_nb.study.sequences import JOINT, MERGED, chain_of, orders_of
 from lori_nb.study.settings import Settings
 from lori_nb.study.style import null_of, title_of
 from lori_nb.study.summary import as_columns, seeds_interval
@@ -131,14 +132,14 @@ def interference_and_forgetting(results: Results, rows: int = ROWS) -> pd.DataFr
     Returns:
         One row for each way and seed, of the way's first order: way, seed, ``interference`` ‖(ΔW_end − ΔW_1) x‖ /
         ‖ΔW_1 x‖, mean over modules, with ΔW_1 the adapter after the first task and x what the base alone feeds the
-        modules on that task's test rows, and ``lost``, the first task's forgetting. Of ways and seeds that are scored,
-        and whose adapters are in the store, or were there and left their record
-        (:mod:`lori_nb.study.adapter_records`).
+        modules on that task's test rows, and ``lost``, the first task's forgetting. Where adapters are merged, all with
+        one weight, ΔW_end is their sum. Of ways and seeds that are scored, and whose adapters are in the store, or were
+        there and left their record (:mod:`lori_nb.study.adapter_records`).
     """
     settings, found = results.settings, []
-    for (way, seed), ends in _ends(settings).items():
+    for (way, seed), (first, later) in _updates(settings).items():
         R = matrix_of(results, way, orders_of(settings, way)[0], seed)
-        moved = _moved(results, *ends, rows) if R is not None else None
+        moved = _moved(results, first, later, rows) if R is not None else None
         if moved is not None:
             found.append({"way": way, "seed": seed, "interference": moved, "lost": float(forgetting(R)[0])})
     return pd.DataFrame(found, columns=["way", "seed", "interference", "lost"])
@@ -146,8 +147,8 @@ def interference_and_forgetting(results: Results, rows: int = ROWS) -> pd.DataFr
 
 def record(settings: Settings, store: Store) -> None:
     """Keep with the ledger the interference of every way and seed whose adapters are in the store."""
-    for first, last in _ends(settings).values():
-        _moved(adapters_of(settings, (first, last), store), first, last, ROWS, lasting=True)
+    for first, later in _updates(settings).values():
+        _moved(adapters_of(settings, (first, *later), store), first, later, ROWS, lasting=True)
 
 
 def interference_line(found: pd.DataFrame) -> str:
@@ -162,40 +163,49 @@ def interference_line(found: pd.DataFrame) -> str:
     )
 
 
-def _ends(settings: Settings) -> dict[tuple[str, int], tuple[RunSpec, RunSpec]]:
-    """(way, seed) → the first and the last run of the way's first order; of ways that go on with one adapter."""
-    ways = [way for way in settings.ways if way not in (JOINT, MERGED)] if len(settings.sequence) > 1 else []
-    chains = {
-        (way, seed): stage_runs(settings, way, orders_of(settings, way)[0], seed)
-        for way, seed in itertools.product(ways, settings.seed)
-    }
-    return {key: (runs[0], runs[-1]) for key, runs in chains.items()}
-
-
-def _moved(results: Results, first: RunSpec, last: RunSpec, rows: int, lasting: bool = False) -> float | None:
-    """How far what the last run's adapter has beyond the first's moves the first task's activations; None where their
-    adapters are not in the store, and left no record.
+def _updates(settings: Settings) -> dict[tuple[str, int], tuple[RunSpec, list[RunSpec]]]:
+    """(way, seed) → the run of the first task, and what holds the later tasks: of the way's first order the last run,
+    which goes on from the first, or the other adapters that are merged with it.
     """
-    there = all(isinstance(results.run(spec), Run) for spec in (first, last))
-    about = {"what": "sequence", "recipe": RECIPE, "rows": rows} | {
-        name: results.hash_of(spec) for name, spec in (("first", first), ("last", last))
-    }
-    compute = partial(_computed, results, first, last, rows) if there else None
+    ways = [way for way in settings.ways if way != JOINT] if len(settings.sequence) > 1 else []
+    found = {}
+    for way, seed in itertools.product(ways, settings.seed):
+        order = orders_of(settings, way)[0]
+        chain = {run.tasks: run for run in chain_of(settings, way, order, seed)}
+        first, *others = (chain[(task,)] for task in order)
+        found[way, seed] = first, others if way == MERGED else others[-1:]
+    return found
+
+
+def _moved(
+    results: Results, first: RunSpec, later: Sequence[RunSpec], rows: int, lasting: bool = False
+) -> float | None:
+    """How far the later tasks' update moves the first task's activations; None where the adapters are not in the store,
+    and left no record.
+    """
+    there = all(isinstance(results.run(spec), Run) for spec in (first, *later))
+    about = {"what": "sequence", "recipe": RECIPE, "rows": rows, "first": results.hash_of(first)}
+    about |= {"last": ",".join(map(results.hash_of, later))}
+    compute = partial(_computed, results, first, later, rows) if there else None
     table = adapter_records.kept(about, compute, lasting)
     return None if table is None else float(table["moved"].iloc[0])
 
 
-def _computed(results: Results, first: RunSpec, last: RunSpec, rows: int) -> pd.DataFrame:
-    settings = results.settings
-    before, after = (results.run(spec).adapter.factors for spec in (first, last))
-    later = {
-        name: Factors(torch.cat([f.A, before[name].A]), torch.cat([f.B, -before[name].B], 1), f.scale)
-        for name, f in after.items()
-    }
+def _computed(results: Results, first: RunSpec, later: Sequence[RunSpec], rows: int) -> pd.DataFrame:
+    settings, before = results.settings, results.run(first).adapter.factors
+    after = [results.run(spec).adapter.factors for spec in later]
+    if later[-1].start is not None:  # it holds the first task's update too
+        after.append({name: replace(f, B=-f.B) for name, f in before.items()})
+    update = {name: _sum([each[name] for each in after]) for name in before}
     task, base = get_task(settings.sequence[0]), load_base(settings.base, settings.dtype)
     encoded = encode_rows(base.tokenizer, base.kind, tuple(task.rows("test", rows)), (), task.system)
-    moved = interference_of({task.name: responses(base, {task.name: before, "later": later}, encoded)})
+    moved = interference_of({task.name: responses(base, {task.name: before, "later": update}, encoded)})
     return pd.DataFrame({"moved": [float(moved["value"].mean())]})
+
+
+def _sum(several: Sequence[Factors]) -> Factors:
+    """Σ ΔW as one pair of factors."""
+    return Factors(torch.cat([f.A for f in several]), torch.cat([f.scale * f.B for f in several], 1), 1.0)
 
 
 def functional_matrix(chosen: pd.DataFrame, column: str = "value") -> pd.DataFrame:
