@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from lori_nb import cli
 from lori_nb.analysis.interference import similarity_curve
 from lori_nb.analysis.merging import MERGE_METHODS, merge
-from lori_nb.analysis.overlap import total_cosine
+from lori_nb.analysis.overlap import norm, total_cosine
 from lori_nb.analysis.reduced import reduced
 from lori_nb.lab.folders import not_shared, read_folders, short_names, unwrapped, write_merged
 from lori_nb.lab.interop import export_peft, import_peft
@@ -503,14 +503,16 @@ def adapters_by_hand(ranks=(3, 3, 2)) -> dict[str, dict[str, Factors]]:
     }  # fmt: skip
 
 
-def test_layers_kinds_and_totals_are_means_of_their_modules():
-    found = foreign.measured(adapters_by_hand(), draws=4)
+def test_layers_kinds_and_totals_are_means_of_their_modules_and_products_sums():
+    adapters = adapters_by_hand()
+    found = foreign.measured(adapters, draws=4)
     of = {(r.adapter_a, r.adapter_b, r.measure, r.module): r for r in found.modules.itertuples()}
     for table, place, members in (
         (found.layers, "layer", lambda module, where: module.startswith(f"layers.{where}.")),
         (found.kinds, "kind", lambda module, where: module.endswith(where)),
     ):
-        assert set(table["measure"]) == {name for name in foreign.ALL if name not in foreign.ELEMENTWISE}
+        measured = {name for name in foreign.ALL if name not in foreign.ELEMENTWISE}
+        assert set(table["measure"]) == measured | {"total_cosine"}
         assert set(table[place]) == ({0, 1} if place == "layer" else {"q_proj", "v_proj", "embed"})
         for row in table[table["measure"].isin(["cosine", "row_overlap", "alignment"])].itertuples():
             pair = (row.adapter_a, row.adapter_b, row.measure)
@@ -519,10 +521,24 @@ def test_layers_kinds_and_totals_are_means_of_their_modules():
             assert row.value == pytest.approx(sum(each.value for each in own) / len(own))
             assert row.null == pytest.approx(sum(each.null for each in own) / len(own))
             assert row.null_low < row.null < row.null_high
+        wide = table.set_index(["adapter_a", "adapter_b", "measure", place])
+        for where in dict.fromkeys(table[place]):
+            one, two = ({m: f for m, f in adapters[name].items() if members(m, where)} for name in "ac")
+            rows = [of["a", "c", "inner_product", m] for m in one]
+            for column in ("value", "null"):
+                total = sum(getattr(row, column) for row in rows)
+                assert wide.loc[("a", "c", "inner_product", where), column] == pytest.approx(total)
+            assert wide.loc[("a", "c", "total_cosine", where), "value"] == pytest.approx(total_cosine(one, two))
+            assert wide.loc[("a", "c", "total_cosine", where), "null"] == pytest.approx(
+                wide.loc[("a", "c", "inner_product", where), "null"]
+                / math.prod(math.sqrt(sum(norm(f) ** 2 for f in each.values())) for each in (one, two))
+            )
     total = found.pairs.set_index(["adapter_a", "adapter_b", "measure"])["value"]
     assert total["a", "b", "inner_product"] == pytest.approx(
-        found.modules.set_index(["adapter_a", "adapter_b", "measure"]).loc[("a", "b", "inner_product"), "value"].mean()
+        found.modules.set_index(["adapter_a", "adapter_b", "measure"]).loc[("a", "b", "inner_product"), "value"].sum()
     )
+    assert total["a", "b", "total_cosine"] == pytest.approx(total_cosine(adapters["a"], adapters["b"]))
+    assert total["a", "b", "total_cosine"] != pytest.approx(total["a", "b", "cosine"], rel=1e-3), "no mean of modules"
     depth = foreign.by_place(found.modules, "row_overlap").set_index(["layer", "kind"])
     assert len(depth) == 5
     own = [each.value for key, each in of.items() if key[2:] == ("row_overlap", "layers.1.attn.v_proj")]
