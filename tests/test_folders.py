@@ -623,9 +623,34 @@ def test_merge_from_the_command_line(pair, tiny_decoder, tmp_path, home):
     assert {int(torch.linalg.matrix_rank(f.B)) for f in found.factors.values()} == {2}
 
 
+def test_merges_of_full_rank_are_cut_and_options_reach_the_method(pair, tmp_path, home):
+    found = read_folders([str(path) for path in pair])
+    wanted = {name: sum(len(f.factors[name].A) for f in found.values() if name in f.factors)
+              for name in found["one"].factors}  # fmt: skip
+    cut = invoke("merge", *pair, "--method", "dare-ties", "--out", tmp_path / "cut")
+    note = "note: dare-ties has full rank, cut to the sum of the adapters' ranks in each module; --rank sets another"
+    assert cut.exit_code == 0 and note in cut.stdout, cut.output
+    (merged,) = read_folders([str(tmp_path / "cut")]).values()
+    assert {name: len(f.A) for name, f in merged.factors.items()} == wanted and set(wanted.values()) == {4, 7}
+    words = ("merge", *pair, "--method", "dare-ties", "--rank", "40", "--density", "0.7", "--seed", "3")
+    other = invoke(*words, "--out", tmp_path / "other")
+    assert other.exit_code == 0 and "full rank" not in other.stdout, other.output
+    (merged,) = read_folders([str(tmp_path / "other")]).values()
+    options = {"density": 0.7, "seed": 3}
+    expected = merge([folder.stored for folder in found.values()], [1.0, 1.0], "dare-ties", 40, options)
+    assert all(torch.equal(merged.factors[name].B, f.B) for name, f in expected.items())
+    plain = merge([folder.stored for folder in found.values()], [1.0, 1.0], "dare-ties", 40)
+    assert not any(torch.equal(f.B, plain[name].B) for name, f in expected.items())
+    with safe_open(tmp_path / "other" / "adapter_model.safetensors", framework="pt") as file:
+        about = json.loads(file.metadata()["lori_nb"])
+    assert about["rank"] == 40 and {name: about[name] for name in options} == options
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (("--method", "cat", "--density", "0.5"), "options of method 'cat' must be among none; found 'density'"),
+        (("--method", "ties", "--density", "0"), "density must be in (0, 1]; found 0.0"),
         (("--method", "knotts"), "method must be one of cat, "),
         (("--weights", "1,2,3"), "weights must be 2 finite numbers"),
         (("--weights", "1,one"), "weights must be numbers, one an adapter or one for all; found 'one'"),

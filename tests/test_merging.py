@@ -169,6 +169,22 @@ def test_svd_equals_peft(peft_model):
         assert float((dense(factors_) - whole).norm()) > 0.01 * float(values[0])  # something was cut
 
 
+@pytest.mark.parametrize("rank", [1, 2, 4, 6, 7, 9, 20])
+def test_svd_to_any_rank_is_that_of_the_dense_sum(rank):
+    """Below, at and above the adapters' own ranks, 2, 4 and 3; all of the sum has rank 9, and no factors have more."""
+    adapters, weights = [{"m": factors(0, 2)}, {"m": factors(1, 4, -0.5)}, {"m": factors(2)}], [0.7, -0.4, 1.3]
+    exact = sum(w * dense(a["m"]) for a, w in zip(adapters, weights, strict=True))
+    U, S, Vh = torch.linalg.svd(exact, full_matrices=False)
+    nearest = U[:, :rank] * S[:rank] @ Vh[:rank]
+    found = merge(adapters, weights, "svd", rank)["m"]
+    assert len(found.A) == min(rank, 9)
+    room = 1e-10 * float(S[0] / S[8]) * float(S[0])
+    assert float((dense(found) - nearest).norm()) <= room
+    assert (float((dense(found) - exact).norm()) <= room) == (rank >= 9)
+    usual = merge(adapters, weights, "svd")["m"]
+    assert len(usual.A) == 4 and (float((dense(usual) - dense(found)).norm()) <= room) == (rank == 4)
+
+
 def test_linear_and_cat_differ_on_the_model(peft_model):
     adapters = [from_peft(peft_model, name) for name in PEFT_ADAPTERS]
     cat, linear = (merge(adapters, [0.5] * 3, method) for method in ("cat", "linear"))
