@@ -22,7 +22,7 @@ from lori_nb.analysis.interference import similarity_curve
 from lori_nb.analysis.merging import MERGE_METHODS, merge
 from lori_nb.analysis.overlap import norm, total_cosine
 from lori_nb.analysis.reduced import reduced
-from lori_nb.lab.folders import not_shared, read_folders, short_names, unwrapped, write_merged
+from lori_nb.lab.folders import not_shared, read_folders, shared_draws, short_names, unwrapped, write_merged
 from lori_nb.lab.interop import export_peft, import_peft
 from lori_nb.lab.models import empty_body, load_base
 from lori_nb.lab.peft_writing import portability, write_peft
@@ -239,6 +239,36 @@ def test_what_is_not_shared_is_said(pair, tiny_decoder):
     assert not any("base models" in line for line in lines)
 
 
+def test_a_shared_draw_is_said_and_what_to_do_about_it(pair, tiny_decoder, tmp_path, home):
+    """Bit for bit, up to rounding or scale, or padded with zeros; not of A's drawn apart."""
+    one = read_folders([str(pair[0])])["one"]
+    assert shared_draws(read_folders([str(path) for path in pair])) == []
+    forms = {
+        "bits": {m: Factors(f.A, f.B.flip(0), f.scale) for m, f in one.factors.items()},
+        "turned": {m: Factors(-3 * f.A.flip(0), f.B, f.scale) for m, f in one.factors.items()},
+        "within": {m: Factors(f.A[:2], f.B[:, :2], f.scale) for m, f in one.factors.items()},
+    }
+    for name, factors in forms.items():
+        dtype = torch.bfloat16 if name == "turned" else torch.float32
+        keyed = {one.keys[m]: f for m, f in factors.items()}
+        other = write_peft(tmp_path / name, keyed, str(tiny_decoder), dtype=dtype)
+        said = shared_draws(read_folders([str(pair[0]), str(other), str(pair[1])]))
+        assert said == [
+            f"A's have one row space (one and {name} in 28 modules), as a shared draw gives: "
+            "--null given puts that into the null"
+        ]
+    words = ("overlap", pair[0], tmp_path / "bits", "--draws", 2)
+    assert "note: A's have one row space (one and bits" in invoke(*words, "--out", tmp_path / "a").stdout
+    given = invoke(*words, "--out", tmp_path / "b", "--null", "given")
+    assert given.exit_code == 0 and "row space" not in given.stdout
+    (module, f), *_ = one.factors.items()
+    d_out, d_in = f.delta().shape
+    whole = Factors(gaussian(d_in, d_in, seed=3), gaussian(d_out, d_in, seed=4), 1.0)
+    for name in ("x", "y"):
+        write_peft(tmp_path / name, {one.keys[module]: whole}, str(tiny_decoder))
+    assert shared_draws(read_folders([str(tmp_path / "x"), str(tmp_path / "y")])) == [], "all of the input"
+
+
 # Merged and written
 
 
@@ -387,6 +417,11 @@ def test_a_portable_export_gives_the_same_logits_at_an_allowed_rank(pair, tiny_d
         ("modules_to_save", ["lm_head"], "no whole module is saved beside"),
         ("target_modules", ["q_proj"], "target_modules names the file's modules"),
         ("use_dora", True, "it is plain LoRA"),
+        ("init_lora_weights", "pissa", "it is plain LoRA"),
+        ("layer_replication", [[0, 2]], "it is plain LoRA"),
+        ("lora_alpha", True, "it is plain LoRA"),
+        ("peft_type", ["LORA"], "it is plain LoRA"),
+        ("r", [8], "all modules have one rank, the configuration's"),
     ],
 )
 def test_every_rule_of_the_portable_form_is_looked_at(pair, tiny_decoder, tmp_path, home, setting, value, rule):
@@ -404,7 +439,9 @@ def test_tensors_of_a_portable_folder_are_looked_at(pair, tiny_decoder, tmp_path
         "every module has A and B": lambda t: t.pop(next(iter(t))),
         "all modules have one rank, the configuration's": lambda t: t.update({next(iter(t)): torch.ones(9, 64)}),
     }
-    for place, (rule, change) in enumerate(broken.items()):
+    flat = [lambda t, size=size: t.update({next(iter(t)): torch.ones(size)}) for size in ((8,), (), (8, 64, 1))]
+    every = [*broken.items(), *(("every tensor is a factor of a linear module", change) for change in flat)]
+    for place, (rule, change) in enumerate(every):
         out = export_peft(adapter, tmp_path / str(place), for_serving=True)
         rewritten(out, change)
         assert not portability(out)[rule], rule

@@ -52,7 +52,7 @@ def overlap(
     One line a pair; in brackets, between which values random adapters lie with 95 %. With --tasks the base model runs
     over some rows of each task, and a line an ordered pair says how far one adapter moves another's activations.
     """
-    from lori_nb.lab.folders import not_shared, read_folders
+    from lori_nb.lab.folders import not_shared, read_folders, shared_draws
     from lori_nb.study import foreign
 
     found = read_folders(folders)
@@ -61,7 +61,7 @@ def overlap(
     adapters = {name: folder.stored for name, folder in found.items()}
     choices = {"null": null, "draws": draws, "seed": seed, "elementwise": elementwise}
     measured = foreign.measured(adapters, **choices, activations=_activations(found, names_in(tasks), base, rows))
-    notes = not_shared(found)
+    notes = not_shared(found) + (shared_draws(found) if null == "independent" else [])
     paths = foreign.write_report(measured, sources, report, notes)
     print(*foreign.lines(measured), *(f"note: {line}" for line in notes), sep="\n")
     print(*paths, sep="\n")
@@ -164,7 +164,7 @@ def export_run(
     dtype: Dtype = "float32",
 ) -> None:
     """Write a run's adapter as a PEFT LoRA folder."""
-    from lori_nb.lab.interop import export_peft
+    from lori_nb.lab.interop import export_peft, heads_of
     from lori_nb.lab.runs import Store
 
     stored = _dtype(dtype)
@@ -172,6 +172,8 @@ def export_run(
     run = store.load(whole_hash(store.hashes(), spec_hash))
     choices = {"weight": weight, "head": head or None, "for_serving": portable, "dtype": stored}
     path = export_peft(run.adapter, Path(folder), **choices)
+    if portable and heads_of(run.adapter):
+        print(f"note: a portable folder has no head; left out: {', '.join(heads_of(run.adapter))}")
     _say_rules(path, portable)
     print(path)
 
