@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hard_cases import hard_bank, weights_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -53,6 +54,24 @@ def test_magnitude_and_ties_are_their_literal_definitions(seed, shape, density):
     assert np.allclose(dense(found), sum(w * X for w, X in zip(weights, kept, strict=True)), atol=1e-12)
     found = ties_of_updates(own, weights, density)
     assert np.allclose(dense(found), literal_election(kept, weights), atol=1e-12)
+
+
+@pytest.mark.parametrize("case", hard_bank())
+def test_over_hard_cases_they_are_their_literal_definitions(case):
+    own = hard_bank()[case]
+    weights, count = weights_of(own), len(own)
+    largest = [literal_largest(dense(f), 0.2) for f in own]
+    kept = [dense(dare(own, [float(n == place) for n in range(count)], seed=3)) for place in range(count)]
+    for f, part in zip(own, kept, strict=True):  # what DARE keeps, it makes larger; the rest is zero
+        assert np.allclose(part[part != 0], dense(f)[part != 0] / 0.2, rtol=1e-12, atol=0)
+        assert (part != 0).sum() < (dense(f) != 0).sum() or not dense(f).any()
+    summed = {"magnitude": largest, "dare": kept}
+    expected = {name: sum(w * X for w, X in zip(weights, parts, strict=True)) for name, parts in summed.items()}
+    expected |= {"ties": literal_election(largest, weights), "dare-ties": literal_election(kept, weights)}
+    for name, wanted in expected.items():
+        options = {"seed": 3} if "dare" in name else {}
+        found = dense(MERGE_METHODS[name](own, weights, **options))
+        assert np.allclose(found, wanted, rtol=0, atol=1e-12 * max(1.0, np.abs(wanted).max())), name
 
 
 def test_at_full_density_magnitude_is_the_exact_sum_and_ties_is_not():

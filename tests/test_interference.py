@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import scipy.linalg
 import torch
+from hard_cases import in_another_basis
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -165,6 +166,31 @@ def test_another_factorization_of_the_same_updates_measures_the_same(seed, rank_
     for name in ALL:
         if name != "mask_overlap":
             assert value(name, other, g) == pytest.approx(value(name, f, g), abs=1e-8)
+
+
+@pytest.mark.parametrize("side", ["rows", "columns"])
+def test_another_factorization_has_the_same_curve(side):
+    f, g = factors(3), factors(4, 3)
+    curve = similarity_curve(reduced(f), reduced(g), side)
+    turned = similarity_curve(reduced(in_another_basis(f, 1)), reduced(in_another_basis(g, 2)), side)
+    assert torch.allclose(turned, curve, atol=1e-8)
+    assert not torch.allclose(similarity_curve(reduced(f), reduced(factors(5, 3)), side), curve, atol=1e-2)
+
+
+def test_another_factorization_has_the_same_null_but_for_zeros_of_B():
+    """Draw by draw where its rows are any; of a given A the same space, in which it is turned from another basis."""
+    f, g = factors(3), in_another_basis(factors(3), 1)
+    one, other = (null_update(each, torch.Generator().manual_seed(5)) for each in (f, g))
+    assert torch.allclose(one.delta(), other.delta(), atol=1e-8 * float(one.delta().norm()))
+    assert not torch.allclose(null_update(f, torch.Generator().manual_seed(6)).delta(), one.delta(), atol=0.1)
+    one, other = (null_update(each, torch.Generator().manual_seed(5), each.A) for each in (f, g))
+    assert torch.allclose(spectrum(one), spectrum(other), rtol=1e-8)
+    assert value("row_overlap", one, other) == pytest.approx(1, abs=1e-10)
+    sparse = under_mask(40, 0.3)
+    nulls = [null_update(each, torch.Generator().manual_seed(5)) for each in (sparse, in_another_basis(sparse, 1))]
+    assert (nulls[0].delta() - nulls[1].delta()).norm() > 0.1 * nulls[0].delta().norm(), (
+        "its zeros are in another basis"
+    )
 
 
 @given(seed=st.integers(0, 10**6))
