@@ -20,9 +20,9 @@ from typer.testing import CliRunner
 from lori_nb import cli
 from lori_nb.analysis.interference import similarity_curve
 from lori_nb.analysis.merging import MERGE_METHODS, merge
-from lori_nb.analysis.overlap import total_cosine
+from lori_nb.analysis.overlap import norm, total_cosine
 from lori_nb.analysis.reduced import reduced
-from lori_nb.lab.folders import not_shared, read_folders, short_names, unwrapped, write_merged
+from lori_nb.lab.folders import not_shared, read_folders, shared_draws, short_names, unwrapped, write_merged
 from lori_nb.lab.interop import export_peft, import_peft
 from lori_nb.lab.models import empty_body, load_base
 from lori_nb.lab.peft_writing import portability, write_peft
@@ -239,6 +239,36 @@ def test_what_is_not_shared_is_said(pair, tiny_decoder):
     assert not any("base models" in line for line in lines)
 
 
+def test_a_shared_draw_is_said_and_what_to_do_about_it(pair, tiny_decoder, tmp_path, home):
+    """Bit for bit, up to rounding or scale, or padded with zeros; not of A's drawn apart."""
+    one = read_folders([str(pair[0])])["one"]
+    assert shared_draws(read_folders([str(path) for path in pair])) == []
+    forms = {
+        "bits": {m: Factors(f.A, f.B.flip(0), f.scale) for m, f in one.factors.items()},
+        "turned": {m: Factors(-3 * f.A.flip(0), f.B, f.scale) for m, f in one.factors.items()},
+        "within": {m: Factors(f.A[:2], f.B[:, :2], f.scale) for m, f in one.factors.items()},
+    }
+    for name, factors in forms.items():
+        dtype = torch.bfloat16 if name == "turned" else torch.float32
+        keyed = {one.keys[m]: f for m, f in factors.items()}
+        other = write_peft(tmp_path / name, keyed, str(tiny_decoder), dtype=dtype)
+        said = shared_draws(read_folders([str(pair[0]), str(other), str(pair[1])]))
+        assert said == [
+            f"A's have one row space (one and {name} in 28 modules), as a shared draw gives: "
+            "--null given puts that into the null"
+        ]
+    words = ("overlap", pair[0], tmp_path / "bits", "--draws", 2)
+    assert "note: A's have one row space (one and bits" in invoke(*words, "--out", tmp_path / "a").stdout
+    given = invoke(*words, "--out", tmp_path / "b", "--null", "given")
+    assert given.exit_code == 0 and "row space" not in given.stdout
+    (module, f), *_ = one.factors.items()
+    d_out, d_in = f.delta().shape
+    whole = Factors(gaussian(d_in, d_in, seed=3), gaussian(d_out, d_in, seed=4), 1.0)
+    for name in ("x", "y"):
+        write_peft(tmp_path / name, {one.keys[module]: whole}, str(tiny_decoder))
+    assert shared_draws(read_folders([str(tmp_path / "x"), str(tmp_path / "y")])) == [], "all of the input"
+
+
 # Merged and written
 
 
@@ -387,6 +417,11 @@ def test_a_portable_export_gives_the_same_logits_at_an_allowed_rank(pair, tiny_d
         ("modules_to_save", ["lm_head"], "no whole module is saved beside"),
         ("target_modules", ["q_proj"], "target_modules names the file's modules"),
         ("use_dora", True, "it is plain LoRA"),
+        ("init_lora_weights", "pissa", "it is plain LoRA"),
+        ("layer_replication", [[0, 2]], "it is plain LoRA"),
+        ("lora_alpha", True, "it is plain LoRA"),
+        ("peft_type", ["LORA"], "it is plain LoRA"),
+        ("r", [8], "all modules have one rank, the configuration's"),
     ],
 )
 def test_every_rule_of_the_portable_form_is_looked_at(pair, tiny_decoder, tmp_path, home, setting, value, rule):
@@ -404,7 +439,9 @@ def test_tensors_of_a_portable_folder_are_looked_at(pair, tiny_decoder, tmp_path
         "every module has A and B": lambda t: t.pop(next(iter(t))),
         "all modules have one rank, the configuration's": lambda t: t.update({next(iter(t)): torch.ones(9, 64)}),
     }
-    for place, (rule, change) in enumerate(broken.items()):
+    flat = [lambda t, size=size: t.update({next(iter(t)): torch.ones(size)}) for size in ((8,), (), (8, 64, 1))]
+    every = [*broken.items(), *(("every tensor is a factor of a linear module", change) for change in flat)]
+    for place, (rule, change) in enumerate(every):
         out = export_peft(adapter, tmp_path / str(place), for_serving=True)
         rewritten(out, change)
         assert not portability(out)[rule], rule
@@ -503,14 +540,16 @@ def adapters_by_hand(ranks=(3, 3, 2)) -> dict[str, dict[str, Factors]]:
     }  # fmt: skip
 
 
-def test_layers_kinds_and_totals_are_means_of_their_modules():
-    found = foreign.measured(adapters_by_hand(), draws=4)
+def test_layers_kinds_and_totals_are_means_of_their_modules_and_products_sums():
+    adapters = adapters_by_hand()
+    found = foreign.measured(adapters, draws=4)
     of = {(r.adapter_a, r.adapter_b, r.measure, r.module): r for r in found.modules.itertuples()}
     for table, place, members in (
         (found.layers, "layer", lambda module, where: module.startswith(f"layers.{where}.")),
         (found.kinds, "kind", lambda module, where: module.endswith(where)),
     ):
-        assert set(table["measure"]) == {name for name in foreign.ALL if name not in foreign.ELEMENTWISE}
+        measured = {name for name in foreign.ALL if name not in foreign.ELEMENTWISE}
+        assert set(table["measure"]) == measured | {"total_cosine"}
         assert set(table[place]) == ({0, 1} if place == "layer" else {"q_proj", "v_proj", "embed"})
         for row in table[table["measure"].isin(["cosine", "row_overlap", "alignment"])].itertuples():
             pair = (row.adapter_a, row.adapter_b, row.measure)
@@ -519,10 +558,24 @@ def test_layers_kinds_and_totals_are_means_of_their_modules():
             assert row.value == pytest.approx(sum(each.value for each in own) / len(own))
             assert row.null == pytest.approx(sum(each.null for each in own) / len(own))
             assert row.null_low < row.null < row.null_high
+        wide = table.set_index(["adapter_a", "adapter_b", "measure", place])
+        for where in dict.fromkeys(table[place]):
+            one, two = ({m: f for m, f in adapters[name].items() if members(m, where)} for name in "ac")
+            rows = [of["a", "c", "inner_product", m] for m in one]
+            for column in ("value", "null"):
+                total = sum(getattr(row, column) for row in rows)
+                assert wide.loc[("a", "c", "inner_product", where), column] == pytest.approx(total)
+            assert wide.loc[("a", "c", "total_cosine", where), "value"] == pytest.approx(total_cosine(one, two))
+            assert wide.loc[("a", "c", "total_cosine", where), "null"] == pytest.approx(
+                wide.loc[("a", "c", "inner_product", where), "null"]
+                / math.prod(math.sqrt(sum(norm(f) ** 2 for f in each.values())) for each in (one, two))
+            )
     total = found.pairs.set_index(["adapter_a", "adapter_b", "measure"])["value"]
     assert total["a", "b", "inner_product"] == pytest.approx(
-        found.modules.set_index(["adapter_a", "adapter_b", "measure"]).loc[("a", "b", "inner_product"), "value"].mean()
+        found.modules.set_index(["adapter_a", "adapter_b", "measure"]).loc[("a", "b", "inner_product"), "value"].sum()
     )
+    assert total["a", "b", "total_cosine"] == pytest.approx(total_cosine(adapters["a"], adapters["b"]))
+    assert total["a", "b", "total_cosine"] != pytest.approx(total["a", "b", "cosine"], rel=1e-3), "no mean of modules"
     depth = foreign.by_place(found.modules, "row_overlap").set_index(["layer", "kind"])
     assert len(depth) == 5
     own = [each.value for key, each in of.items() if key[2:] == ("row_overlap", "layers.1.attn.v_proj")]
@@ -607,9 +660,34 @@ def test_merge_from_the_command_line(pair, tiny_decoder, tmp_path, home):
     assert {int(torch.linalg.matrix_rank(f.B)) for f in found.factors.values()} == {2}
 
 
+def test_merges_of_full_rank_are_cut_and_options_reach_the_method(pair, tmp_path, home):
+    found = read_folders([str(path) for path in pair])
+    wanted = {name: sum(len(f.factors[name].A) for f in found.values() if name in f.factors)
+              for name in found["one"].factors}  # fmt: skip
+    cut = invoke("merge", *pair, "--method", "dare-ties", "--out", tmp_path / "cut")
+    note = "note: dare-ties has full rank, cut to the sum of the adapters' ranks in each module; --rank sets another"
+    assert cut.exit_code == 0 and note in cut.stdout, cut.output
+    (merged,) = read_folders([str(tmp_path / "cut")]).values()
+    assert {name: len(f.A) for name, f in merged.factors.items()} == wanted and set(wanted.values()) == {4, 7}
+    words = ("merge", *pair, "--method", "dare-ties", "--rank", "40", "--density", "0.7", "--seed", "3")
+    other = invoke(*words, "--out", tmp_path / "other")
+    assert other.exit_code == 0 and "full rank" not in other.stdout, other.output
+    (merged,) = read_folders([str(tmp_path / "other")]).values()
+    options = {"density": 0.7, "seed": 3}
+    expected = merge([folder.stored for folder in found.values()], [1.0, 1.0], "dare-ties", 40, options)
+    assert all(torch.equal(merged.factors[name].B, f.B) for name, f in expected.items())
+    plain = merge([folder.stored for folder in found.values()], [1.0, 1.0], "dare-ties", 40)
+    assert not any(torch.equal(f.B, plain[name].B) for name, f in expected.items())
+    with safe_open(tmp_path / "other" / "adapter_model.safetensors", framework="pt") as file:
+        about = json.loads(file.metadata()["lori_nb"])
+    assert about["rank"] == 40 and {name: about[name] for name in options} == options
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (("--method", "cat", "--density", "0.5"), "options of method 'cat' must be among none; found 'density'"),
+        (("--method", "ties", "--density", "0"), "density must be in (0, 1]; found 0.0"),
         (("--method", "knotts"), "method must be one of cat, "),
         (("--weights", "1,2,3"), "weights must be 2 finite numbers"),
         (("--weights", "1,one"), "weights must be numbers, one an adapter or one for all; found 'one'"),

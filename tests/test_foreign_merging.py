@@ -46,7 +46,11 @@ def test_they_ask_for_no_run_and_are_merged_by_every_way(settings):
     table = foreign_merging.merged_folders(settings).set_index(["merge", "weight"])
     assert len(table) == 6 and table["reloads"].all() and (table["note"] == "").all() and set(table["modules"]) == {4}
     assert (table.loc["cat", "apart"] < 1e-7).all() and (table.loc["linear", "apart"] > 0.3).all()
-    assert set(table.loc["cat", "rank"]) == {4} and set(table.loc["linear", "rank"]) == {2}
+    ranks = {way: set(table.loc[way, "rank"]) for way in ("cat", "linear", "ties")}
+    assert ranks == {"cat": {4}, "linear": {2}, "ties": {4}}, "ties has full rank: it is cut to the sum, 2 + 2"
+    assert "ties: of full rank, cut to the sum of the adapters' ranks in each module" in foreign_merging.folder_lines(
+        settings
+    )
     assert foreign_merging.readable(table.reset_index()).loc[("cat", 0.5), "rank"] == "4"
 
 

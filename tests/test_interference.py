@@ -9,13 +9,23 @@ import pandas as pd
 import pytest
 import scipy.linalg
 import torch
+from hard_cases import in_another_basis
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lori_nb.analysis import interference
 from lori_nb.analysis.interference import ALL, similarity_curve
-from lori_nb.analysis.nulls import TOTAL, by_pair, expected, null_draws, null_set, null_update
-from lori_nb.analysis.overlap import REGISTERED, Pair, measure, overlap_table
+from lori_nb.analysis.nulls import (
+    TOTAL,
+    by_pair,
+    expected,
+    norms,
+    null_draws,
+    null_set,
+    null_update,
+    where_defined,
+)
+from lori_nb.analysis.overlap import REGISTERED, Pair, measure, overlap_table, subspace_overlap, total_cosine
 from lori_nb.analysis.reduced import reduced
 from lori_nb.method.adapters import Factors
 from lori_nb.method.subspaces import random_down_projection
@@ -45,6 +55,7 @@ BANK = {
     "rank deficient": (Factors(torch.cat([ONE.A[:1]] * 4), ONE.B, 1.5), TWO),
     "sparse": (Factors(ONE.A, ONE.B * (ONE.B.abs() > 1), 1.5), Factors(TWO.A, TWO.B * (TWO.B.abs() > 0.5), 1.0)),
     "rank above a dimension": (factors(7, 22), factors(8, 20)),
+    "an empty column": (Factors(ONE.A, ONE.B * torch.tensor([1, 0, 1, 0]), 1.5), TWO),
     "one module's scale is small": (Factors(ONE.A, 1e-9 * ONE.B, 1.0), TWO),
 }
 
@@ -62,8 +73,21 @@ def dense_svd(X: np.ndarray):
     return left[:, :rank], values[:rank], right[:rank].T
 
 
-def angles(X, Y) -> np.ndarray:
-    return scipy.linalg.subspace_angles(scipy.linalg.orth(X.numpy()), scipy.linalg.orth(Y.numpy()))
+def row_angles(f: Factors, g: Factors) -> np.ndarray:
+    return scipy.linalg.subspace_angles(*(dense_svd(dense(each))[2] for each in (f, g)))
+
+
+def column_angles(f: Factors, g: Factors) -> np.ndarray:
+    return scipy.linalg.subspace_angles(*(dense_svd(dense(each))[0] for each in (f, g)))
+
+
+def dense_cosine(f: Factors, g: Factors) -> float:
+    return np.vdot(dense(f), dense(g)) / np.linalg.norm(dense(f)) / np.linalg.norm(dense(g))
+
+
+def dense_mask_overlap(f: Factors, g: Factors) -> float:
+    kept = [{place for place in np.ndindex(*each.B.shape) if each.B[place] != 0} for each in (f, g)]
+    return len(kept[0] & kept[1]) / min(map(len, kept)) if f.B.shape == g.B.shape else math.nan
 
 
 def dense_alignment(f, g) -> float:
@@ -90,15 +114,24 @@ def dense_magnitude_overlap(f, g) -> float:
 
 DEFINITIONS = {
     "inner_product": lambda f, g: np.vdot(dense(f), dense(g)),
-    "row_grassmann": lambda f, g: np.linalg.norm(angles(f.A.T, g.A.T)),
-    "column_grassmann": lambda f, g: np.linalg.norm(angles(f.B, g.B)),
-    "row_chordal": lambda f, g: np.linalg.norm(np.sin(angles(f.A.T, g.A.T))),
-    "column_chordal": lambda f, g: np.linalg.norm(np.sin(angles(f.B, g.B))),
+    "cosine": dense_cosine,
+    "cosine_size": lambda f, g: abs(dense_cosine(f, g)),
+    "row_overlap": lambda f, g: np.mean(np.cos(row_angles(f, g)) ** 2),
+    "column_overlap": lambda f, g: np.mean(np.cos(column_angles(f, g)) ** 2),
+    "row_grassmann": lambda f, g: np.linalg.norm(row_angles(f, g)),
+    "column_grassmann": lambda f, g: np.linalg.norm(column_angles(f, g)),
+    "row_chordal": lambda f, g: np.linalg.norm(np.sin(row_angles(f, g))),
+    "column_chordal": lambda f, g: np.linalg.norm(np.sin(column_angles(f, g))),
     "alignment": dense_alignment,
     "singular_interference": dense_singular_interference,
     "sign_conflict": lambda f, g: (dense(f) * dense(g) < 0).sum() / (dense(f) * dense(g) != 0).sum(),
     "magnitude_overlap": dense_magnitude_overlap,
+    "mask_overlap": dense_mask_overlap,
 }
+
+
+def test_every_measure_has_a_definition_here():
+    assert set(DEFINITIONS) == set(ALL)
 
 
 @pytest.mark.parametrize("pair", BANK)
@@ -109,7 +142,19 @@ def test_every_measure_is_its_dense_definition(name, pair):
     condition = max(np.linalg.cond(x.numpy()) if np.linalg.cond(x.numpy()) < 1e10 else 1 for x in (f.A, f.B, g.A, g.B))
     expected = DEFINITIONS[name](f, g)
     allowed = 1e-10 * condition * max(1.0, abs(expected))
-    assert value(name, f, g) == pytest.approx(expected, abs=allowed)
+    assert value(name, f, g) == pytest.approx(expected, abs=allowed, nan_ok=True)
+
+
+@pytest.mark.parametrize("pair", BANK)
+def test_the_whole_cosine_is_its_dense_definition(pair):
+    """Of two modules side by side: those of the pair, and two that are ten times as large."""
+    f, g = BANK[pair]
+    adapters = [{"m": f, "n": factors(30, 3, 15.0)}, {"m": g, "n": factors(31, 5, 15.0)}]
+    whole = [np.concatenate([dense(each).ravel() for each in own.values()]) for own in adapters]
+    expected = whole[0] @ whole[1] / np.linalg.norm(whole[0]) / np.linalg.norm(whole[1])
+    assert total_cosine(*adapters) == pytest.approx(expected, abs=1e-10)
+    mean = (dense_cosine(f, g) + dense_cosine(*(own["n"] for own in adapters))) / 2
+    assert total_cosine(*adapters) != pytest.approx(mean, abs=1e-3)
 
 
 @given(seed=st.integers(0, 10**6), rank_f=st.integers(1, 6), rank_g=st.integers(1, 6))
@@ -121,6 +166,31 @@ def test_another_factorization_of_the_same_updates_measures_the_same(seed, rank_
     for name in ALL:
         if name != "mask_overlap":
             assert value(name, other, g) == pytest.approx(value(name, f, g), abs=1e-8)
+
+
+@pytest.mark.parametrize("side", ["rows", "columns"])
+def test_another_factorization_has_the_same_curve(side):
+    f, g = factors(3), factors(4, 3)
+    curve = similarity_curve(reduced(f), reduced(g), side)
+    turned = similarity_curve(reduced(in_another_basis(f, 1)), reduced(in_another_basis(g, 2)), side)
+    assert torch.allclose(turned, curve, atol=1e-8)
+    assert not torch.allclose(similarity_curve(reduced(f), reduced(factors(5, 3)), side), curve, atol=1e-2)
+
+
+def test_another_factorization_has_the_same_null_but_for_zeros_of_B():
+    """Draw by draw where its rows are any; of a given A the same space, in which it is turned from another basis."""
+    f, g = factors(3), in_another_basis(factors(3), 1)
+    one, other = (null_update(each, torch.Generator().manual_seed(5)) for each in (f, g))
+    assert torch.allclose(one.delta(), other.delta(), atol=1e-8 * float(one.delta().norm()))
+    assert not torch.allclose(null_update(f, torch.Generator().manual_seed(6)).delta(), one.delta(), atol=0.1)
+    one, other = (null_update(each, torch.Generator().manual_seed(5), each.A) for each in (f, g))
+    assert torch.allclose(spectrum(one), spectrum(other), rtol=1e-8)
+    assert value("row_overlap", one, other) == pytest.approx(1, abs=1e-10)
+    sparse = under_mask(40, 0.3)
+    nulls = [null_update(each, torch.Generator().manual_seed(5)) for each in (sparse, in_another_basis(sparse, 1))]
+    assert (nulls[0].delta() - nulls[1].delta()).norm() > 0.1 * nulls[0].delta().norm(), (
+        "its zeros are in another basis"
+    )
 
 
 @given(seed=st.integers(0, 10**6))
@@ -165,7 +235,7 @@ def test_masks_overlap_by_their_supports_alone():
 @pytest.mark.parametrize("name", ALL)
 def test_what_a_zero_update_leaves_undefined_is_nan(name):
     zero = Factors(ONE.A, torch.zeros_like(ONE.B), 1.0)
-    defined = {"row_overlap", "row_grassmann", "row_chordal", "inner_product", "singular_interference"}
+    defined = {"inner_product", "singular_interference"}
     assert math.isnan(value(name, zero, ONE)) == (name not in defined)
     assert math.isnan(value(name, zero, zero)) == (name not in defined - {"singular_interference"})
 
@@ -238,7 +308,7 @@ def test_a_null_update_has_the_same_singular_values_and_other_directions(pair):
         assert (found.columns @ found.core @ found.rows.T).shape == dense(f).shape
         assert value("cosine", null, f) < 0.9
         if A is not None:
-            assert value("row_overlap", null, f) == pytest.approx(1, abs=1e-10)
+            assert subspace_overlap(reduced(null).spaces[1], A.T) == pytest.approx(1, abs=1e-10)
 
 
 def spectrum(f: Factors) -> torch.Tensor:
@@ -294,8 +364,7 @@ def under_mask(seed: int, density: float, rows: int = 60) -> Factors:
 def test_masks_overlap_by_chance_as_their_density_says(density):
     """Rows in random places: column by column Σ n_f n_g / d_out entries meet; of independent masks the density."""
     adapters = {name: {"m": under_mask(40 + 2 * place, density)} for place, name in enumerate("abc")}
-    _, draws = null_draws(adapters, 24, measures=("mask_overlap",))
-    draws = draws[draws["measure"] == "mask_overlap"]
+    draws = null_draws(adapters, 24, measures=("mask_overlap",))
     for (a, b), part in draws.groupby(["adapter_a", "adapter_b"]):
         f, g = (adapters[name]["m"].B != 0 for name in (a, b))
         expected_share = float((f.sum(0) * g.sum(0)).sum() / len(f) / min(f.sum(), g.sum()))
@@ -322,8 +391,8 @@ def test_the_null_of_a_mask_leaves_every_other_draw_as_it_is():
 
 
 def nulls_of(adapters, draws=4, **more) -> pd.Series:
-    _, pairs = null_draws(adapters, draws, **more)
-    return expected(pairs, ["adapter_a", "adapter_b", "measure"]).groupby("measure")["null"].mean()
+    table = null_draws(adapters, draws, **more)
+    return expected(table, ["adapter_a", "adapter_b", "measure"]).groupby("measure")["null"].mean()
 
 
 def test_the_null_of_a_shared_A_is_shared_rows():
@@ -338,26 +407,86 @@ def test_the_null_of_a_shared_A_is_shared_rows():
 
 def test_null_draws_are_seeded_and_cover_the_pairs_of_the_table():
     adapters = {"a": {"m": ONE, "n": factors(9)}, "b": {"m": TWO}, "c": {"m": factors(11), "n": factors(12)}}
-    modules, pairs = null_draws(adapters, 6, 3, ALL)
-    table = overlap_table(adapters, ALL)
-    assert modules[modules["draw"] == 0][table.columns[:4]].reset_index(drop=True).equals(table[table.columns[:4]])
-    found = by_pair(table, adapters)
+    draws, table = null_draws(adapters, 6, 3, ALL), overlap_table(adapters, ALL)
+    assert draws[draws["draw"] == 0][table.columns[:4]].reset_index(drop=True).equals(table[table.columns[:4]])
+    found, pairs = by_pair(table, norms(adapters)), by_pair(draws, norms(adapters), ["draw"])
     keys = ["adapter_a", "adapter_b", "measure"]
-    assert pairs.loc[pairs["draw"] == 0, keys].reset_index(drop=True).equals(found[keys])
-    again, other = null_draws(adapters, 6, 3, ALL)[1], null_draws(adapters, 6, 4, ALL)[1]
-    assert pairs.equals(again) and not pairs.equals(other)
+    first = pairs.loc[pairs["draw"] == 0, keys].sort_values(keys, ignore_index=True)
+    assert first.equals(found[keys].sort_values(keys, ignore_index=True)) and len(pairs) == 6 * len(found)
+    again, other = null_draws(adapters, 6, 3, ALL), null_draws(adapters, 6, 4, ALL)
+    assert draws.equals(again) and not draws.equals(other)
     with pytest.raises(ValueError, match="draws must be at least 1; found 0"):
         null_draws(adapters, 0)
 
 
 def test_pairs_have_the_cosine_of_the_whole_updates_once_and_only_where_they_meet():
     adapters = {"a": {"m": ONE, "n": factors(9)}, "b": {"m": TWO, "n": factors(10)}, "c": {"o": factors(11)}}
-    found = by_pair(overlap_table(adapters, ("cosine", "alignment")), adapters)
+    found = by_pair(overlap_table(adapters, ("inner_product", "alignment")), norms(adapters))
     (total,) = found[found["measure"] == TOTAL].to_dict("records")
+    (inner,) = found[found["measure"] == "inner_product"].to_dict("records")
     whole = [np.concatenate([dense(adapters[name][m]).ravel() for m in "mn"]) for name in "ab"]
+    assert inner["value"] == pytest.approx(whole[0] @ whole[1])
     assert total["value"] == pytest.approx(whole[0] @ whole[1] / np.linalg.norm(whole[0]) / np.linalg.norm(whole[1]))
+    assert total["value"] == pytest.approx(total_cosine(adapters["a"], adapters["b"]))
     assert (total["adapter_a"], total["adapter_b"]) == ("a", "b")
     assert len(found[found["measure"] == "alignment"]) == 2
+
+
+def with_empty_columns(seed: int, width: int, rows: int = 70) -> Factors:
+    """Rank 6, of which B holds the first ``width`` columns."""
+    kept = torch.arange(6) < width
+    return Factors(noise(6, 90, seed), noise(rows, 6, seed + 1) * kept, 1.0)
+
+
+def test_an_empty_column_of_B_counts_in_a_value_no_more_than_in_its_null():
+    """Rows of A that no entry of ΔW holds are not read: by the row space of all of A, the overlap were 6 / 90."""
+    f, g = with_empty_columns(0, 2), with_empty_columns(2, 6)
+    whole = reduced(Factors(f.A, noise(70, 6, 9), 1.0))
+    found = Pair(reduced(f), reduced(g))
+    assert len(found.row_angles) == len(found.column_angles) == 2
+    assert len(Pair(whole, reduced(g)).row_angles) == 6
+    null = null_set({"f": {"m": f}, "g": {"m": g}}, torch.Generator().manual_seed(0))
+    random = Pair(*(reduced(each["m"]) for each in null.values()))
+    assert len(random.row_angles) == len(random.column_angles) == 2
+    # the overlap of masks sees the whole B on both sides: a third of one lies in the other, by rows in any order
+    assert value("mask_overlap", f, g) == value("mask_overlap", null["f"]["m"], null["g"]["m"]) == 1.0
+
+
+def deficient(seed: int, width: int, rows: int = 70) -> Factors:
+    """B of rank ``width`` in six columns, before an A that belongs to the width: the module."""
+    A = torch.linalg.qr(noise(90, 6, 500 + width))[0].T
+    return Factors(A, noise(rows, width, seed) @ noise(width, 6, seed + 1), 1.0)
+
+
+@pytest.mark.parametrize(("of", "shared"), [(with_empty_columns, False), (deficient, True)], ids=["apart", "one A"])
+def test_random_adapters_of_deficient_ranks_and_zero_modules_lie_inside_their_null(of, shared):
+    """What a mask may leave of a module: a few columns, or nothing. 95 % limits; a fifth may miss them by chance."""
+    adapters = {
+        name: {f"layers.{n}.q": of(20 * place + 2 * n, n) for n in range(7)} for place, name in enumerate("abcd")
+    }
+    A = {name: {m: f.A for m, f in own.items()} for name, own in adapters.items()} if shared else None
+    names = [name for name in ALL if name != "mask_overlap"]  # the same in every draw: B has no zeros but whole columns
+    table, draws = where_defined(overlap_table(adapters, names), null_draws(adapters, 24, measures=names, A=A))
+    keys, sizes = ["adapter_a", "adapter_b", "measure"], norms(adapters)
+    pairs = by_pair(table, sizes).merge(expected(by_pair(draws, sizes, ["draw"]), keys), on=keys)
+    assert set(pairs["measure"]) == {*names, TOTAL} and pairs["value"].notna().all()
+    slack = 1e-9  # for a shared A of which all rows are read, both are the same but for rounding
+    inside = (pairs["null_low"] - slack <= pairs["value"]) & (pairs["value"] <= pairs["null_high"] + slack)
+    assert inside.groupby(pairs["measure"]).mean().min() >= 0.5 and inside.mean() >= 0.8
+    # what all rows of A give, whatever ΔW holds of them, lies outside
+    whole = np.mean([subspace_overlap(f.A.T, adapters["b"][m].A.T) for m, f in adapters["a"].items()])
+    limits = pairs.set_index(keys).loc[("a", "b", "row_overlap")]
+    assert whole > limits["null_high"] and limits["value"] <= limits["null_high"]
+
+
+def test_means_of_a_value_and_its_null_are_over_the_same_modules():
+    keys = {"adapter_a": "a", "adapter_b": "b", "measure": "cosine"}
+    table = pd.DataFrame([keys | {"module": m, "value": v} for m, v in {"x": 1.0, "y": 3.0, "z": math.nan}.items()])
+    null = {("x", 0): 5.0, ("x", 1): 5.0, ("y", 0): 7.0, ("y", 1): math.nan, ("z", 0): 9.0, ("z", 1): 9.0}
+    draws = pd.DataFrame([keys | {"module": m, "draw": d, "value": v} for (m, d), v in null.items()])
+    values, chance = where_defined(table, draws)
+    assert values["value"].mean() == 1.0 and chance["value"].mean() == 5.0
+    assert table["value"].mean() == 2.0 and draws["value"].mean() == 7.0
 
 
 def test_limits_of_the_null_hold_95_percent_of_further_draws():
@@ -392,7 +521,7 @@ def test_directions_that_rounding_made_do_not_count(dtype):
     stored = Factors(noise(6, 300, 2).to(dtype), exact.to(dtype), 1.0)
     found = reduced(stored)
     assert (found.written, found.read) == (2, 6) and len(found.singular[1]) == 2
-    assert len(Pair(found, found).column_angles) == 2 and len(Pair(found, found).row_angles) == 6
+    assert len(Pair(found, found).column_angles) == len(Pair(found, found).row_angles) == 2
     assert reduced(Factors(stored.A.double(), stored.B.double(), 1.0)).written == 6
     assert found.norm == pytest.approx(np.linalg.norm(dense(Factors(stored.A.double(), stored.B.double(), 1.0))))
 

@@ -19,6 +19,7 @@ from lori_nb import cli
 from lori_nb.lab.interop import IMPORTED, PooledClassifier, export_peft, import_peft
 from lori_nb.lab.models import _ready_folder, load_base
 from lori_nb.lab.runs import Store
+from lori_nb.lab.tasks import SPLITS, Example, task
 from lori_nb.method.adapter_file import adapter_hash, load_adapter, save_adapter
 from lori_nb.method.adapters import Adapter, Factors, attach_factors, target_linears
 from lori_nb.method.masks import kept
@@ -456,6 +457,23 @@ def test_export_and_import_from_the_command_line(tiny_decoder, home, tmp_path):
     assert adapter_hash(load_adapter(file)) == adapter_hash(run.adapter)
     refused = CliRunner().invoke(cli.app, ["import", str(folder), str(file), "--base", str(tiny_decoder)])
     assert refused.exit_code == 2 and "FILE must be new" in refused.stderr
+
+
+def test_a_portable_export_says_which_head_it_leaves_out(tiny_encoder, tiny_decoder, registries, home, tmp_path):
+    @task("odd-length", domain="x", metric="accuracy", licence="own", labels=("even", "odd"), reads="encoder")
+    def rows(split: str):
+        start = 40 * SPLITS.index(split)
+        return [Example(f"word {start + i}", ("even", "odd")[i % 2], target=i % 2) for i in range(40)]
+
+    shared = {"steps": 2, "test_rows": 2}
+    encoder = Store().get(tiny_spec(tiny_encoder, tasks=[rows.name], **shared))
+    note = "note: a portable folder has no head; left out: odd-length"
+    for number, (run, portable, said_so) in enumerate(
+        [(encoder, True, True), (encoder, False, False), (Store().get(tiny_spec(tiny_decoder, **shared)), True, False)]
+    ):
+        words = ["export", run.hash, str(tmp_path / str(number)), *(["--portable"] if portable else [])]
+        said = CliRunner().invoke(cli.app, words)
+        assert said.exit_code == 0 and (note in said.stdout) == said_so, said.output
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])

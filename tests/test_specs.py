@@ -229,6 +229,15 @@ def test_the_recipe_of_merges_on_cores_counts_for_these_alone(base, monkeypatch)
     assert [one == other for one, other in zip(*hashes.values(), strict=True)] == [True, True, True, False, False]
 
 
+def test_the_recipe_of_what_is_drawn_counts_for_dare_alone(base, monkeypatch):
+    merged = MergeSpec((tiny_spec(base),), (1.0,), "cat")
+    ways, hashes = ("cat", "tsv-m", "ties", "magnitude", "dare", "dare-ties"), {}
+    for number in (2, 3):
+        monkeypatch.setattr("lori_nb.analysis.elementwise_merging.RECIPE", number)
+        hashes[number] = [resolve(replace(merged, merge=way)).hash for way in ways]
+    assert [one == other for one, other in zip(*hashes.values(), strict=True)] == [True] * 4 + [False] * 2
+
+
 def test_registered_merges_and_metrics_count_by_their_source(base, registries):
     @merge_method("first")
     def first(factors, weights):

@@ -8,12 +8,12 @@
 The result has full rank; its factors are the dense matrix beside an identity. ``merge(..., rank=)`` cuts each module by
 truncated SVD as soon as it is made. Pruning A and B apart, as PEFT does, is another thing: it breaks a frozen A.
 
-An entry's update is what the model adds, so the same entry of two adapters means the same; options other than the
-defaults go into an own method::
+An entry's update is what the model adds, so the same entry of two adapters means the same. Options stand in
+``merge(..., options={"density": 0.5, "seed": 7})``, or in an own method::
 
     @merge_method("dare-half")
-    def dare_half(factors, weights):
-        return dare(factors, weights, keep=0.5, seed=7)
+    def dare_half(factors, weights, module):
+        return dare(factors, weights, density=0.5, seed=7, module=module)
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from lori_nb.analysis.merging import merge_method
 from lori_nb.analysis.spectral_merging import DENSITY, elected, largest, ties
 from lori_nb.method.adapters import Factors
 
-KEEP = 0.2  # share of entries that DARE keeps
+FULL_RANK = ("magnitude", "ties", "dare", "dare-ties")
+RECIPE = 2  # raise when what DARE keeps is drawn otherwise; 1 drew by the bits of the first A, 2 draws by the module
 
 
 @merge_method("magnitude")
@@ -45,18 +46,23 @@ def ties_of_updates(factors: Sequence[Factors], weights: Sequence[float], densit
 
 
 @merge_method("dare")
-def dare(factors: Sequence[Factors], weights: Sequence[float], keep: float = KEEP, seed: int = 0) -> Factors:
-    """Σ_i w_i m_i ∘ ΔW_i / keep with m_i ∈ {0, 1} drawn entry by entry, each kept with probability ``keep``.
+def dare(
+    factors: Sequence[Factors], weights: Sequence[float], density: float = DENSITY, seed: int = 0, module: str = ""
+) -> Factors:
+    """Σ_i w_i m_i ∘ ΔW_i / density with m_i ∈ {0, 1} drawn entry by entry, each kept with probability ``density``.
 
-    The draw is seeded by ``seed``, the module and the adapter's place, so another order of adapters is another draw.
+    The draw is seeded by ``seed``, the module's name and the adapter's place, so another order of adapters is another
+    draw, and another adapter in the same place is thinned out in the same entries.
     """
-    return _factors(_weighted(_dropped(factors, keep, seed), weights), factors[0])
+    return _factors(_weighted(_dropped(factors, density, seed, module), weights), factors[0])
 
 
 @merge_method("dare-ties")
-def dare_ties(factors: Sequence[Factors], weights: Sequence[float], keep: float = KEEP, seed: int = 0) -> Factors:
+def dare_ties(
+    factors: Sequence[Factors], weights: Sequence[float], density: float = DENSITY, seed: int = 0, module: str = ""
+) -> Factors:
     """DARE's random entries, signs elected and those that agree averaged as in TIES."""
-    return _factors(elected(_dropped(factors, keep, seed), weights), factors[0])
+    return _factors(elected(_dropped(factors, density, seed, module), weights), factors[0])
 
 
 def _dense(factors: Sequence[Factors]) -> Tensor:
@@ -68,17 +74,15 @@ def _weighted(updates: Tensor, weights: Sequence[float]) -> Tensor:
     return torch.einsum("i,i...->...", torch.tensor(weights, dtype=updates.dtype, device=updates.device), updates)
 
 
-def _dropped(factors: Sequence[Factors], keep: float, seed: int) -> Tensor:
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep must be in (0, 1]; found {keep}")
-    # A names the module: the functions that merge know no names, and modules must not share their draws.
-    module = hashlib.sha256(factors[0].A.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+def _dropped(factors: Sequence[Factors], density: float, seed: int, module: str) -> Tensor:
+    if not 0 < density <= 1:
+        raise ValueError(f"density must be in (0, 1]; found {density}")
     dense = _dense(factors)
     for place, update in enumerate(dense):
         digest = hashlib.sha256(f"lori-nb/dare/{seed}/{module}/{place}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
-        kept = torch.rand(update.shape, generator=generator, dtype=torch.float32) < keep
-        update.mul_(kept.to(update.device)).div_(keep)
+        kept = torch.rand(update.shape, generator=generator, dtype=torch.float32) < density
+        update.mul_(kept.to(update.device)).div_(density)
     return dense
 
 

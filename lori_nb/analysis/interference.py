@@ -5,7 +5,7 @@ With ΔW = U Σ Vᵀ at its numerical rank, and θ the principal angles between 
 ======================== ==================================================================== ===================
 measure                  definition                                                            range
 ======================== ==================================================================== ===================
-row_grassmann, column_…  √Σθ² between the row spaces of A, the column spaces of B (radians)    [0, √r·π/2]
+row_grassmann, column_…  √Σθ² between the row, the column spaces (radians)                     [0, √r·π/2]
 row_chordal, column_…    √Σ sin²θ                                                              [0, √r]
 alignment                ‖U_k U_kᵀ ΔW_f‖ / ‖ΔW_f‖, U_k the directions that hold 95 % of ‖ΔW_g‖ [0, 1]
 singular_interference    Σ|(UᵀU − I) Σ (VᵀV − I)|, U = [U_f U_g], V = [V_f V_g]                ≥ 0
@@ -51,25 +51,25 @@ def _distance(angles: Tensor) -> float:
 
 @measure("row_grassmann")
 def row_grassmann(pair: Pair) -> float:
-    """Geodesic distance √Σθ² of the row spaces of A, in radians; of ranks that differ, over the smaller number."""
+    """Geodesic distance √Σθ² of the row spaces, in radians; of ranks that differ, over the smaller number."""
     return _distance(pair.row_angles)
 
 
 @measure("column_grassmann")
 def column_grassmann(pair: Pair) -> float:
-    """Geodesic distance √Σθ² of the column spaces of B, in radians."""
+    """Geodesic distance √Σθ² of the column spaces, in radians."""
     return _distance(pair.column_angles)
 
 
 @measure("row_chordal")
 def row_chordal(pair: Pair) -> float:
-    """Chordal distance √Σ sin²θ of the row spaces of A."""
+    """Chordal distance √Σ sin²θ of the row spaces."""
     return _distance(pair.row_angles.sin())
 
 
 @measure("column_chordal")
 def column_chordal(pair: Pair) -> float:
-    """Chordal distance √Σ sin²θ of the column spaces of B."""
+    """Chordal distance √Σ sin²θ of the column spaces."""
     return _distance(pair.column_angles.sin())
 
 

@@ -16,18 +16,21 @@ A method is a function of one module's factors, registered by name::
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 
 from lori_nb.method.adapters import Factors
 
-MergeMethod = Callable[[Sequence[Factors], Sequence[float]], Factors]
+MergeMethod = Callable[..., Factors]  # of factors and weights, and of options of its own
 
 RECIPE = 1  # raise when the same input gives another result
 MERGE_METHODS: dict[str, MergeMethod] = {}
 AS_STORED: set[str] = set()  # those that want factors in the dtypes in which they come
+_HANDED_ON = ("module", "rank")  # what :func:`merge` knows, for methods that ask for it
 ALSO_CALLED = {"task-arithmetic": "cat", "knots": "knots-ties", "core-space": "core-ties"}  # by :func:`merge` alone
 
 
@@ -35,7 +38,8 @@ def merge_method(name: str, *, as_stored: bool = False) -> Callable[[MergeMethod
     """Decorator that registers ``(factors, weights) -> Factors``; a name registered again is replaced.
 
     The function gets the factors of one module from the adapters that have it, with those adapters' weights, in
-    float32 or wider.
+    float32 or wider. Where it has parameters ``module`` or ``rank``, it gets the module's name, and the rank that the
+    result will be cut to if there is one. Further parameters, with defaults, are its options.
 
     Args:
         as_stored: it gets them in the dtypes in which they come, whose rounding says which directions are real.
@@ -49,6 +53,11 @@ def merge_method(name: str, *, as_stored: bool = False) -> Callable[[MergeMethod
     return register
 
 
+def options_of(method: str) -> list[str]:
+    """The options of a registered method, by name."""
+    return [name for name in list(inspect.signature(MERGE_METHODS[method]).parameters)[2:] if name not in _HANDED_ON]
+
+
 def widened(f: Factors) -> Factors:
     """The same factors, in float32 where they were narrower."""
     A, B = (X.to(torch.promote_types(X.dtype, torch.float32)) for X in (f.A, f.B))
@@ -59,7 +68,8 @@ def merge(
     adapters: Sequence[Mapping[str, Factors]],
     weights: Sequence[float | Mapping[str, float]],
     method: str = "cat",
-    rank: int | None = None,
+    rank: int | Literal["sum"] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> dict[str, Factors]:
     """One adapter out of several; inputs are not altered.
 
@@ -70,37 +80,49 @@ def merge(
         weights: one finite w_i an adapter, which may be below zero; or, for an adapter whose modules differ, a mapping
             module → w_i of every module that it has.
         method: a key of :data:`MERGE_METHODS`, or another name of one in :data:`ALSO_CALLED`.
-        rank: cut each merged module to at most this rank, as soon as it is made (:func:`compress`).
+        rank: cut each merged module to at most this rank, as soon as it is made (:func:`compress`); "sum": to the sum
+            of its adapters' ranks, which is what the exact sum has, and more only what acts on entries of ΔW.
+        options: of the method, such as ``density``: :func:`options_of` names them.
 
     Returns:
         module name → merged factors in float32 or wider, for every module of any adapter; of rank 1 at least, of zeros
         where the merge is zero.
 
     Raises:
-        ValueError: no adapter, unknown method, weights of another number, not finite or without a module, a rank below
-            1, updates of a module in two shapes, or what the method itself refuses.
+        ValueError: no adapter, unknown method or option, weights of another number, not finite or without a module, a
+            rank below 1, updates of a module in two shapes, or what the method itself refuses.
     """
     if not adapters:
         raise ValueError("adapters must hold at least one adapter; found none")
     method = ALSO_CALLED.get(method, method)
     if method not in MERGE_METHODS:
         raise ValueError(f"method must be one of {', '.join(sorted(MERGE_METHODS))}; found {method!r}")
-    if rank is not None and rank < 1:
-        raise ValueError(f"rank must be at least 1; found {rank}")
+    if rank not in (None, "sum") and not (isinstance(rank, int) and rank >= 1):
+        raise ValueError(f"rank must be at least 1; found {rank!r}")
+    options = dict(options or {})
+    for name in options:
+        if name not in options_of(method):
+            known = ", ".join(options_of(method)) or "none"
+            raise ValueError(f"options of method {method!r} must be among {known}; found {name!r}")
+    takes = inspect.signature(MERGE_METHODS[method]).parameters
     by_module = _weights_by_module(adapters, weights)
     merged = {}
     for module in dict.fromkeys(name for adapter in adapters for name in adapter):
         present = [(a[module], w[module]) for a, w in zip(adapters, by_module, strict=True) if module in a]
         factors, own_weights = zip(*present, strict=True)
         _check_shapes(module, factors)
+        handed_on = {"module": module} | ({} if rank in (None, "sum") else {"rank": rank})
         try:
             own = factors if method in AS_STORED else [widened(f) for f in factors]
-            found = MERGE_METHODS[method](own, own_weights)
+            chosen = options | {name: value for name, value in handed_on.items() if name in takes}
+            found = MERGE_METHODS[method](own, own_weights, **chosen)
         except ValueError as error:
             raise ValueError(f"method {method!r} cannot merge module {module!r}: {error}") from error
         if not len(found.A):  # a merge of zeros at its numerical rank; no folder holds an adapter of rank 0
             found = Factors(found.A.new_zeros(1, found.A.shape[1]), found.B.new_zeros(len(found.B), 1), 1.0)
-        merged[module] = found if rank is None else compress(found, min(rank, *found.A.shape, len(found.B)))
+        most = sum(len(f.A) for f in factors) if rank == "sum" else rank
+        as_it_is = most is None or (rank == "sum" and len(found.A) <= most)
+        merged[module] = found if as_it_is else compress(found, min(most, *found.A.shape, len(found.B)))
     return merged
 
 

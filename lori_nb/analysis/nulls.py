@@ -18,18 +18,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 import torch
 from scipy import stats
 from torch import Tensor
 
-from lori_nb.analysis.overlap import MEASURES, overlap_table, total_cosines
+from lori_nb.analysis.overlap import COLUMNS, MEASURES, norm, overlap_table
 from lori_nb.analysis.reduced import Masked, orthonormal, reduced
 from lori_nb.method.adapters import Factors
 
 Adapters = Mapping[str, Mapping[str, Factors]]
 SPARSE = 0.5  # share of zeros in B above which all measures keep them
-TOTAL = "total_cosine"  # over all modules of both, where all other measures are means over modules
+INNER, TOTAL = "inner_product", "total_cosine"  # of modules side by side, where all other measures are means over them
 
 
 def null_update(f: Factors, generator: torch.Generator, A: Tensor | None = None) -> Factors:
@@ -47,14 +48,15 @@ def null_update(f: Factors, generator: torch.Generator, A: Tensor | None = None)
         rows = torch.randperm(len(own_B), generator=generator)
         _, root = orthonormal(own_A.T, "A")  # (k × r): rootᵀ root = A Aᵀ keeps the inner products of A's rows
         turned = _turned(own_A.shape[1], len(root), generator, A)  # orthonormal columns (d_in × k)
-        return Factors(root.T @ turned.T, own_B[rows], 1.0)
+        A, B = root.T @ turned.T, own_B[rows]
+        return Factors(A, B, 1.0) if used.all() else Masked(A, B, 1.0, f.B[rows] != 0)
     places = _beside(generator)
     _, singular, _ = reduced(f).singular
     inside = _turned(f.A.shape[1], len(singular), generator, A)
     null = Factors(inside.T.contiguous(), _haar(len(f.B), len(singular), generator) * singular, 1.0)
-    if not (f.B == 0).any():
-        return null
     support = f.B != 0
+    if support.all() and null.B.shape == f.B.shape:
+        return null
     return Masked(null.A, null.B, null.scale, support[torch.randperm(len(support), generator=places)])
 
 
@@ -74,7 +76,7 @@ def null_draws(
     seed: int = 0,
     measures: Sequence[str] = MEASURES,
     A: Mapping[str, Mapping[str, Tensor]] | None = None,
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+) -> pd.DataFrame:
     """Every measure of every pair among null adapters, draw by draw.
 
     Args:
@@ -82,8 +84,7 @@ def null_draws(
         A: adapter → module → A whose row space its null reads; None draws independent ones.
 
     Returns:
-        (by module, by pair): tables as :func:`~lori_nb.analysis.overlap.overlap_table` and :func:`by_pair` give them,
-        with a column ``draw``.
+        A table as :func:`~lori_nb.analysis.overlap.overlap_table` gives it, with a column ``draw``.
 
     Raises:
         ValueError: ``draws`` below 1, and what :func:`~lori_nb.analysis.overlap.overlap_table` refuses.
@@ -91,22 +92,52 @@ def null_draws(
     if draws < 1:
         raise ValueError(f"draws must be at least 1; found {draws}")
     generator = torch.Generator().manual_seed(seed)
-    modules, pairs = [], []
-    for draw in range(draws):
-        null = null_set(adapters, generator, A)
-        modules.append(overlap_table(null, measures).assign(draw=draw))
-        pairs.append(by_pair(modules[-1].drop(columns="draw"), null).assign(draw=draw))
-        del null  # in float64 it is larger than the adapters: never two at a time
-    return pd.concat(modules, ignore_index=True), pd.concat(pairs, ignore_index=True)
+    # the null adapters, in float64 larger than the adapters, are there for one draw at a time
+    tables = [overlap_table(null_set(adapters, generator, A), measures).assign(draw=draw) for draw in range(draws)]
+    return pd.concat(tables, ignore_index=True)
 
 
-def by_pair(table: pd.DataFrame, adapters: Adapters) -> pd.DataFrame:
-    """One row for each pair and measure: the mean over modules, those undefined left out; and "total_cosine", over all
-    modules of both.
+def where_defined(table: pd.DataFrame, draws: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A table of values and its null's draws, NaN in both where either has no value, the null in any draw: their means
+    over modules are then over the same ones.
     """
-    means = table.groupby(["adapter_a", "adapter_b", "measure"], sort=False)["value"].mean().reset_index()
-    totals = [(a, b, TOTAL, value) for (a, b), value in total_cosines(adapters).items()]
-    return pd.concat([means, pd.DataFrame(totals, columns=means.columns)], ignore_index=True)
+    keys = list(COLUMNS[:-1])
+    in_all = draws["value"].notna().groupby([draws[key] for key in keys]).all()
+    known = table.set_index(keys)["value"].notna() & in_all
+    places = [pd.MultiIndex.from_frame(each[keys]) for each in (table, draws)]
+    return tuple(
+        each.assign(value=each["value"].where(known.reindex(place).to_numpy()))
+        for each, place in zip((table, draws), places, strict=True)
+    )
+
+
+def norms(adapters: Adapters) -> dict[str, dict[str, float]]:
+    """Adapter → module → ‖ΔW‖; an adapter's null has the same."""
+    return {name: {module: norm(f) for module, f in modules.items()} for name, modules in adapters.items()}
+
+
+def by_pair(table: pd.DataFrame, sizes: Mapping[str, Mapping[str, float]], by: Sequence[str] = ()) -> pd.DataFrame:
+    """One row for each pair, what the columns ``by`` hold, and measure: the mean over modules, those undefined left
+    out; of inner products the sum, and with it "total_cosine", Σ⟨ΔW, ΔW'⟩ / √(Σ‖ΔW‖² Σ‖ΔW'‖²), the cosine of these
+    modules' updates side by side, NaN where either is zero in all of them.
+
+    Args:
+        sizes: :func:`norms` of the adapters.
+    """
+    keys = ["adapter_a", "adapter_b", *by]
+    is_inner = table["measure"] == INNER
+    means = table[~is_inner].groupby([*keys, "measure"], sort=False)["value"].mean().reset_index()
+    inner = table[is_inner]
+    squares = {
+        adapter: [sizes[a][module] ** 2 for a, module in zip(inner[adapter], inner["module"], strict=True)]
+        for adapter in ("adapter_a", "adapter_b")
+    }
+    inner = inner.assign(of_a=squares["adapter_a"], of_b=squares["adapter_b"])
+    sums = inner.groupby(keys, sort=False)[["value", "of_a", "of_b"]].sum().reset_index()
+    product = np.sqrt(sums["of_a"] * sums["of_b"])
+    cosines = sums["value"] / product.where(product > 0)
+    totals = (sums.assign(measure=INNER), sums.assign(measure=TOTAL, value=cosines))
+    return pd.concat([means, *(each[means.columns] for each in totals)], ignore_index=True)
 
 
 def expected(draws: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:

@@ -3,8 +3,11 @@
 Two updates ΔW = s·B A and ΔW' = s'·B' A' of one module can meet in three ways:
 
 - as matrices: the Frobenius cosine ⟨ΔW, ΔW'⟩ / (‖ΔW‖ ‖ΔW'‖), in [−1, 1];
-- in what they read: the row spaces of A and A', subspaces of the module's input;
-- in what they write: the column spaces of B and B', subspaces of the module's output.
+- in what they read: their row spaces, subspaces of the module's input;
+- in what they write: their column spaces, subspaces of the module's output.
+
+These are spaces of ΔW at its numerical rank: the row space of A and the column space of B, but for what no entry of ΔW
+holds, such as the row of A that belongs to an empty column of B.
 
 No dense ΔW is formed: norms and inner products are those of the cores of :mod:`lori_nb.analysis.reduced`.
 
@@ -28,7 +31,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -55,13 +57,13 @@ class Pair:
 
     @cached_property
     def row_angles(self) -> Tensor:
-        """Principal angles of the row spaces of A, ascending, in radians."""
-        return _angles(*(each.rows[:, : each.read] for each in (self.f, self.g)))
+        """Principal angles of the row spaces of ΔW, ascending, in radians; none where an update is zero."""
+        return _angles(self.f.spaces[1], self.g.spaces[1])
 
     @cached_property
     def column_angles(self) -> Tensor:
-        """Principal angles of the column spaces of B, ascending, in radians."""
-        return _angles(*(each.columns[:, : each.written] for each in (self.f, self.g)))
+        """Principal angles of the column spaces of ΔW, ascending, in radians; none where an update is zero."""
+        return _angles(self.f.spaces[0], self.g.spaces[0])
 
 
 @dataclass(frozen=True)
@@ -109,18 +111,9 @@ def total_cosine(f: Mapping[str, Factors], g: Mapping[str, Factors]) -> float:
     In [−1, 1]; NaN where they share no module or either is zero in all of these. ValueError as in
     :func:`frobenius_cosine`.
     """
-    return total_cosines({"f": f, "g": g}).get(("f", "g"), float("nan"))
-
-
-def total_cosines(adapters: Mapping[str, Mapping[str, Factors]]) -> dict[tuple[str, str], float]:
-    """:func:`total_cosine` of every pair with a module in common, one module in memory at a time."""
-    sums: dict[tuple[str, str], np.ndarray] = {}  # ⟨ΔW, ΔW'⟩, ‖ΔW‖² and ‖ΔW'‖² over the modules of both
-    for _, a, b, pair in met(adapters):
-        terms = np.array([pair.inner, pair.f.norm**2, pair.g.norm**2])
-        sums[a, b] = sums.get((a, b), 0.0) + terms
-    order = [pair for pair in itertools.combinations(adapters, 2) if pair in sums]
-    products = {pair: math.sqrt(sums[pair][1] * sums[pair][2]) for pair in order}
-    return {pair: float(sums[pair][0]) / products[pair] if products[pair] else float("nan") for pair in order}
+    terms = [(pair.inner, pair.f.norm**2, pair.g.norm**2) for *_, pair in met({"f": f, "g": g})]
+    inner, of_f, of_g = map(sum, zip(*terms, strict=True)) if terms else (0.0, 0.0, 0.0)
+    return inner / math.sqrt(of_f * of_g) if of_f and of_g else float("nan")
 
 
 def principal_angles(X: Tensor, Y: Tensor, rtol: float | None = None) -> Tensor:
@@ -163,11 +156,11 @@ def overlap_table(adapters: Mapping[str, Mapping[str, Factors]], measures: Seque
         adapters: adapter name → module name → factors. A pair is compared on the modules that both have, at whatever
             rank and scale each has; it stands once, the adapter that comes first in the mapping as ``adapter_a``. A
             measure that is not symmetric stands in a second row too, with the two exchanged.
-        measures: names of :data:`REGISTERED`; by default "cosine" (of ΔW), "row_overlap" (of A's row spaces) and
-            "column_overlap" (of B's column spaces).
+        measures: names of :data:`REGISTERED`; by default "cosine", "row_overlap" and "column_overlap", of ΔW, its row
+            spaces and its column spaces.
 
     Returns:
-        Columns ``adapter_a``, ``adapter_b``, ``module``, ``measure`` and ``value``. NaN where undefined (zero B).
+        Columns ``adapter_a``, ``adapter_b``, ``module``, ``measure`` and ``value``. NaN where undefined (ΔW = 0).
 
     Raises:
         ValueError: fewer than two adapters, an unknown measure, or factors of one module that differ in shape or are

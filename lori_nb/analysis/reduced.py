@@ -57,10 +57,27 @@ class Reduced:
     @cached_property
     def singular(self) -> tuple[Tensor, Tensor, Tensor]:
         """U (d_out × ρ), Σ (ρ) descending and V (d_in × ρ) of ΔW = U Σ Vᵀ at its numerical rank ρ."""
+        U, values, V = self._of_core
+        return self.columns[:, : self.written] @ U, values, self.rows[:, : self.read] @ V
+
+    @cached_property
+    def spaces(self) -> tuple[Tensor, Tensor]:
+        """Orthonormal bases of what ΔW writes to (d_out × ρ) and of what it reads (d_in × ρ), at its numerical rank ρ.
+
+        Those of B's columns and A's rows where both have full rank; of a B with an empty column, or an A with a
+        repeated row, what is left of them in ΔW.
+        """
+        U, _, V = self._of_core
+        columns, rows = self.columns[:, : self.written], self.rows[:, : self.read]
+        # a square U turns a basis within its space: nothing as wide as the module need be formed for that
+        return columns if len(U) == U.shape[1] else columns @ U, rows if len(V) == V.shape[1] else rows @ V
+
+    @cached_property
+    def _of_core(self) -> tuple[Tensor, Tensor, Tensor]:
         core = self.core[: self.written, : self.read]
         U, values, Vh = torch.linalg.svd(core, full_matrices=False)
         rank = numerical_rank(values, max(core.shape))
-        return self.columns[:, : self.written] @ U[:, :rank], values[:rank], self.rows[:, : self.read] @ Vh[:rank].T
+        return U[:, :rank], values[:rank], Vh[:rank].T
 
     @property
     def support(self) -> Tensor:

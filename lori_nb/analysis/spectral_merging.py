@@ -7,7 +7,7 @@ d_out × d_in matrices is computed here on cores, exactly, and restricted to the
 dense forms bring null directions in, which hold nothing but rounding. What is rounding, the dtype says that factors
 come in: those of an adapter that was stored in bfloat16 must come as bfloat16, and the result is float32.
 
-- **svd**: Σ w_i ΔW_i at the rank of the largest adapter, by truncation.
+- **svd**: Σ w_i ΔW_i by truncation to any rank, by default that of the largest adapter.
 - **tsv-m**: task singular vectors made orthogonal across tasks (arXiv 2412.00081).
 - **iso-c**, **iso-cts**: one singular value for all common, and task-specific, directions (arXiv 2502.04959).
 - **knots-ties**: TIES on the tasks' right factors of one common decomposition (arXiv 2410.19735).
@@ -29,7 +29,7 @@ from lori_nb.analysis.reduced import numerical_rank, orthonormal, reduced
 from lori_nb.method.adapters import Factors
 
 RECIPE = 2  # raise when a merge on cores gives another result; counts for those alone
-DENSITY = 0.2  # share of entries that TIES keeps of each task, its paper's choice
+DENSITY = 0.2  # share of entries that TIES, and DARE, keep of each task; the TIES paper's choice
 
 
 @dataclass(frozen=True)
@@ -131,10 +131,10 @@ def _weighted(cores: Tensor, weights: Sequence[float]) -> Tensor:
 
 
 @merge_method("svd")
-def truncated(factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
-    """Σ_i w_i ΔW_i cut to the largest rank of any adapter: PEFT's "svd", without a dense matrix."""
-    most = min(*factors[0].B.shape[:1], *factors[0].A.shape[1:])
-    return compress(concatenate(factors, weights), min(max(len(f.A) for f in factors), most))
+def truncated(factors: Sequence[Factors], weights: Sequence[float], rank: int | None = None) -> Factors:
+    """Σ_i w_i ΔW_i cut to a rank, by default the largest of any adapter: PEFT's "svd", without a dense matrix."""
+    whole = concatenate(factors, weights)
+    return compress(whole, min(rank or max(len(f.A) for f in factors), *whole.A.shape, len(whole.B)))
 
 
 @merge_method("tsv-m", as_stored=True)

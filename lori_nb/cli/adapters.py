@@ -52,7 +52,7 @@ def overlap(
     One line a pair; in brackets, between which values random adapters lie with 95 %. With --tasks the base model runs
     over some rows of each task, and a line an ordered pair says how far one adapter moves another's activations.
     """
-    from lori_nb.lab.folders import not_shared, read_folders
+    from lori_nb.lab.folders import not_shared, read_folders, shared_draws
     from lori_nb.study import foreign
 
     found = read_folders(folders)
@@ -61,7 +61,7 @@ def overlap(
     adapters = {name: folder.stored for name, folder in found.items()}
     choices = {"null": null, "draws": draws, "seed": seed, "elementwise": elementwise}
     measured = foreign.measured(adapters, **choices, activations=_activations(found, names_in(tasks), base, rows))
-    notes = not_shared(found)
+    notes = not_shared(found) + (shared_draws(found) if null == "independent" else [])
     paths = foreign.write_report(measured, sources, report, notes)
     print(*foreign.lines(measured), *(f"note: {line}" for line in notes), sep="\n")
     print(*paths, sep="\n")
@@ -91,23 +91,41 @@ def merge(
     out: Annotated[str, typer.Option(help="The new PEFT folder.")],
     method: Annotated[str, typer.Option(help="How: cat is the exact weighted sum; README lists all.")] = "cat",
     weights: Annotated[str, typer.Option(help="One number an adapter, or one for all: 0.4,0.4. 1 adds them up.")] = "1",
-    rank: Annotated[int | None, typer.Option(min=1, help="Cut the result to this rank (truncated SVD).")] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Cut the result to this rank (truncated SVD). By default merges of full rank (magnitude, ties, dare, "
+            "dare-ties) are cut to the sum of the adapters' ranks in each module.",
+        ),
+    ] = None,
+    density: Annotated[
+        float | None,
+        typer.Option(help="Share of entries kept by magnitude, DARE, and methods with TIES: by default 0.2."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the entries that DARE keeps: by default 0.")] = None,
     portable: Portable = False,
     dtype: Dtype = "float32",
 ) -> None:
     """Merge adapters that were trained anywhere into one PEFT folder, from their files alone."""
     from lori_nb.analysis import merging
+    from lori_nb.analysis.elementwise_merging import FULL_RANK
     from lori_nb.lab.folders import not_shared, read_folders, write_merged
 
     stored = _dtype(dtype)
     numbers = [_number(word) for word in names_in(weights)]
     numbers = numbers * len(folders) if len(numbers) == 1 else numbers
     found = read_folders(folders)
-    merged = merging.merge([folder.stored for folder in found.values()], numbers, method, rank)
-    about = {"method": method, "weights": numbers, "rank": rank}
+    options = {name: value for name, value in {"density": density, "seed": seed}.items() if value is not None}
+    merged = merging.merge([folder.stored for folder in found.values()], numbers, method, rank or "sum", options)
+    about = {"method": method, "weights": numbers, "rank": rank, **options}
     path = write_merged(Path(out), merged, found, portable, about, stored)
     for line in not_shared(found):
         print(f"note: {line}")
+    if method in FULL_RANK and rank is None:
+        print(
+            f"note: {method} has full rank, cut to the sum of the adapters' ranks in each module; --rank sets another"
+        )
     _say_rules(path, portable)
     print(path)
 
@@ -146,7 +164,7 @@ def export_run(
     dtype: Dtype = "float32",
 ) -> None:
     """Write a run's adapter as a PEFT LoRA folder."""
-    from lori_nb.lab.interop import export_peft
+    from lori_nb.lab.interop import export_peft, heads_of
     from lori_nb.lab.runs import Store
 
     stored = _dtype(dtype)
@@ -154,6 +172,8 @@ def export_run(
     run = store.load(whole_hash(store.hashes(), spec_hash))
     choices = {"weight": weight, "head": head or None, "for_serving": portable, "dtype": stored}
     path = export_peft(run.adapter, Path(folder), **choices)
+    if portable and heads_of(run.adapter):
+        print(f"note: a portable folder has no head; left out: {', '.join(heads_of(run.adapter))}")
     _say_rules(path, portable)
     print(path)
 

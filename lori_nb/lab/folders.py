@@ -8,8 +8,10 @@ adapter on an embedding, B A of shape d × vocabulary, counts as a module like a
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from lori_nb.analysis.reduced import orthonormal
 from lori_nb.lab.hub import refusal
 from lori_nb.lab.peft_folder import (
     AS_PICKLE,
@@ -37,6 +40,7 @@ from lori_nb.lab.peft_writing import check_new, portable, write_peft
 from lori_nb.method.adapters import Factors
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # those that read_tensors lets pass
+_ONE_SPACE = 1 - 1e-4  # overlap from which two row spaces are one, or within the other: bfloat16 rounds it by some 1e-6
 # What a model puts before the names of its body's modules.
 _WRAPPERS = re.compile(r"(?:(?:model|base_model|transformer|bert|roberta|distilbert|electra|deberta|gpt_neox)\.)*")
 
@@ -217,6 +221,25 @@ def not_shared(folders: Mapping[str, Folder]) -> list[str]:
         if len(set(values.values())) > 1:
             lines.append(f"{what} differ: " + ", ".join(f"{name} {value}" for name, value in values.items()))
     return lines
+
+
+def shared_draws(folders: Mapping[str, Folder]) -> list[str]:
+    """One sentence if adapters' A have one row space, or one within the other's: so they have of one draw of a frozen
+    A, whatever they learned, and of independent draws never.
+    """
+    counts: Counter[tuple[str, str]] = Counter()
+    for module in dict.fromkeys(name for folder in folders.values() for name in folder.factors):
+        found = {name: folder.factors[module].A for name, folder in folders.items() if module in folder.factors}
+        bases = {name: orthonormal(A.T, f"A of {name!r}, {module!r}")[0] for name, A in found.items()}
+        for (a, U), (b, V) in itertools.combinations(bases.items(), 2):
+            ranks = U.shape[1], V.shape[1]
+            # all of the input is everybody's; of two shapes nothing is said here
+            if len(U) == len(V) and min(ranks) > 0 and max(ranks) < len(U):
+                counts[a, b] += float((U.T @ V).square().sum()) / min(ranks) >= _ONE_SPACE
+    pairs = [f"{a} and {b} in {count} module{'s' * (count > 1)}" for (a, b), count in counts.items() if count]
+    if not pairs:
+        return []
+    return [f"A's have one row space ({_some(pairs)}), as a shared draw gives: --null given puts that into the null"]
 
 
 def _range(values) -> str:

@@ -128,9 +128,16 @@ def _check_low_rank(adapter: Adapter) -> None:
         raise ValueError(f"adapter must be low-rank factors and heads alone; found {', '.join(sorted(others))}")
 
 
+def heads_of(adapter: Adapter) -> list[str]:
+    """The tasks of which an adapter has a head."""
+    return sorted(
+        {name.removeprefix("head.").rpartition(".")[0] for name in adapter.extras if name.startswith("head.")}
+    )
+
+
 def _head_tensors(adapter: Adapter, head: str | None) -> tuple[str | None, dict[str, Tensor]]:
     """(task, its head under PEFT's keys); (None, {}) where there is none."""
-    tasks = sorted({name.removeprefix("head.").rpartition(".")[0] for name in adapter.extras})
+    tasks = heads_of(adapter)
     if head is None and len(tasks) > 1 or head is not None and head not in tasks:
         raise ValueError(f"head must be one of the adapter's ({', '.join(tasks) or 'none'}); found {head!r}")
     if not tasks:

@@ -27,6 +27,7 @@ from lori_nb.lab.peft_folder import (
     KEY,
     TOP,
     WEIGHTS,
+    check_plain,
     factor_key,
     module_of,
     read_config,
@@ -160,15 +161,16 @@ def portability(folder: Path) -> dict[str, bool]:
     Raises ValueError for a folder that cannot be read at all.
     """
     config, (tensors, _) = read_config(folder), read_tensors(folder)
-    known = {name: found for name in tensors if (found := factor_key(name)) and found[0].endswith(KEY)}
+    keys = {name: factor_key(name) for name, tensor in tensors.items() if tensor.ndim == 2}
+    known = {name: found for name, found in keys.items() if found and found[0].endswith(KEY)}
     ranks = {len(tensors[name]) if part == "A" else tensors[name].shape[1] for name, (_, part) in known.items()}
     of = {side: {module_of(key) for key, part in known.values() if part == side} for side in "AB"}
     targets, named = config.get("target_modules") or [], of["A"] | of["B"]
     return {
-        "it is plain LoRA": config.get("peft_type") == "LORA" and not config.get("use_dora"),
+        "it is plain LoRA": _is_plain(config),
         "every tensor is a factor of a linear module": len(known) == len(tensors) > 0,
         "every module has A and B": of["A"] == of["B"],
-        "all modules have one rank, the configuration's": ranks == {config.get("r")},
+        "all modules have one rank, the configuration's": list(ranks) == [config.get("r")],
         f"that rank is one of {', '.join(map(str, ALLOWED_RANKS))}": config.get("r") in ALLOWED_RANKS,
         "α is that rank, so that an engine that ignores α is right": config.get("lora_alpha") == config.get("r"),
         "no scale by √r": not config.get("use_rslora"),
@@ -177,6 +179,15 @@ def portability(folder: Path) -> dict[str, bool]:
         "no whole module is saved beside": not config.get("modules_to_save"),
         "target_modules names the file's modules": isinstance(targets, list) and _covered(named, targets),
     }
+
+
+def _is_plain(config: Mapping[str, Any]) -> bool:
+    """Whether the folder is y = W x + s · B A x, but for whole modules, of which a rule of its own says."""
+    try:
+        check_plain(config | {"modules_to_save": None}, own_head=False)
+    except ValueError:
+        return False
+    return True
 
 
 def _covered(modules: set[str], targets: Iterable[str]) -> bool:

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
 
-from lori_nb.analysis import merging, spectral_merging
-from lori_nb.analysis.merging import AS_STORED, MERGE_METHODS
+from lori_nb.analysis import elementwise_merging, merging, spectral_merging
+from lori_nb.analysis.merging import AS_STORED, MERGE_METHODS, options_of
 from lori_nb.lab import (
     baselines,
     continual,
@@ -173,9 +173,15 @@ def _extension_digests(spec: Spec) -> tuple[tuple[str, str], ...]:
 
 
 def merge_recipe(name: str) -> list[tuple[str, str]]:
-    """What the hash of a merge says of its way beside the recipe of all merges: that of merges on cores."""
-    of_cores = MERGE_METHODS[name].__module__ == spectral_merging.__name__ and name in AS_STORED
-    return [("recipe:spectral_merging", str(spectral_merging.RECIPE))] if of_cores else []
+    """What the hash of a merge says of its way beside the recipe of all merges: that of merges on cores, or of DARE's
+    draws.
+    """
+    deciding = {spectral_merging: name in AS_STORED, elementwise_merging: "seed" in options_of(name)}
+    return [
+        (f"recipe:{module.__name__.rpartition('.')[2]}", str(module.RECIPE))
+        for module, counts in deciding.items()
+        if counts and MERGE_METHODS[name].__module__ == module.__name__
+    ]
 
 
 def check(spec: Spec) -> None:

@@ -17,8 +17,8 @@ import torch
 from matplotlib.figure import Figure
 
 from lori_nb.analysis.interference import ALL, ELEMENTWISE
-from lori_nb.analysis.nulls import TOTAL, by_pair, expected, null_draws, null_set
-from lori_nb.analysis.overlap import norm, overlap_table
+from lori_nb.analysis.nulls import TOTAL, by_pair, expected, norms, null_draws, null_set, where_defined
+from lori_nb.analysis.overlap import overlap_table
 from lori_nb.lab.models import load_base
 from lori_nb.lab.paths import write_atomically
 from lori_nb.method.adapters import Factors
@@ -67,9 +67,9 @@ class Interference:
     Attributes:
         modules: one row a pair, module and measure: ``value``, and the null's ``null``, ``null_low`` and ``null_high``
             (one more random draw would lie between with 95 %).
-        layers, kinds: the same by layer and by kind of module ("q_proj"): the mean over the modules there.
-        pairs: one row a pair and measure: ``value`` (mean over all modules of both), the null, and ``excess`` over it;
-            with "total_cosine", over all modules of both side by side.
+        layers, kinds: the same by layer and by kind of module ("q_proj"): the mean over the modules there; of inner
+            products the sum, and "total_cosine", the cosine of these modules' updates side by side.
+        pairs: the same over all modules of both, with the ``excess`` over the null.
         angles: principal angles in degrees, sorted: median and quartiles over pairs and modules, of the adapters and of
             the null.
         similarity: φ(i, j) of :func:`~lori_nb.analysis.interference.similarity_curve`, mean over pairs and modules, of
@@ -110,29 +110,33 @@ def measured(
     """
     if null not in NULLS:
         raise ValueError(f"null must be one of {', '.join(NULLS)}; found {null!r}")
-    for name, modules in adapters.items():
-        if not any(norm(f) for f in modules.values()):
+    sizes = norms(adapters)
+    for name, of_modules in sizes.items():
+        if not any(of_modules.values()):
             raise ValueError(f"adapters must be trained; found {name!r} with ΔW = 0 in every module")
     measures = [name for name in ALL if elementwise or name not in ELEMENTWISE]
     table = overlap_table(adapters, measures)
     if table.empty:
         raise ValueError("adapters must have at least one module in common; found none")
     own = {name: {m: f.A for m, f in each.items()} for name, each in adapters.items()} if null == "given" else None
-    by_module, of_pairs = null_draws(adapters, draws, seed, measures, own)
+    chance = null_draws(adapters, draws, seed, measures, own)
     keys = [*PAIR, "module"]
-    modules = table.merge(expected(by_module, keys), on=keys)
-    pairs = by_pair(table, adapters).merge(expected(of_pairs, PAIR), on=PAIR)
-    counts = table.groupby(PAIR, sort=False)["value"].count().rename("modules").reset_index()
+    modules = table.merge(expected(chance, keys), on=keys)
+    both = where_defined(table, chance)
+    pairs = _beside(*both, sizes)
+    counts = both[0].groupby(PAIR, sort=False)["value"].count().rename("modules").reset_index()
     pairs = pairs.assign(excess=pairs["value"] - pairs["null"]).merge(counts, on=PAIR, how="left")
+    places = {place: _beside(*map(with_places, both), sizes, [place]) for place in ("layer", "kind")}
     random = null_set(adapters, torch.Generator().manual_seed(seed), own)
-    both = {"adapters": adapters, "random": random}
+    sets = {"adapters": adapters, "random": random}
     angles, similarity = (
-        pd.concat([of(each).assign(method=name) for name, each in both.items()], ignore_index=True)
+        pd.concat([of(each).assign(method=name) for name, each in sets.items()], ignore_index=True)
         for of in (angles_between, similarity_between)
     )
     return Interference(
         modules,
-        *(_by(place, table, by_module) for place in ("layer", "kind")),
+        places["layer"].astype({"layer": int}),
+        places["kind"],
         pairs,
         quartiles(angles, ["method", "side", "index"]),
         similarity,
@@ -150,13 +154,12 @@ def _on_activations(adapters: Adapters, random: Adapters, activations: Activatio
     return found.groupby(["task", "adapter"], sort=False)[["value", "null"]].mean().reset_index()
 
 
-def _by(place: str, table: pd.DataFrame, draws: pd.DataFrame) -> pd.DataFrame:
-    """Means over the modules of a "layer" or "kind", beside those of the null's draws; outside layers there is none."""
-    keys = [*PAIR, place]
-    values = with_places(table).groupby(keys, sort=False)["value"].mean().reset_index()
-    chance = with_places(draws).groupby([*keys, "draw"], sort=False)["value"].mean().reset_index()
-    found = values.merge(expected(chance, keys), on=keys)
-    return found.astype({"layer": int}) if place == "layer" else found
+def _beside(
+    table: pd.DataFrame, draws: pd.DataFrame, sizes: Mapping[str, Mapping[str, float]], by: Sequence[str] = ()
+) -> pd.DataFrame:
+    """:func:`~lori_nb.analysis.nulls.by_pair` beside what the null's draws give; outside layers there is no "layer"."""
+    keys = [*PAIR, *by]
+    return by_pair(table, sizes, by).merge(expected(by_pair(draws, sizes, [*by, "draw"]), keys), on=keys)
 
 
 def by_place(modules: pd.DataFrame, measure: str) -> pd.DataFrame:

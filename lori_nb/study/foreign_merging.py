@@ -1,7 +1,9 @@
 """Adapters that were trained anywhere, merged by every way and weight of the settings: folders, checks, and scores.
 
-Every merge is written as a PEFT folder and read again. Where the base of the settings has the adapters' modules, merges
-and single adapters are scored on its tasks: with no more to go by, every adapter on every task.
+Every merge is written as a PEFT folder and read again; one of full rank (TIES and its like), which would have the size
+of the model, is cut module by module to the sum of the adapters' ranks. Where the base of the settings has the
+adapters' modules, merges and single adapters are scored on its tasks: with no more to go by, every adapter on every
+task.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import pandas as pd
 import torch
 
 from lori_nb.analysis import merging
+from lori_nb.analysis.elementwise_merging import FULL_RANK
 from lori_nb.analysis.merging import merge
 from lori_nb.analysis.overlap import norm
 from lori_nb.lab.extensions import is_own, source_digest
@@ -29,6 +32,7 @@ from lori_nb.method.adapters import Factors
 from lori_nb.study.settings import Settings
 
 METHOD = "adapters"  # what tables call them
+RANK = "sum"  # that a merge may have at most: its adapters' ranks together
 COLUMNS = ["merge", "weight", "modules", "rank", "apart", "reloads", "folder", "note"]
 _known: dict[str, pd.DataFrame] = {}  # a notebook asks for the same scores several times
 
@@ -57,12 +61,12 @@ def _merged(found: Mapping[str, Folder], way: str, weight: float) -> dict:
 
 
 def _factors_of(found: Mapping[str, Folder], way: str, weight: float) -> dict[str, Factors]:
-    return merge([folder.stored for folder in found.values()], [weight] * len(found), way)
+    return merge([folder.stored for folder in found.values()], [weight] * len(found), way, RANK)
 
 
 def _written(found: Mapping[str, Folder], factors: Mapping[str, Factors], way: str, weight: float) -> Path:
     """The folder of a merge, named by what it is made of and how; one that is there was made of the same."""
-    about = {"method": way, "weights": [weight] * len(found), "rank": None}
+    about = {"method": way, "weights": [weight] * len(found), "rank": RANK}
     first = next(iter(found.values()))  # whose base and task the folder names
     made_of = [about, _made_of(found, [way]), first.base, first.config.get("task_type")]
     name = f"{way}-{weight:g}-{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:8]}"
@@ -104,6 +108,8 @@ def folder_lines(settings: Settings) -> list[str]:
     counts = ", ".join(f"{name} {len(folder.factors)}" for name, folder in found.items())
     shared = len(set.intersection(*(set(folder.factors) for folder in found.values())))
     said = [f"{len(found)} adapters, {shared} modules in all of them ({counts})"]
+    cut = [way for way in settings.merges if way in FULL_RANK]
+    said += [f"{', '.join(cut)}: of full rank, cut to the sum of the adapters' ranks in each module"] if cut else []
     why = unscored(settings)
     return said + not_shared(found) + ([f"not scored: {why}"] if why else [])
 

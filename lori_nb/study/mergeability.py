@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lori_nb.analysis.association import adapter_interval, mantel, without_main_effects
 from lori_nb.analysis.interference import ELEMENTWISE
-from lori_nb.analysis.nulls import TOTAL, by_pair, expected, null_draws, null_set
+from lori_nb.analysis.nulls import INNER, TOTAL, by_pair, expected, norms, null_draws, null_set, where_defined
 from lori_nb.analysis.overlap import REGISTERED, overlap_table
 from lori_nb.analysis.statistics import t_interval
 from lori_nb.lab.models import load_base
@@ -56,7 +56,7 @@ DRAWS = 16
 ENTRY_DRAWS = 2
 DIGITS = 9  # of an excess: what a frozen A decides is the same in the null, but for rounding that must not be ranked
 ROWS = 8  # of a task's test rows, whose tokens are the inputs of the functional measure
-RECIPE = 1  # raise when overlaps of the same adapters come out otherwise
+RECIPE = 2  # raise when overlaps of the same adapters come out otherwise; 1 took all of A's rows, whatever ΔW held
 NO_STUDY = "Not measured: `pair_tasks` names no tasks for it; those of profile standard take hours."
 PAIR = ["method", "seed", "task", "adapter"]
 
@@ -157,13 +157,14 @@ def excess_of(
     Args:
         A: what the null's rows lie in, as :func:`~lori_nb.analysis.nulls.null_draws` takes it.
     """
-    keys = ["adapter_a", "adapter_b", "measure"]
-    found = by_pair(overlap_table(adapters, MEASURES), adapters)
-    of_factors = [name for name in MEASURES if name not in ELEMENTWISE]
-    _, draws = null_draws(adapters, DRAWS, seed, of_factors, A)
-    _, of_entries = null_draws(adapters, ENTRY_DRAWS, seed, ELEMENTWISE, A)  # the first of the same sets
-    draws = pd.concat([draws, of_entries[of_entries["measure"] != TOTAL]], ignore_index=True)
-    return found.merge(expected(draws, keys)[[*keys, "null"]], on=keys)
+    keys, sizes = ["adapter_a", "adapter_b", "measure"], norms(adapters)
+    measures = [INNER, *MEASURES]  # of which the cosine of the whole updates is made
+    draws = null_draws(adapters, DRAWS, seed, [name for name in measures if name not in ELEMENTWISE], A)
+    of_entries = null_draws(adapters, ENTRY_DRAWS, seed, ELEMENTWISE, A)  # the first of the same sets
+    found, draws = where_defined(overlap_table(adapters, measures), pd.concat([draws, of_entries], ignore_index=True))
+    chance = expected(by_pair(draws, sizes, ["draw"]), keys)[[*keys, "null"]]
+    table = by_pair(found, sizes).merge(chance, on=keys)
+    return table[table["measure"] != INNER]
 
 
 def both_ways(pairs: pd.DataFrame) -> pd.DataFrame:
