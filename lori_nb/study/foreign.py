@@ -26,15 +26,16 @@ from lori_nb.study import figures, functional, layouts, style
 from lori_nb.study.geometry import (
     SIDES,
     angles_between,
+    null_rows,
     overlap_matrix,
     quartiles,
     similarity_between,
     with_places,
 )
+from lori_nb.study.settings import NULLS
 
 Adapters = Mapping[str, Mapping[str, Factors]]
 MOVED = "‖ΔWⱼ x‖ / ‖ΔWᵢ x‖"
-NULLS = ("independent", "given")
 MAPPED = {"cosine_size": "|cosine| of ΔW"} | {
     name: figures.MEASURE_LABELS[name] for name in ("row_overlap", "column_overlap")
 }  # what the figures show
@@ -117,7 +118,7 @@ def measured(
     table = overlap_table(adapters, measures)
     if table.empty:
         raise ValueError("adapters must have at least one module in common; found none")
-    own = {name: {m: f.A for m, f in each.items()} for name, each in adapters.items()} if null == "given" else None
+    own = null_rows(adapters, null)
     by_module, of_pairs = null_draws(adapters, draws, seed, measures, own)
     keys = [*PAIR, "module"]
     modules = table.merge(expected(by_module, keys), on=keys)
@@ -181,10 +182,7 @@ def maps(found: Interference, names: Sequence[str], measure: str) -> Figure:
 
 def spectra(found: Interference) -> Figure:
     """Principal angles of both sides beside the null's."""
-    figure = layouts.angles(found.angles)
-    for ax in figure.axes:
-        ax.set_ylabel("angle between adapters (degrees)")
-    return figure
+    return layouts.angles(found.angles)
 
 
 def places(found: Interference) -> Figure:

@@ -15,6 +15,8 @@ from lori_nb.lab.tasks import expand_tasks, get_task
 from lori_nb.method.masks import SCOPES, STRUCTURES
 from lori_nb.method.subspaces import POLICIES
 
+NULLS = ("independent", "given")  # rows of random adapters: at random, or in the row space of an adapter's own A
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -63,6 +65,7 @@ class Settings:
     micro_batch_rows: int | None = None  # rows computed at a time; none takes all of a step
     checkpointing: bool = False  # activations are computed again in the backward pass, not kept
     adapters: tuple[str, ...] = ()  # folders from elsewhere that 04_interference compares, 05_merging merges, instead
+    overlap_null: str = "independent"  # of those in 04_interference: random rows; given: in each one's own A
     task_steps: Mapping[str, int] = field(default_factory=dict)  # of single runs, where a task's are not ``steps``
     sequence: tuple[str, ...] = ()  # tasks learned one after another; empty: ``first``, then the other tasks
     orders: str = "given"  # of the tasks after the first: given, balanced, all, auto; of all tasks: any-first
@@ -163,6 +166,7 @@ def checked(values: dict[str, Any]) -> Settings:
     for name in values["merges"]:
         _among("merge", name, tuple(MERGE_METHODS))
     _among("subspace", values["subspace"], POLICIES)
+    _among("overlap_null", values.get("overlap_null", Settings.overlap_null), NULLS)
     _among("schedule", values.get("schedule", "linear"), SCHEDULES)
     _among("mask_scope", values["mask_scope"], tuple(SCOPES))
     _among("mask_structure", values.get("mask_structure", "entries"), STRUCTURES)
