@@ -166,14 +166,21 @@ def import_folder(
     base: Annotated[str, typer.Option(help="The base model that the adapter is for.")],
     dtype: Dtype = "float32",
 ) -> None:
-    """Turn a PEFT LoRA folder into an adapter file of this kit."""
+    """Turn a PEFT LoRA folder into an adapter file of this kit: its linear modules; a note names what is left out."""
+    import warnings
+
     from lori_nb.lab.interop import import_peft
     from lori_nb.method.adapter_file import save_adapter
 
     stored, path = _dtype(dtype), Path(file)
     if path.exists():
         raise ValueError(f"FILE must be new; found {path}")
-    adapter = import_peft(folder, base)
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        adapter = import_peft(folder, base)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_adapter(adapter, path, stored)
+    for note in notes:
+        if note.category is UserWarning:  # libraries have others
+            print(f"note: {note.message}")
     print(f"{path}: rank {adapter.rank}, {len(adapter.factors)} modules of {base}")

@@ -121,7 +121,7 @@ def path_of(name: str) -> Path:
 def _read(path: Path) -> dict[str, Any]:
     config = read_config(path)
     tensors, _ = read_tensors(path)
-    check_plain(config | {"modules_to_save": None}, own_head=False)
+    check_plain(config)
     pairs, saved = sorted_out(tensors, path)
     factors, keys = {}, {}
     for key, pair in pairs.items():
