@@ -19,7 +19,7 @@ from lori_nb.analysis.interference import similarity_curve
 from lori_nb.analysis.nulls import null_set
 from lori_nb.analysis.overlap import MEASURES, met, overlap_table
 from lori_nb.analysis.statistics import t_interval
-from lori_nb.lab.folders import read_folders
+from lori_nb.lab.folders import comparable, read_folders
 from lori_nb.lab.methods import FACTORED, get_method
 from lori_nb.lab.runs import Run
 from lori_nb.lab.specs import RunSpec
@@ -126,7 +126,7 @@ def adapter_sets(results: Results, seed: int) -> dict[str, dict[str, dict[str, F
     """
     settings = results.settings
     if settings.adapters:
-        given = {name: folder.stored for name, folder in read_folders(settings.adapters).items()}
+        given, _ = comparable(read_folders(settings.adapters))
         rows = null_rows(given, settings.overlap_null)
         return {GIVEN: given, null_of(GIVEN): null_set(given, torch.Generator().manual_seed(seed), rows)}
     return _beside_nulls({method: single_adapters(results, method, seed) for method in settings.method}, seed)

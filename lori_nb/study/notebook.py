@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from pandas.api.types import is_integer_dtype
 from tqdm.auto import tqdm
 
-from lori_nb.lab.folders import not_shared, read_folders
+from lori_nb.lab.folders import comparable, not_shared, read_folders
 from lori_nb.lab.paths import PROJECT, data_folder, write_atomically
 from lori_nb.lab.provenance import git_state
 from lori_nb.lab.resolving import resolve
@@ -199,7 +199,11 @@ def shared_lines(settings: Settings) -> list[str]:
     found = read_folders(settings.adapters)
     counts = ", ".join(f"{name} {len(folder.factors)}" for name, folder in found.items())
     shared = len(set.intersection(*(set(folder.factors) for folder in found.values())))
-    return [f"{len(found)} adapters, {shared} modules in all of them ({counts})", *not_shared(found)]
+    return [
+        f"{len(found)} adapters, {shared} modules in all of them ({counts})",
+        *not_shared(found),
+        *comparable(found)[1],
+    ]
 
 
 def adapters_of(settings: Settings, specs: Iterable[Spec], store: Store) -> Results:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lori_nb.analysis.merging import MERGE_METHODS
+from lori_nb.analysis.merging import ALSO_CALLED, MERGE_METHODS
 from lori_nb.lab.methods import get_mask_origin, get_method
 from lori_nb.lab.specs import SCHEDULES
 from lori_nb.lab.tasks import expand_tasks, get_task
@@ -163,6 +163,7 @@ def checked(values: dict[str, Any]) -> Settings:
     _check_pairs(values)
     for name in values["method"]:
         get_method(name)
+    values["merges"] = tuple(dict.fromkeys(ALSO_CALLED.get(name, name) for name in values["merges"]))
     for name in values["merges"]:
         _among("merge", name, tuple(MERGE_METHODS))
     _among("subspace", values["subspace"], POLICIES)
