@@ -492,7 +492,6 @@ def test_overlap_on_activations_is_the_ratio_of_what_both_adapters_add(pair, tin
             ["--tasks", "chain_sum,gcd", "--base", "smollm2-135m-instruct"],
             "of the base smollm2-135m-instruct; found an",
         ),
-        (["--draws", "1"], "1 is not in the range x>=2"),
     ],
 )
 def test_activations_that_cannot_be_had_are_refused_before_any_work(pair, tmp_path, home, words, refused):

@@ -94,6 +94,14 @@ def test_a_module_of_two_shapes_is_left_out_with_a_note(pair, tmp_path):
     assert set(table["module"]) == set(adapters["one"]) and notes[0] in notebook.shared_lines(settings)
 
 
+def test_one_draw_has_no_limits(pair, tmp_path):
+    said = invoke("overlap", *pair, "--out", tmp_path / "report", "--draws", 1)
+    assert said.exit_code == 2 and "--draws" in said.output and not (tmp_path / "report").exists()
+    adapters, _ = comparable(read_folders(pair))
+    with pytest.raises(ValueError, match="draws must be at least 2, between which limits lie; found 1"):
+        foreign.measured(adapters, draws=1)
+
+
 def test_modules_of_one_shape_are_all_compared(pair):
     for folder in pair:
         with_embedding(folder, 50, 20)
