@@ -450,7 +450,9 @@ def test_tensors_of_a_portable_folder_are_looked_at(pair, tiny_decoder, tmp_path
 def test_a_rank_that_no_engine_takes_is_refused(pair, tiny_decoder, tmp_path, home):
     found = read_folders([str(pair[0])])
     merged = {name: Factors(torch.ones(600, 64), torch.ones(64, 600), 1.0) for name in list(found["one"].factors)[:1]}
-    with pytest.raises(ValueError, match="rank of a portable folder must be at most 512; found 600"):
+    with pytest.raises(
+        ValueError, match="rank of a portable folder must be at most 512; found 600: lori-nb merge --rank cuts it"
+    ):
         write_merged(tmp_path / "out", merged, found, for_serving=True)
 
 
@@ -491,7 +493,7 @@ def test_overlap_from_the_command_line(pair, tmp_path, home):
 
 def test_overlap_on_activations_is_the_ratio_of_what_both_adapters_add(pair, tiny_decoder, tmp_path, home):
     out, tasks = tmp_path / "report", ("chain_sum", "refusal")
-    said = invoke("overlap", *pair, "--out", out, "--draws", 1, "--tasks", ",".join(tasks), "--rows", 3)
+    said = invoke("overlap", *pair, "--out", out, "--draws", 2, "--tasks", ",".join(tasks), "--rows", 3)
     assert said.exit_code == 0, said.output
     table = pd.read_csv(out / "functional.csv").set_index(["task", "adapter"])
     assert set(table.index) == {("one", "two"), ("two", "one")} and (table["null"] > 0).all()
@@ -523,6 +525,10 @@ def test_overlap_on_activations_is_the_ratio_of_what_both_adapters_add(pair, tin
         (["--tasks", "chain_sum"], "--tasks must name one task an adapter, 2; found chain_sum"),
         (["--tasks", "chain_sum,gcdd"], "gcdd"),
         (["--tasks", "chain_sum,gcd", "--base", "nowhere/none"], "nowhere/none"),
+        (
+            ["--tasks", "chain_sum,gcd", "--base", "smollm2-135m-instruct"],
+            "of the base smollm2-135m-instruct; found an",
+        ),
     ],
 )
 def test_activations_that_cannot_be_had_are_refused_before_any_work(pair, tmp_path, home, words, refused):

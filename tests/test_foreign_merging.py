@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import random_factors, tiny_spec
+from tiny import folder_of, random_factors, tiny_spec
 
 from lori_nb.lab.folders import read_folders
 from lori_nb.lab.laboratory import check_fit, score_factors
@@ -22,15 +22,6 @@ from lori_nb.study import figures, figures_merging, foreign_merging, geometry, n
 from lori_nb.study.plans import PLANS
 from lori_nb.study.profiles import load_settings
 from lori_nb.study.style import null_of
-
-
-def folder_of(base, place, rank: int, seed: int, layers: int = 2):
-    """A PEFT folder of somebody's adapter for the base."""
-    linears = target_linears(empty_body(str(base)), "q_proj,up_proj", layers)
-    factors = random_factors(linears, rank, seed)
-    factors = {name: Factors(f.A * 0.1, f.B * 0.1, f.scale) for name, f in factors.items()}
-    keyed = {f"model.{name}.lora_{{}}.weight": f for name, f in factors.items()}
-    return str(write_peft(place, keyed, str(base)))
 
 
 @pytest.fixture
@@ -204,9 +195,26 @@ def test_in_notebook_4_they_count_once_however_many_seeds_draw_their_null(settin
     (once, one), (twice, two) = found[1], found[2]
     assert once.equals(twice)
     for table in (one, two):
-        assert set(table["of"]) == {"pairs of tasks"} and set(table["n"]) == {3} and set(table["seeds"]) == {1}
+        assert set(table["of"]) == {"pairs of adapters"} and set(table["n"]) == {3} and set(table["seeds"]) == {0}
         assert (table["high"] > table["low"]).all()
     theirs, null = (
         [t.set_index(["method", "measure"]).loc[m] for t in (one, two)] for m in ("adapters", null_of("adapters"))
     )
     assert theirs[0].equals(theirs[1]) and not null[0].equals(null[1])
+
+
+def test_in_notebook_4_the_null_has_a_frozen_A_where_it_is_asked_to(settings, tiny_decoder, tmp_path):
+    """Two adapters under one draw of A overlap in their rows by that draw alone."""
+    (one,) = read_folders(settings.adapters[:1]).values()
+    keyed = {one.keys[name]: Factors(f.A, f.B.flip(0), f.scale) for name, f in one.factors.items()}
+    twin = str(write_peft(tmp_path / "twin", keyed, str(tiny_decoder)))
+    null = {}
+    for name in ("independent", "given"):
+        asked = load_settings(**changed(settings, adapters=[settings.adapters[0], twin]), overlap_null=name)
+        overlaps = geometry.overlaps(notebook.collect("04_interference", asked))
+        null[name] = overlaps.groupby(["method", "measure"])["value"].mean()
+        assert null[name]["adapters", "row_overlap"] == pytest.approx(1)
+    assert null["given"][null_of("adapters"), "row_overlap"] == pytest.approx(1)
+    assert null["independent"][null_of("adapters"), "row_overlap"] < 0.3
+    with pytest.raises(ValueError, match="overlap_null must be one of independent, given; found 'none'"):
+        load_settings("smoke", overlap_null="none")

@@ -102,6 +102,8 @@ def test_an_encoder_gives_the_same_task_logits_through_peft(tiny_encoder, home, 
     assert relative_distance(found, expected) <= 1e-5
     back = import_peft(folder, name)
     assert adapter_hash(back) == adapter_hash(adapter) and set(back.extras) == set(head)
+    with pytest.warns(UserWarning, match="left out: classifier.bias, classifier.weight"):
+        assert not import_peft(strangers(folder), name).extras, "whose head it is, only this kit's folders say"
 
 
 def test_an_encoder_s_keys_fit_a_model_with_another_head(tiny_encoder, home, tmp_path):
@@ -350,8 +352,6 @@ def test_one_of_several_heads_must_be_named(tiny_encoder, home, tmp_path):
         ("use_dora", True),
         ("bias", "all"),
         ("lora_bias", True),
-        ("modules_to_save", ["lm_head"]),
-        ("modules_to_save", ["classifier"]),
         ("init_lora_weights", "pissa"),
         ("layer_replication", [[0, 2]]),
         ("a_setting_of_tomorrow", 1),
@@ -396,10 +396,9 @@ def rename(old: str, new: str):
         (lambda t: t.update({FIRST.format("A"): torch.ones(RANK, 64, dtype=torch.int64)}), "must be float32, float16"),
         (rename(FIRST.format("A"), "base_model.model.../../x.lora_A.weight"), "factors of plain LoRA or whole"),
         (rename(FIRST.format("A"), "/etc/x.lora_A.weight"), "factors of plain LoRA or whole"),
-        (lambda t: t.update({EMBEDDED.format(part): torch.ones(2, 2) for part in "AB"}), "on linear modules"),
         (
-            lambda t: t.update({"base_model.model.score.weight": torch.ones(2)}),
-            "saved tensors must be the head of an adapter",
+            lambda t: (t.clear(), t.update({EMBEDDED.format(part): torch.ones(2, 2) for part in "AB"})),
+            "must sit on a linear module to be imported; found model.embed_tokens",
         ),
         (lambda t: t.update({SHORT.format(part): t[FIRST.format(part)].clone() for part in "AB"}), "stand once"),
         (lambda t: t.clear(), "at least one module"),
@@ -409,6 +408,24 @@ def test_bad_tensors_are_refused(adapter, exported, change, said):
     rewritten(exported, change)
     with pytest.raises(ValueError, match=said):
         import_peft(exported, adapter.base)
+
+
+def test_somebody_else_s_heads_and_embeddings_are_left_out_by_name(adapter, exported, tmp_path):
+    plain = import_peft(exported, adapter.base)
+    others = {EMBEDDED.format(part): torch.ones(2, 2) for part in "AB"}
+    others |= {"base_model.model.score.weight": torch.ones(2)}
+    rewritten(exported, lambda tensors: tensors.update(others))
+    path = exported / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"modules_to_save": ["score"]}))
+    with pytest.warns(UserWarning, match="only linear modules are read; left out: model.embed_tokens, score.weight"):
+        back = import_peft(exported, adapter.base)
+    assert back.factors.keys() == plain.factors.keys() and not back.extras
+    for name, f in back.factors.items():
+        assert torch.equal(f.B, plain.factors[name].B) and torch.equal(f.A, plain.factors[name].A)
+    command = ["import", str(exported), str(tmp_path / "file"), "--base", adapter.base]
+    said = CliRunner().invoke(cli.app, command)
+    assert said.exit_code == 0 and said.stdout.startswith("note: ") and "left out: model.embed_tokens" in said.stdout
+    assert load_adapter(tmp_path / "file").factors.keys() == plain.factors.keys()
 
 
 def test_a_module_that_the_base_lacks_is_refused(adapter, exported):

@@ -232,6 +232,11 @@ def test_merges_of_more_adapters_beside_each_alone(results, settings):
     assert table.loc[("lora alone", 3, "worst"), "value"] == pytest.approx(np.min(alone, axis=1).mean())
     assert (table.loc[("lora", 2, "mean"), ["n", "of", "seeds"]] == [2, "seeds", 2]).all()
     assert len(mergeability.scaling_lines(table.reset_index())) == 2
+    others = [results.table.assign(value=1.0, **other) for other in ({"split": "tune"}, {"metric": "another"})]
+    beside = replace(results, table=pd.concat([results.table, *others], ignore_index=True))
+    pd.testing.assert_frame_equal(mergeability.scaling(beside), mergeability.scaling(results))
+    ones = replace(results, table=results.table.assign(value=1.0))
+    assert not mergeability.scaling(ones).equals(mergeability.scaling(results))
 
 
 def test_weights_are_chosen_by_held_out_rows_alone(results, settings):

@@ -53,6 +53,8 @@ def test_the_example_runs_and_A_starts_where_other_tasks_are_not(tiny_decoder, h
         torch.testing.assert_close(low.A @ low.A.T, torch.eye(4) / 3, rtol=0, atol=1e-5)
         assert low.A.requires_grad and not low.B.any()
     adapter = module.adapters["osrm"]["chain_sum"]
+    with pytest.raises(ValueError, match="tasks must be among chain_sum, spell_backward, .*; found chain_sum, gcd"):
+        module.orthogonal_to_other_tasks(tiny_spec(tiny_decoder, "osrm", ["chain_sum", "gcd"]), {}, base)
     assert not adapter.frozen_A and module.adapters["lora"]["chain_sum"].rank == adapter.rank
 
 

@@ -407,3 +407,10 @@ def test_tasks_see_as_many_rows_and_steps_together_as_alone(tasks, rows):
     if tasks is not None:
         assert settings.base == "all-minilm-l6-v2"
         assert settings.test_rows >= 5463, "the largest official validation part is scored whole"
+
+
+def test_merges_go_by_their_other_names_too():
+    asked = ["knots", "task-arithmetic", "cat", "core-space", "ties"]
+    assert load_settings("quick", merges=asked).merges == ("knots-ties", "cat", "core-ties", "ties")
+    with pytest.raises(ValueError, match="merge must be one of .*; found 'knot'"):
+        load_settings("quick", merges="knot")

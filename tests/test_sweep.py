@@ -16,6 +16,8 @@ from small_notebooks import small_notebook
 from lori_nb.lab.paths import PROJECT
 from lori_nb.study.grid import expand_values, find_notebook, parse_grid, points_of, slug, value_text
 from lori_nb.study.parameters import parse_value
+from lori_nb.study.plans import PLANS
+from lori_nb.study.profiles import load_settings
 from lori_nb.study.stored import read_notebook
 from lori_nb.study.sweep import SweepError, sweep
 
@@ -117,6 +119,26 @@ def test_points_of_a_known_notebook_carry_their_profile_and_are_checked_as_setti
         points_of(known, [{"steps": 1.5}], "smoke")
     with pytest.raises(ValueError, match="profile must be one of"):
         points_of(known, [{}], "smok")
+
+
+def test_folders_are_given_by_whole_paths_since_kernels_work_elsewhere(tmp_path, home, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two", "base"):
+        (tmp_path / name).mkdir()
+    axes = ["adapters=[one,./two,owner/three]", "base=base", "tasks=chain_sum"]
+    (point,) = points_of(PROJECT / "notebooks" / "04_interference.ipynb", parse_grid(axes), "smoke")
+    assert point.parameters["adapters"] == [str(tmp_path / "one"), str(tmp_path / "two"), "owner/three"]
+    assert point.parameters["base"] == str(tmp_path / "base") and point.parameters["tasks"] == ["chain_sum"]
+    assert point.command.startswith("lori-nb sweep 04_interference -g 'adapters=[one,./two,owner/three]' -g base=base")
+
+
+def test_one_adapter_from_elsewhere_is_no_comparison(tmp_path, home):
+    (tmp_path / "one").mkdir()
+    axes = [f"adapters={tmp_path / 'one'}"]
+    with pytest.raises(ValueError, match=r"adapters must be at least 2 to compare, or none; found .*one"):
+        sweep(PROJECT / "notebooks" / "04_interference.ipynb", parse_grid(axes), "smoke", jobs=1)
+    assert not (home / "executed").exists()
+    assert PLANS["05_merging"](load_settings("smoke", adapters=axes)) == [], "one may be weighted"
 
 
 def test_a_sweep_executes_each_point_once_and_lists_all(notebook, tmp_path):

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import torch
 
+from lori_nb.lab.models import empty_body
+from lori_nb.lab.peft_writing import write_peft
 from lori_nb.lab.specs import RunSpec
-from lori_nb.method.adapters import Factors
+from lori_nb.method.adapters import Factors, target_linears
 from lori_nb.study.reference_text import PAGE, marks
 
 TESTS = Path(__file__).resolve().parent
@@ -62,6 +64,15 @@ def random_factors(linears, rank: int, seed: int, scale: float = 1.5) -> dict[st
         )
         for place, (name, m) in enumerate(linears.items())
     }
+
+
+def folder_of(base: Path, place: Path, rank: int, seed: int, layers: int = 2) -> str:
+    """A PEFT folder of somebody's adapter for the base."""
+    linears = target_linears(empty_body(str(base)), "q_proj,up_proj", layers)
+    factors = random_factors(linears, rank, seed)
+    factors = {name: Factors(f.A * 0.1, f.B * 0.1, f.scale) for name, f in factors.items()}
+    keyed = {f"model.{name}.lora_{{}}.weight": f for name, f in factors.items()}
+    return str(write_peft(place, keyed, str(base)))
 
 
 def python(code: str, *arguments: str, **settings: str) -> subprocess.Popen:

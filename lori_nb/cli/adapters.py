@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,7 +37,7 @@ def overlap(
     null: Annotated[
         str, typer.Option(help="What chance is: independent rows, or given, each adapter's own frozen A.")
     ] = "independent",
-    draws: Annotated[int, typer.Option(min=1, help="Random sets of adapters that the null is a mean of.")] = 8,
+    draws: Annotated[int, typer.Option(min=2, help="Random sets of adapters that the null is a mean of.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the null's draws.")] = 0,
     elementwise: Annotated[
         bool, typer.Option("--elementwise", help="Also signs and magnitudes of entries: slow for large models.")
@@ -52,18 +53,22 @@ def overlap(
     One line a pair; in brackets, between which values random adapters lie with 95 %. With --tasks the base model runs
     over some rows of each task, and a line an ordered pair says how far one adapter moves another's activations.
     """
-    from lori_nb.lab.folders import not_shared, read_folders, shared_draws
+    from lori_nb.lab.folders import comparable, not_shared, read_folders, shared_draws
     from lori_nb.study import foreign
 
     found = read_folders(folders)
     sources = {name: folder.digest for name, folder in found.items()}
     report = foreign.check_report_folder(Path(out), sources)
-    adapters = {name: folder.stored for name, folder in found.items()}
+    adapters, others = comparable(found)
     choices = {"null": null, "draws": draws, "seed": seed, "elementwise": elementwise}
     measured = foreign.measured(adapters, **choices, activations=_activations(found, names_in(tasks), base, rows))
-    notes = not_shared(found) + (shared_draws(found) if null == "independent" else [])
-    paths = foreign.write_report(measured, sources, report, notes)
-    print(*foreign.lines(measured), *(f"note: {line}" for line in notes), sep="\n")
+    notes = [*not_shared(found), *others, *(shared_draws(found) if null == "independent" else [])]
+    words = ["lori-nb", "overlap", *folders, "--out", out, "--null", null, "--draws", str(draws), "--seed", str(seed)]
+    words += ["--elementwise"] if elementwise else []
+    words += ["--tasks", tasks, "--rows", str(rows)] if tasks else []
+    words += ["--base", base] if tasks and base else []
+    paths = foreign.write_report(measured, sources, report, notes, shlex.join(words))
+    print(*foreign.lines(measured), *(f"note: {line}" for line in (*notes, *measured.notes)), sep="\n")
     print(*paths, sep="\n")
 
 
@@ -111,8 +116,9 @@ def merge(
     from lori_nb.analysis import merging
     from lori_nb.analysis.elementwise_merging import FULL_RANK
     from lori_nb.lab.folders import not_shared, read_folders, write_merged
+    from lori_nb.lab.peft_writing import check_new
 
-    stored = _dtype(dtype)
+    stored, _ = _dtype(dtype), check_new(Path(out))  # merging may take long
     numbers = [_number(word) for word in names_in(weights)]
     numbers = numbers * len(folders) if len(numbers) == 1 else numbers
     found = read_folders(folders)
@@ -186,14 +192,21 @@ def import_folder(
     base: Annotated[str, typer.Option(help="The base model that the adapter is for.")],
     dtype: Dtype = "float32",
 ) -> None:
-    """Turn a PEFT LoRA folder into an adapter file of this kit."""
+    """Turn a PEFT LoRA folder into an adapter file of this kit: its linear modules; a note names what is left out."""
+    import warnings
+
     from lori_nb.lab.interop import import_peft
     from lori_nb.method.adapter_file import save_adapter
 
     stored, path = _dtype(dtype), Path(file)
     if path.exists():
         raise ValueError(f"FILE must be new; found {path}")
-    adapter = import_peft(folder, base)
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        adapter = import_peft(folder, base)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_adapter(adapter, path, stored)
+    for note in notes:
+        if note.category is UserWarning:  # libraries have others
+            print(f"note: {note.message}")
     print(f"{path}: rank {adapter.rank}, {len(adapter.factors)} modules of {base}")

@@ -125,7 +125,7 @@ def path_of(name: str) -> Path:
 def _read(path: Path) -> dict[str, Any]:
     config = read_config(path)
     tensors, _ = read_tensors(path)
-    check_plain(config | {"modules_to_save": None}, own_head=False)
+    check_plain(config)
     pairs, saved = sorted_out(tensors, path)
     factors, keys = {}, {}
     for key, pair in pairs.items():
@@ -200,6 +200,22 @@ def _keys(sources: Sequence[Folder]) -> dict[str, str]:
     wrapper = spelt[: _WRAPPERS.match(spelt).end()]
     keys = {module: key for source in reversed(sources) for module, key in source.keys.items()}
     return {module: f"{wrapper}{unwrapped(key)}" for module, key in keys.items()} | sources[0].keys
+
+
+def comparable(folders: Mapping[str, Folder]) -> tuple[dict[str, dict[str, Factors]], list[str]]:
+    """(folder → its modules' factors as stored, of those with one shape d_out × d_in wherever they are; a sentence that
+    names the others, such as an embedding whose vocabulary was resized in one folder).
+    """
+    shapes: dict[str, set[tuple[int, int]]] = {}
+    for folder in folders.values():
+        for module, f in folder.factors.items():
+            shapes.setdefault(module, set()).add((len(f.B), f.A.shape[1]))
+    other = sorted(module for module, found in shapes.items() if len(found) > 1)
+    adapters = {
+        name: {module: f for module, f in folder.stored.items() if module not in other}
+        for name, folder in folders.items()
+    }
+    return adapters, [f"modules of different shapes are not compared ({_some(other)})"] if other else []
 
 
 def not_shared(folders: Mapping[str, Folder]) -> list[str]:

@@ -23,7 +23,17 @@ from torch import Tensor, nn
 
 from lori_nb.lab.folders import path_of
 from lori_nb.lab.models import base_digest, base_kind, empty_body
-from lori_nb.lab.peft_folder import HEAD, KEY, TOP, check_plain, read_config, read_tensors, scale_of, sorted_out
+from lori_nb.lab.peft_folder import (
+    HEAD,
+    KEY,
+    TOP,
+    check_plain,
+    module_of,
+    read_config,
+    read_tensors,
+    scale_of,
+    sorted_out,
+)
 from lori_nb.lab.peft_writing import check_new, plain, portable, write_peft
 from lori_nb.method.adapters import Adapter, Factors
 from lori_nb.method.subspaces import down_projection
@@ -154,6 +164,9 @@ def import_peft(folder: Path | str, base_name: str) -> Adapter:
     ``rank_pattern`` or ``alpha_pattern`` have their own in their factors. Where the folder was written by this kit and
     its A is bit for bit what seed and subspace give, the adapter says so and its A need not be stored.
 
+    Only linear modules and the head of an adapter that this kit exported are read; a warning names what is left out of
+    somebody else's folder: adapters on embeddings, and heads and other whole saved tensors.
+
     A PEFT folder knows no masks: those of a LoRI-S adapter are the zeros of B. They come back where this kit wrote the
     folder from an adapter under masks, and for a folder of somebody else's where a B has zeros beside other entries. An
     entry under the mask whose value is exactly zero in the file cannot be told from one off it, and comes back as that.
@@ -165,10 +178,14 @@ def import_peft(folder: Path | str, base_name: str) -> Adapter:
     folder = path_of(str(folder))
     config = read_config(folder)
     tensors, about = read_tensors(folder)
-    check_plain(config, own_head=isinstance(about.get("head"), str))
+    check_plain(config)
     body = empty_body(base_name)
     pairs, saved = sorted_out(tensors, folder)
-    pairs, heads = _on_linears(pairs, body.base_model_prefix), _own_head(saved, about.get("head"))
+    heads, beside = _own_head(saved, about.get("head"))
+    left = sorted([module_of(key) for key in pairs if not key.endswith(KEY)] + beside)
+    pairs = _on_linears(pairs, body.base_model_prefix)
+    if left:
+        warnings.warn(f"{folder}: only linear modules are read; left out: {', '.join(left)}", stacklevel=2)
     factors = {
         name: Factors(pair["A"], pair["B"], scale_of(config, f"{body.base_model_prefix}.{name}", pair["A"].shape[0]))
         for name, pair in pairs.items()
@@ -206,27 +223,31 @@ def _masks(factors: Mapping[str, Factors], masked: Any) -> dict[str, Tensor] | N
 
 
 def _on_linears(pairs: Mapping[str, dict[str, Tensor]], prefix: str) -> dict[str, dict[str, Tensor]]:
-    """Module → its pair, by names of the body, whose own prefix keys lack where it was wrapped without a head."""
+    """Module → its pair, of linear modules alone, by names of the body, whose own prefix keys lack where it was wrapped
+    without a head.
+    """
     found: dict[str, dict[str, Tensor]] = {}
     for key, pair in pairs.items():
         module = key.removesuffix(KEY).removeprefix(f"{prefix}.")
         if not key.endswith(KEY):
-            raise ValueError(f"adapters must sit on linear modules to be imported; found {key.format('A')!r}")
+            continue
         if module in found:
             raise ValueError(f"a module must stand once in the file; found {key.format('A')!r} and another spelling")
         found[module] = pair
+    if not found:
+        raise ValueError(
+            f"an adapter must sit on a linear module to be imported; found {', '.join(map(module_of, pairs))}"
+        )
     return found
 
 
-def _own_head(saved: Mapping[str, Tensor], task: Any) -> dict[str, Tensor]:
-    """The head of an adapter that this kit exported, as an adapter names it; ValueError for other saved tensors."""
+def _own_head(saved: Mapping[str, Tensor], task: Any) -> tuple[dict[str, Tensor], list[str]]:
+    """(the head of an adapter that this kit exported, as an adapter names it; names of other saved tensors)."""
     parts = {f"{HEAD}.{part}": f"head.{task}.{part}" for part in ("weight", "bias")} if isinstance(task, str) else {}
-    for name in saved:
-        if name not in parts:
-            raise ValueError(f"saved tensors must be the head of an adapter that this kit exported; found {name!r}")
-    if saved and len(saved) != 2:
+    found = {parts[name]: tensor for name, tensor in saved.items() if name in parts}
+    if len(found) == 1:
         raise ValueError(f"a head needs its weight and its bias; found {', '.join(saved)}")
-    return {parts[name]: tensor for name, tensor in saved.items()}
+    return found, [name for name in saved if name not in parts]
 
 
 def _is_draw(factors: Mapping[str, Factors], seed: Any, subspace: Any) -> bool:

@@ -49,23 +49,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def check_plain(config: Mapping[str, Any], own_head: bool) -> None:
-    """ValueError for the first setting that makes the folder something else than y = W x + s · B A x.
-
-    Args:
-        own_head: whether the folder carries the head of an adapter that this kit exported.
+def check_plain(config: Mapping[str, Any]) -> None:
+    """ValueError for the first setting that makes the folder something else than y = W x + s · B A x and whole modules
+    saved beside.
     """
-    heads = ([HEAD],) if own_head else ()
     checks: dict[str, tuple[bool, str]] = {
         "peft_type": (config.get("peft_type") == "LORA", "LORA"),
         "bias": (config.get("bias", "none") == "none", "none"),
         "init_lora_weights": (
             config.get("init_lora_weights", True) in _BASE_KEPT,
             "a start that leaves the base's weights as they are",
-        ),
-        "modules_to_save": (
-            not config.get("modules_to_save") or config["modules_to_save"] in heads,
-            "unset, or the head of an adapter that this kit exported",
         ),
         "r": (isinstance(config.get("r"), int) and _is_number(config["r"]) and config["r"] > 0, "an integer above 0"),
         "lora_alpha": (_is_number(config.get("lora_alpha")), "a finite number"),

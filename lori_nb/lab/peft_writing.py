@@ -139,11 +139,13 @@ def _write(folder: Path, files: Mapping[str, str | bytes]) -> None:
 def portable(factors: Mapping[str, Factors], weight: float = 1.0) -> dict[str, Factors]:
     """The same updates with scale 1 (α = r) and one allowed rank, the smallest that holds all; zeros fill up.
 
-    Raises ValueError where the largest rank is above the largest allowed one: compress the adapter first.
+    Raises ValueError where the largest rank is above the largest allowed one.
     """
     most = max(len(f.A) for f in factors.values())
     if most > ALLOWED_RANKS[-1]:
-        raise ValueError(f"rank of a portable folder must be at most {ALLOWED_RANKS[-1]}; found {most}: compress it")
+        raise ValueError(
+            f"rank of a portable folder must be at most {ALLOWED_RANKS[-1]}; found {most}: lori-nb merge --rank cuts it"
+        )
     rank = next(allowed for allowed in ALLOWED_RANKS if allowed >= most)
     return {name: _padded(f, rank, weight) for name, f in factors.items()}
 

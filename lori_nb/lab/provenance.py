@@ -46,6 +46,11 @@ def git_state() -> dict:
     return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
 
 
+def kit_version() -> str | None:
+    """The version under which this package is installed; None where it is not."""
+    return _version("lori-nb")
+
+
 def source_digest() -> str:
     """SHA-256 over the package's source files."""
     digest = hashlib.sha256()

@@ -1,14 +1,14 @@
 """A study: a profile expands into runs, the runs are trained once, and notebooks turn them into tables and figures.
 
-What notebooks call: ``begin`` and ``collect``, then ``questions``, ``comparison``, ``geometry``, ``forgetting`` and
-``claims`` for tables, and ``figures`` and ``figures_lori`` for plots.
+What notebooks call: ``begin``, ``collect`` and ``shared_lines``, then ``questions``, ``comparison``, ``geometry``,
+``forgetting`` and ``claims`` for tables, and ``figures`` and ``figures_lori`` for plots.
 """
 
 from __future__ import annotations
 
 import importlib
 
-_HOMES = {"begin": "notebook", "collect": "notebook"}
+_HOMES = {"begin": "notebook", "collect": "notebook", "shared_lines": "notebook"}
 _MODULES = ("claims", "comparison", "figures", "figures_lori", "forgetting", "geometry", "questions", "summary")
 
 __all__ = [*_HOMES, *_MODULES]

@@ -32,11 +32,11 @@ def _structures(settings: Settings) -> list[str]:
 
 def choice_specs(settings: Settings) -> list[Spec]:
     """Structured masks on each task, all merges, and second tasks in the same adapter, for every seed of the arms; none
-    without a choice or a second task.
+    without a choice or a second task, and none where adapters from elsewhere are given.
 
     Raises ValueError for masks that draw another A for every task.
     """
-    if len(settings.arm_tasks) < 2 or not (arms_of(settings, "subspace") or _structures(settings)):
+    if settings.adapters or len(settings.arm_tasks) < 2 or not (arms_of(settings, "subspace") or _structures(settings)):
         return []
     for name in continued_arms(settings):
         if get_method(get_arm(name).method).masked:

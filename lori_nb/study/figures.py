@@ -273,7 +273,7 @@ def spectra(ax: Axes, table: pd.DataFrame) -> Axes:
         else:
             ax.fill_between(part["index"], part["low"], part["high"], color=look["color"], alpha=0.15, linewidth=0)
         ax.plot(part["index"], part["degrees"], label=title_of(method), markevery=2, **look)
-    ax.set(xlabel="principal angle, smallest first", ylabel="angle between tasks (degrees)")
+    ax.set(xlabel="principal angle, smallest first", ylabel="angle between adapters (degrees)")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))  # they are counted
     ax.set_yticks(range(0, 91, 15))
     ax.set_ylim(15 * math.floor(table["low"].min() / 15), 92)

@@ -19,30 +19,34 @@ from matplotlib.figure import Figure
 from lori_nb.analysis.interference import ALL, ELEMENTWISE
 from lori_nb.analysis.nulls import TOTAL, by_pair, expected, norms, null_draws, null_set, where_defined
 from lori_nb.analysis.overlap import overlap_table
+from lori_nb.lab.laboratory import check_fit
 from lori_nb.lab.models import load_base
 from lori_nb.lab.paths import write_atomically
-from lori_nb.method.adapters import Factors
+from lori_nb.lab.provenance import kit_version
+from lori_nb.method.adapters import Factors, layer_number
 from lori_nb.study import figures, functional, layouts, style
 from lori_nb.study.geometry import (
     SIDES,
     angles_between,
+    null_rows,
     overlap_matrix,
     quartiles,
     similarity_between,
     with_places,
 )
+from lori_nb.study.settings import NULLS
 
 Adapters = Mapping[str, Mapping[str, Factors]]
 MOVED = "‖ΔWⱼ x‖ / ‖ΔWᵢ x‖"
-NULLS = ("independent", "given")
 MAPPED = {"cosine_size": "|cosine| of ΔW"} | {
     name: figures.MEASURE_LABELS[name] for name in ("row_overlap", "column_overlap")
 }  # what the figures show
 BESIDE = 7  # adapters that a heat map of half a page's width has room for
 PAIR = ["adapter_a", "adapter_b", "measure"]
 ABOUT = "about.json"
-TABLES = ("modules", "layers", "kinds", "pairs", "angles", "similarity", "functional")
-PRINTED = ("layers", "kinds", "pairs", "angles", "functional")  # the others have thousands of rows
+FUNCTIONAL = "functional"  # its table and figure are there where activations were asked for
+TABLES = ("modules", "layers", "kinds", "pairs", "angles", "similarity", FUNCTIONAL)
+PRINTED = ("layers", "kinds", "pairs", "angles", FUNCTIONAL)  # the others have thousands of rows
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ class Interference:
         functional: ‖ΔW_j x‖ / ‖ΔW_i x‖ on the activations x of adapter i's task, ``task`` the name of i, ``adapter``
             that of j: ``value`` and ``null``, means over modules. Empty where no activations were asked for.
         settings: how the null was drawn, and whose activations were moved.
+        notes: what was left out, a sentence each.
     """
 
     modules: pd.DataFrame
@@ -87,6 +92,7 @@ class Interference:
     similarity: pd.DataFrame
     functional: pd.DataFrame
     settings: dict = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def measured(
@@ -105,20 +111,28 @@ def measured(
         activations: also what each adapter does to the others' activations.
 
     Raises:
-        ValueError: fewer than two adapters, an unknown null, adapters without a module in common, one that is zero in
-            every module, or what :func:`~lori_nb.analysis.overlap.overlap_table` refuses.
+        ValueError: fewer than two adapters, an unknown null, fewer than two draws of it, adapters without a module in
+            common, one that is zero in every module, a base that lacks an adapter's modules, or what
+            :func:`~lori_nb.analysis.overlap.overlap_table` refuses.
     """
     if null not in NULLS:
         raise ValueError(f"null must be one of {', '.join(NULLS)}; found {null!r}")
+    if draws < 2:
+        raise ValueError(f"draws must be at least 2, between which limits lie; found {draws}")
     sizes = norms(adapters)
     for name, of_modules in sizes.items():
         if not any(of_modules.values()):
             raise ValueError(f"adapters must be trained; found {name!r} with ΔW = 0 in every module")
+    inside, outside = _in_layers(adapters) if activations else (adapters, [])
+    for name, modules in inside.items() if activations else ():  # before the null, which takes longest
+        if not modules:
+            raise ValueError(f"adapters must have modules in layers to move activations; found none of {name!r}")
+        check_fit(activations.base, modules)
     measures = [name for name in ALL if elementwise or name not in ELEMENTWISE]
     table = overlap_table(adapters, measures)
     if table.empty:
         raise ValueError("adapters must have at least one module in common; found none")
-    own = {name: {m: f.A for m, f in each.items()} for name, each in adapters.items()} if null == "given" else None
+    own = null_rows(adapters, null)
     chance = null_draws(adapters, draws, seed, measures, own)
     keys = [*PAIR, "module"]
     modules = table.merge(expected(chance, keys), on=keys)
@@ -140,17 +154,29 @@ def measured(
         pairs,
         quartiles(angles, ["method", "side", "index"]),
         similarity,
-        _on_activations(adapters, random, activations),
+        _on_activations(inside, random, activations),
         {"null": null, "draws": draws, "seed": seed, "elementwise": elementwise}
         | ({} if activations is None else {"activations": asdict(activations)}),
+        (f"modules outside layers are left out on activations ({', '.join(outside)})",) if outside else (),
+    )
+
+
+def _in_layers(adapters: Adapters) -> tuple[dict[str, dict[str, Factors]], list[str]]:
+    """(the adapters' modules in layers, the names of all others: embeddings, which take no activations, and heads)."""
+    inside = {
+        name: {module: f for module, f in modules.items() if layer_number(module) is not None}
+        for name, modules in adapters.items()
+    }
+    return inside, sorted(
+        {module for name, modules in adapters.items() for module in modules if module not in inside[name]}
     )
 
 
 def _on_activations(adapters: Adapters, random: Adapters, activations: Activations | None) -> pd.DataFrame:
     if activations is None:
         return pd.DataFrame(columns=["task", "adapter", "value", "null"])
-    base = load_base(activations.base)
-    found = functional.functional_of(base, adapters, random, activations.rows, activations.tasks)
+    base, null = load_base(activations.base), _in_layers(random)[0]
+    found = functional.functional_of(base, adapters, null, activations.rows, activations.tasks)
     return found.groupby(["task", "adapter"], sort=False)[["value", "null"]].mean().reset_index()
 
 
@@ -184,10 +210,7 @@ def maps(found: Interference, names: Sequence[str], measure: str) -> Figure:
 
 def spectra(found: Interference) -> Figure:
     """Principal angles of both sides beside the null's."""
-    figure = layouts.angles(found.angles)
-    for ax in figure.axes:
-        ax.set_ylabel("angle between adapters (degrees)")
-    return figure
+    return layouts.angles(found.angles)
 
 
 def places(found: Interference) -> Figure:
@@ -234,17 +257,22 @@ def check_report_folder(folder: Path, sources: Mapping[str, str]) -> Path:
 
 
 def write_report(
-    found: Interference, sources: Mapping[str, str], folder: Path, notes: Sequence[str] = ()
+    found: Interference, sources: Mapping[str, str], folder: Path, notes: Sequence[str] = (), command: str = ""
 ) -> list[Path]:
-    """Tables as CSV and Parquet, those that fit a page as LaTeX too, figures, and about.json; returns the files.
+    """Tables as CSV and Parquet, those that fit a page as LaTeX too, figures, and about.json; returns the files. What
+    an earlier report had beside is removed.
 
     Args:
         sources: adapter → the SHA-256 of its file, in the order of rows and columns.
-        notes: what the adapters do not share, a sentence each.
+        notes: what the adapters do not share, a sentence each; those of ``found`` follow.
+        command: what makes the report again.
     """
     check_report_folder(folder, sources)
     folder.mkdir(parents=True, exist_ok=True)
-    about = {"adapters": dict(sources), **found.settings, "notes": list(notes)}
+    for path in folder.glob(f"{FUNCTIONAL}.*"):  # all others are written each time
+        path.unlink()
+    about = {"adapters": dict(sources), **found.settings, "notes": [*notes, *found.notes]}
+    about |= {"version": kit_version(), "command": command}
     contents: dict[str, str | bytes] = {ABOUT: json.dumps(about, indent=1)}
     for stem in TABLES:
         table: pd.DataFrame = getattr(found, stem)
@@ -268,7 +296,7 @@ def write_report(
         "depth": ("Interference between adapters by layer and kind of module", places(found)),
     }
     if len(found.functional):
-        drawn["functional"] = "What adapters do to each other's activations, beside the null", moved(found)
+        drawn[FUNCTIONAL] = "What adapters do to each other's activations, beside the null", moved(found)
     for stem, (title, figure) in drawn.items():
         paths += style.save(figure, folder, stem, {"title": title, "provenance": json.dumps(about)})
         plt.close(figure)

@@ -23,12 +23,13 @@ from lori_nb.analysis.elementwise_merging import FULL_RANK
 from lori_nb.analysis.merging import merge
 from lori_nb.analysis.overlap import norm
 from lori_nb.lab.extensions import is_own, source_digest
-from lori_nb.lab.folders import Folder, not_shared, read_folders, write_merged
+from lori_nb.lab.folders import Folder, read_folders, write_merged
 from lori_nb.lab.laboratory import check_fit, score_factors
 from lori_nb.lab.models import BaseModelError, base_kind
 from lori_nb.lab.paths import data_folder
 from lori_nb.lab.resolving import merge_recipe
 from lori_nb.method.adapters import Factors
+from lori_nb.study.notebook import shared_lines
 from lori_nb.study.settings import Settings
 
 METHOD = "adapters"  # what tables call them
@@ -104,14 +105,10 @@ def folder_lines(settings: Settings) -> list[str]:
     """What is merged, what the adapters do not share, and why they are not scored where they are not."""
     if not settings.adapters:
         return ["No adapters from elsewhere: `adapters` may list PEFT folders or hub ids, to be merged instead."]
-    found = read_folders(settings.adapters)
-    counts = ", ".join(f"{name} {len(folder.factors)}" for name, folder in found.items())
-    shared = len(set.intersection(*(set(folder.factors) for folder in found.values())))
-    said = [f"{len(found)} adapters, {shared} modules in all of them ({counts})"]
     cut = [way for way in settings.merges if way in FULL_RANK]
-    said += [f"{', '.join(cut)}: of full rank, cut to the sum of the adapters' ranks in each module"] if cut else []
+    said = [f"{', '.join(cut)}: of full rank, cut to the sum of the adapters' ranks in each module"] if cut else []
     why = unscored(settings)
-    return said + not_shared(found) + ([f"not scored: {why}"] if why else [])
+    return shared_lines(settings) + said + ([f"not scored: {why}"] if why else [])
 
 
 def unscored(settings: Settings) -> str:

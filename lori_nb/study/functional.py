@@ -221,6 +221,10 @@ def functional_matrix(chosen: pd.DataFrame, column: str = "value") -> pd.DataFra
 
 def functional_lines(found: pd.DataFrame) -> list[str]:
     """One sentence a method: mean interference on another task's activations, beside the null's."""
+    if found.empty:
+        return [
+            "Not measured: which rows the adapters were trained on is not known; `lori-nb overlap --tasks` names them."
+        ]
     lines = []
     for method, part in found.groupby("method", sort=False):
         value, null = part["value"].mean(), part["null"].mean()

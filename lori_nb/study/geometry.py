@@ -19,7 +19,7 @@ from lori_nb.analysis.interference import similarity_curve
 from lori_nb.analysis.nulls import null_set
 from lori_nb.analysis.overlap import MEASURES, met, overlap_table
 from lori_nb.analysis.statistics import t_interval
-from lori_nb.lab.folders import read_folders
+from lori_nb.lab.folders import comparable, read_folders
 from lori_nb.lab.methods import FACTORED, get_method
 from lori_nb.lab.runs import Run
 from lori_nb.lab.specs import RunSpec
@@ -122,13 +122,22 @@ def adapter_sets(results: Results, seed: int) -> dict[str, dict[str, dict[str, F
     """Method → task → factors of one seed's single-task adapters, and :func:`null_of` each method.
 
     A null has the singular values of the adapters that it stands for, and rows in the A's that the policy drew. Where
-    the setting ``adapters`` names folders: "adapters" → folder → factors, and their null of independent rows.
+    the setting ``adapters`` names folders: "adapters" → folder → factors, and their null by :func:`null_rows`.
     """
     settings = results.settings
     if settings.adapters:
-        given = {name: folder.stored for name, folder in read_folders(settings.adapters).items()}
-        return {GIVEN: given, null_of(GIVEN): null_set(given, torch.Generator().manual_seed(seed))}
+        given, _ = comparable(read_folders(settings.adapters))
+        rows = null_rows(given, settings.overlap_null)
+        return {GIVEN: given, null_of(GIVEN): null_set(given, torch.Generator().manual_seed(seed), rows)}
     return _beside_nulls({method: single_adapters(results, method, seed) for method in settings.method}, seed)
+
+
+def null_rows(adapters: Mapping[str, Mapping[str, Factors]], null: str) -> dict[str, dict[str, Tensor]] | None:
+    """What the rows of a null lie in, as :func:`~lori_nb.analysis.nulls.null_draws` takes it: each adapter's own A's
+    under "given", no A under "independent".
+    """
+    own = {name: {m: f.A for m, f in modules.items()} for name, modules in adapters.items()}
+    return own if null == "given" else None
 
 
 def _beside_nulls(found: Mapping[str, Mapping[str, Adapter]], seed: int) -> dict[str, dict[str, dict[str, Factors]]]:
@@ -245,17 +254,19 @@ def mask_overlaps(every: pd.DataFrame, results: Results) -> pd.DataFrame:
 def overlap_summary(overlaps: pd.DataFrame) -> pd.DataFrame:
     """Mean magnitude over modules and pairs of tasks, method × measure, with its interval.
 
-    The t interval is over seeds, or with one seed over pairs of tasks; pairs share tasks, so that one is rough.
+    The t interval is over seeds, or with one seed over pairs of tasks; pairs share tasks, so that one is rough. Of
+    adapters from elsewhere over pairs of them: no seed made them (``seeds`` 0).
     """
-    several = overlaps["seed"].nunique() > 1
-    unit, of = (["seed"], "seeds") if several else (["adapter_a", "adapter_b"], "pairs of tasks")
+    given, seeds = GIVEN in set(overlaps["method"]), overlaps["seed"].nunique()
+    pairs = "pairs of adapters" if given else "pairs of tasks"
+    unit, of = (["seed"], "seeds") if seeds > 1 else (["adapter_a", "adapter_b"], pairs)
     rows = []
     for key, part in overlaps.groupby(["method", "measure"], sort=False):
         values = part["value"].abs().groupby([part[name] for name in unit]).mean().dropna()
         if len(values):
             rows.append(dict(zip(("method", "measure"), key, strict=True)) | as_columns(t_interval(values), of))
     columns = ["method", "measure", "value", "low", "high", "n", "of"]
-    return pd.DataFrame(rows, columns=columns).assign(seeds=overlaps["seed"].nunique())
+    return pd.DataFrame(rows, columns=columns).assign(seeds=0 if given else seeds)
 
 
 def overlap_lines(overlaps: pd.DataFrame) -> list[str]:
@@ -275,14 +286,15 @@ def summary_lines(summary: pd.DataFrame) -> list[str]:
     ]
 
 
-def frozen_A_is_its_draw(results: Results) -> bool:
-    """Whether every LoRI adapter's A still is, bit for bit, what its seed makes."""
+def frozen_A_line(results: Results) -> str:
+    """Whether every LoRI adapter's A still is, bit for bit, what its seed makes, in one sentence."""
     adapters = [run.adapter for run in trained_runs(results) if run.adapter.frozen_A]
-    return all(
-        torch.equal(f.A, down_projection(a.seed, a.subspace, name, *f.A.shape))
-        for a in adapters
-        for name, f in a.factors.items()
-    )
+    if not adapters:
+        return "No LoRI adapter was trained here, whose A would have to be its random draw."
+    drawn = [
+        torch.equal(f.A, A) for a in adapters for f, A in zip(a.factors.values(), drawn_A(a).values(), strict=True)
+    ]
+    return f"A of every LoRI adapter still is its random draw: {all(drawn)}"
 
 
 def angle_spectra(results: Results) -> pd.DataFrame:

@@ -105,7 +105,7 @@ def _point(notebook: Path, values: Mapping[str, Any], profile: str) -> Point:
     if notebook.stem in PLANS:
         settings = settings_at(chosen)
         names = [name for name in read_parameters(notebook) if hasattr(settings, name)]
-        parameters = as_parameters(settings, names) | parameters
+        parameters |= as_parameters(settings, names)  # folders by whole paths: kernels work in the notebook's folder
         check_parameters(notebook, parameters)
     output = sweep_folder(notebook) / f"{slug(chosen)}.ipynb"
     return Point(notebook, chosen["profile"], dict(values), parameters, output, folder_variables())

@@ -22,6 +22,7 @@ from lori_nb.analysis.statistics import t_interval
 from lori_nb.lab.models import load_base
 from lori_nb.lab.runs import Run, Store
 from lori_nb.lab.specs import RunSpec
+from lori_nb.lab.tasks import get_task
 from lori_nb.method.adapters import Factors
 from lori_nb.study import adapter_records, functional
 from lori_nb.study.geometry import drawn_A
@@ -270,7 +271,8 @@ def scaling_scores(results: Results) -> pd.DataFrame:
     columns = ["series", "seed", "size", "subset", "measure", "value"]
     if not settings.pair_tasks:
         return pd.DataFrame(columns=columns)
-    scores = {(r.run, r.task): r.value for r in results.table.itertuples()}
+    table = results.table[results.table["split"] == "test"]
+    scores = {(r.run, r.task): r.value for r in table.itertuples() if r.metric == get_task(r.task).metric}
     alone, joint = alone_specs(settings), joint_specs(settings)
     bare = {spec.tasks[0]: results.hash_of(spec) for spec in bare_specs(settings)}
     rows = []

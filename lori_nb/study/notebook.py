@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from pandas.api.types import is_integer_dtype
 from tqdm.auto import tqdm
 
+from lori_nb.lab.folders import comparable, not_shared, read_folders
 from lori_nb.lab.paths import PROJECT, data_folder, write_atomically
 from lori_nb.lab.provenance import git_state
 from lori_nb.lab.resolving import resolve
@@ -73,9 +74,13 @@ class Results:
 
     @property
     def line(self) -> str:
-        """How much of the plan is there: "12 of 12 runs", with the profile and the number of seeds."""
-        done = f"{len(self.runs)} of {self.planned} runs"
-        return f"{self.name}, profile {slug(self.settings)}: {done}; {seeds_text(self.settings.seed)}"
+        """How much of the plan is there: "12 of 12 runs", with the profile and the number of seeds; of adapters from
+        elsewhere, which no seed of the study made, their number.
+        """
+        told = f"{len(self.runs)} of {self.planned} runs; {seeds_text(self.settings.seed)}"
+        if self.settings.adapters and not self.planned:
+            told = f"{len(self.settings.adapters)} adapters from elsewhere, no runs"
+        return f"{self.name}, profile {slug(self.settings)}: {told}"
 
     @cached_property
     def _hashes(self) -> dict[Spec, str]:
@@ -185,6 +190,20 @@ def collect(name: str, settings: Settings, store: Store | None = None, train: bo
     about = {key: sorted({str(run.provenance.get(key)) for run in runs.values()}) for key in ("device", "dtype")}
     record(run_hashes=list(runs), **{key: ", ".join(values) for key, values in about.items()})
     return results
+
+
+def shared_lines(settings: Settings) -> list[str]:
+    """How many adapters from elsewhere there are and what they do not share, a sentence each; none without any."""
+    if not settings.adapters:
+        return []
+    found = read_folders(settings.adapters)
+    counts = ", ".join(f"{name} {len(folder.factors)}" for name, folder in found.items())
+    shared = len(set.intersection(*(set(folder.factors) for folder in found.values())))
+    return [
+        f"{len(found)} adapters, {shared} modules in all of them ({counts})",
+        *not_shared(found),
+        *comparable(found)[1],
+    ]
 
 
 def adapters_of(settings: Settings, specs: Iterable[Spec], store: Store) -> Results:

@@ -71,7 +71,11 @@ def plan_ortho_lora(settings: Settings) -> list[Spec]:
 def plan_interference(settings: Settings) -> list[Spec]:
     """The single-task adapters whose subspaces are compared, those whose A is drawn by another policy, and what these
     and structured masks buy in merges and after a second task; none where adapters from elsewhere are given.
+
+    Raises ValueError for one adapter from elsewhere alone, which overlaps with nothing.
     """
+    if len(settings.adapters) == 1:
+        raise ValueError(f"adapters must be at least 2 to compare, or none; found {settings.adapters[0]}")
     if settings.adapters:
         return []
     drawn = beside(settings, "subspace", ("lora", *settings.method))

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lori_nb.analysis.merging import MERGE_METHODS
+from lori_nb.analysis.merging import ALSO_CALLED, MERGE_METHODS
 from lori_nb.lab.methods import get_mask_origin, get_method
 from lori_nb.lab.specs import SCHEDULES
 from lori_nb.lab.tasks import expand_tasks, get_task
 from lori_nb.method.masks import SCOPES, STRUCTURES
 from lori_nb.method.subspaces import POLICIES
+
+NULLS = ("independent", "given")  # rows of random adapters: at random, or in the row space of an adapter's own A
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Settings:
     micro_batch_rows: int | None = None  # rows computed at a time; none takes all of a step
     checkpointing: bool = False  # activations are computed again in the backward pass, not kept
     adapters: tuple[str, ...] = ()  # folders from elsewhere that 04_interference compares, 05_merging merges, instead
+    overlap_null: str = "independent"  # of those in 04_interference: random rows; given: in each one's own A
     task_steps: Mapping[str, int] = field(default_factory=dict)  # of single runs, where a task's are not ``steps``
     sequence: tuple[str, ...] = ()  # tasks learned one after another; empty: ``first``, then the other tasks
     orders: str = "given"  # of the tasks after the first: given, balanced, all, auto; of all tasks: any-first
@@ -161,9 +164,11 @@ def checked(values: dict[str, Any]) -> Settings:
     _check_pairs(values)
     for name in values["method"]:
         get_method(name)
+    values["merges"] = tuple(dict.fromkeys(ALSO_CALLED.get(name, name) for name in values["merges"]))
     for name in values["merges"]:
         _among("merge", name, tuple(MERGE_METHODS))
     _among("subspace", values["subspace"], POLICIES)
+    _among("overlap_null", values.get("overlap_null", Settings.overlap_null), NULLS)
     _among("schedule", values.get("schedule", "linear"), SCHEDULES)
     _among("mask_scope", values["mask_scope"], tuple(SCOPES))
     _among("mask_structure", values.get("mask_structure", "entries"), STRUCTURES)
