@@ -45,7 +45,10 @@ def invoke(*words: str):
         (["sweep", "09_none"], "notebook must be a file or one of"),
         (["tune", "--methods", "lorri"], "methods must be among"),
         (["tune", "--tasks", "sums"], "task must be one of"),
-        (["tune", "--profile", "smoke", "--strengths", "lora", "--plan"], "strengths must be among ewc, "),
+        (
+            ["tune", "--profile", "smoke", "--strengths", "joint", "--plan"],
+            "strengths must be of ways that learn one task ",
+        ),
         (["measure", "--tasks", "rte,sums"], "task must be one of"),
         (["runs", "show", "abc"], "found 0 for 'abc'"),
         (["publish"], "the study must be finished first"),

@@ -80,6 +80,14 @@ def matrices(results: Results) -> dict[str, pd.DataFrame]:
     return found
 
 
+def matrices_note(results: Results) -> str:
+    """What :func:`matrices` are means of: "one seed", "6 orders, 3 to 5 seeds"."""
+    settings = results.settings
+    orders, counts = len(common_orders(settings)), {len(matrices_of_seeds(results, w)) for w in sequential(settings)}
+    seeds = " to ".join(str(n) for n in sorted({min(counts - {0}, default=0), max(counts, default=0)}))
+    return (f"{orders} orders, " if orders > 1 else "") + ("one seed" if seeds == "1" else f"{seeds} seeds")
+
+
 def final_scores(results: Results) -> pd.DataFrame:
     """Way → mean score over all tasks after the last one, with its interval."""
     return summarise(last_rows(on_common_orders(stage_scores(results), results.settings)), ["way"])

@@ -11,7 +11,7 @@ import pandas as pd
 from lori_nb.analysis.statistics import interval_text
 from lori_nb.study import figures_sequences, forgetting, layouts, sequence_effects
 from lori_nb.study.notebook import Results
-from lori_nb.study.sequence_runs import finished, matrices_note
+from lori_nb.study.sequence_runs import finished
 from lori_nb.study.sequences import fitting, orders_of
 from lori_nb.study.style import way_title
 
@@ -47,7 +47,7 @@ def drawn(results: Results, tables: dict[str, pd.DataFrame]) -> dict[str, Callab
     makers = {
         "sequence_matrices": (
             "sequence_metrics",
-            lambda table: layouts.accuracy_matrices(forgetting.matrices(results), matrices_note(results)),
+            lambda table: layouts.accuracy_matrices(forgetting.matrices(results), forgetting.matrices_note(results)),
         ),
         "sequence_lost": ("sequence_lost", layouts.lost),
         "sequence_plane": ("sequence_plane", partial(layouts.single, figures_sequences.plasticity_against_stability)),

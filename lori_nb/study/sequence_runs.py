@@ -81,14 +81,6 @@ def matrices_of_seeds(results: Results, way: str) -> dict[int, list[np.ndarray]]
     return {seed: several for seed, several in found.items() if not any(R is None for R in several)}
 
 
-def matrices_note(results: Results) -> str:
-    """What :func:`matrices_of_seeds` are: "one seed", "6 orders, 3 to 5 seeds"."""
-    settings = results.settings
-    orders, counts = len(common_orders(settings)), {len(matrices_of_seeds(results, w)) for w in sequential(settings)}
-    seeds = " to ".join(str(n) for n in sorted({min(counts - {0}, default=0), max(counts, default=0)}))
-    return (f"{orders} orders, " if orders > 1 else "") + ("one seed" if seeds == "1" else f"{seeds} seeds")
-
-
 def stage_scores(results: Results) -> pd.DataFrame:
     """Every score of every sequence on its own tasks, as table rows with way, order, stage (0 first), and ``learned``:
     the stage at which the row's task is learned.
