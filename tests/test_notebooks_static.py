@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import re
 from dataclasses import fields
@@ -63,6 +64,12 @@ def kept_names(code: str) -> list[str]:
     kept = [call.args for call in calls if ast.unparse(call.func) == "results.keep"]
     assert all(len(arguments) == 3 for arguments in kept), "a figure, its name and its table"
     return [ast.unparse(name) for _, name, _ in kept]
+
+
+def imported(module: str, name: str) -> object:
+    """What ``from module import name`` gives; ImportError where it gives nothing."""
+    whole = importlib.import_module(module)
+    return getattr(whole, name) if hasattr(whole, name) else importlib.import_module(f"{module}.{name}")
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -126,6 +133,18 @@ class TestNotebook:
 
     def test_settings_that_cells_read_exist(self, name):
         assert names_used(name) <= {field.name for field in fields(Settings)}
+
+    def test_what_cells_take_from_the_package_exists(self, name):
+        tree = ast.parse("\n".join(source(cell) for cell in code_of(name)))
+        imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and "lori_nb" in node.module]
+        taken = {each.asname or each.name: imported(node.module, each.name) for node in imports for each in node.names}
+        asked = [
+            (node.value.id, node.attr)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in taken
+        ]
+        assert asked
+        assert not [f"{owner}.{attribute}" for owner, attribute in asked if not hasattr(taken[owner], attribute)]
 
     def test_prose_states_no_measured_number(self, name):
         # Scores belong to tables that cells compute; a decimal in prose would go stale.

@@ -514,7 +514,7 @@ def test_a_first_task_that_is_kept_better_and_yet_lost_is_said_to_be(results, se
         R = np.array([[0.9, 0.1], [left, 0.8]])
         monkeypatch.setattr(claims.sequence_runs, "matrix_of", lambda *_, R=R: R)
         verdict = claims.judged(results).set_index("measured as")["verdict"]
-        found = verdict["LoRI-S − LoRA, first task's score after the last one"]
+        found = verdict["LoRI-S − LoRI-D, first task's score after the last one"]
         assert found.endswith(words) and ("is left" in found) == bool(words)
     monkeypatch.setattr(claims.sequence_runs, "matrix_of", lambda *_: None)  # runs before the last are missing
     assert "is left" not in "".join(claims.judged(results)["verdict"])
