@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchjd.aggregation import PCGrad
 
-from lori_nb.method.conflicts import GROUPINGS, combine
+from lori_nb.method.conflicts import GROUPINGS, combine, conflicts_of
 from lori_nb.method.projection import (
     fixed_orders,
     project_conflicts_reference,
@@ -232,6 +232,27 @@ def test_combine_equals_the_loop_on_every_block(grouping, order):
         directions = rows / rows.norm(dim=1, keepdim=True)
         assert (conflicts.cosines[index] - directions @ directions.T).abs().max() < 2 * gamma(60, torch.float64)
     assert {name: value.shape for name, value in combined.items()} == {n: torch.Size(s) for n, s in SHAPES.items()}
+
+
+@pytest.mark.parametrize("solver", ["project", "gradvac", "sum"])
+@pytest.mark.parametrize("weights", [None, [1.0, 0.3, 2.0, 0.7]])
+def test_what_a_solver_changed_and_removed_follows_from_gramians(solver, weights):
+    gradients = task_gradients(4, 7)
+    combined, found = combine(gradients, "module", solver=solver, weights=weights, reduction="mean", order="fixed")
+    for index, group in enumerate(found.groups):
+        names = [name for name in SHAPES if GROUPINGS["module"](name) == group]
+        rows = torch.stack([torch.cat([task[name].flatten() for name in names]) for task in gradients])
+        plain = torch.tensor(weights or [1.0] * 4, dtype=torch.float64) @ rows / 4
+        taken = torch.cat([combined[name].flatten() for name in names])
+        expected = (taken - plain).norm() / plain.norm()
+        assert found.change()[index].item() == pytest.approx(expected.item(), rel=1e-12, abs=1e-15)
+        if solver == "project":
+            lost = 1 - project_conflicts_reference(rows).norm() / rows.norm()
+            assert found.removed[index].item() == pytest.approx(lost.item(), abs=1e-14)
+    assert found.change().max() == 0 if solver == "sum" else found.change().min() > 0.01
+    assert (found.removed is not None) == (solver == "project")
+    with pytest.raises(ValueError, match="coefficients must be those of a combined gradient; found None"):
+        conflicts_of({name: torch.stack([task[name] for task in gradients]) for name in SHAPES}).change()
 
 
 def test_groupings_differ_and_a_function_may_group():

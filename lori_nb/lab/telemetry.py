@@ -48,7 +48,7 @@ class Telemetry:
 
         Args:
             conflicts: of the tasks' gradients, tensor by tensor.
-            change: of :func:`relative_change`, tensor by tensor (G,).
+            change: ‖∇ − S‖ / ‖S‖ as in :meth:`table`, tensor by tensor (G,).
             blocks: of the blocks that a solver worked on.
             halves: tensor by tensor between the halves of the tasks' batches, task 0's two first.
         """
@@ -117,7 +117,7 @@ class Telemetry:
 
 
 def relative_change(taken: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> Tensor:
-    """‖taken − whole‖ / ‖whole‖ for every tensor (G,), in the order of ``whole``; NaN where that is zero."""
+    """‖taken − whole‖ / ‖whole‖ for every tensor (G,), in the order of ``whole``, not finite where that is zero."""
     norms = torch._foreach_norm(list(whole.values()))
     gaps = torch._foreach_norm(torch._foreach_sub([taken[name] for name in whole], list(whole.values())))
     return torch.stack(gaps) / torch.stack(norms)

@@ -238,9 +238,12 @@ class Loop:
 
     def _record(self, step: int, found: TaskGradients, combined, blocks: Conflicts | None, halves) -> None:
         by_tensor = dict(self.spec.options).get("grouping", "tensor") == "tensor"
-        conflicts = blocks if blocks is not None and by_tensor else conflicts_of(found.shared)
+        if blocks is not None and by_tensor:
+            conflicts, change = blocks, blocks.change()  # from Gramians: no gradient is read again
+        else:
+            conflicts, change = conflicts_of(found.shared), relative_change(combined, self._plain(found))
         of_halves = conflicts_of(halves.shared) if halves is not None else None
-        self.telemetry.add(step, conflicts, relative_change(combined, self._plain(found)), blocks, of_halves)
+        self.telemetry.add(step, conflicts, change, blocks, of_halves)
 
     def _solved(self, gradients: Mapping[str, Tensor], step: int) -> tuple[dict[str, Tensor], Conflicts]:
         """Task gradients (T × shape) combined by the conflict solver that the spec's options name."""

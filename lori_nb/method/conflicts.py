@@ -29,17 +29,52 @@ REDUCTIONS: dict[str, Callable[[int], float]] = {"sum": lambda tasks: 1.0, "mean
 
 @dataclass(frozen=True)
 class Conflicts:
-    """How the tasks' gradients lay to each other, before any projection.
+    """How the tasks' gradients lay to each other, and what a solver made of them.
 
-    ``groups`` names the G blocks; ``cosines`` (G, T, T) holds cos(g_i, g_j), NaN where either gradient is zero;
-    ``conflict`` (G, T, T) is true where ⟨g_i, g_j⟩ < 0. ``removed`` (G,) is the share of the gradients' norm that was
-    projected away, 1 − √(Σ_i ‖g_i'‖² / Σ_i ‖g_i‖²), NaN where all are zero; None for a solver that does not project.
+    All of it follows from T × T matrices a block and is computed when asked for: the gradients are not read again.
+
+    Attributes:
+        groups: names of the G blocks.
+        gramians: ⟨g_i, g_j⟩ before any projection (G, T, T).
+        weights: w_t of S = Σ_t w_t g_t, what joint training takes (T,); None where nothing was combined.
+        coefficients: c_t of the gradient taken, ∇ = Σ_t c_t g_t (G, T); None where nothing was combined.
+        projected: C with Σ_t C_it g_t what became of task i's gradient (G, T, T); None for a solver without such.
     """
 
     groups: tuple[str, ...]
-    cosines: Tensor
-    conflict: Tensor
-    removed: Tensor | None = None
+    gramians: Tensor
+    weights: Tensor | None = None
+    coefficients: Tensor | None = None
+    projected: Tensor | None = None
+
+    @property
+    def cosines(self) -> Tensor:
+        """cos(g_i, g_j) (G, T, T), NaN where either gradient is zero: it has no direction."""
+        norms = self.gramians.diagonal(dim1=1, dim2=2).sqrt()
+        return (self.gramians / norms[:, :, None] / norms[:, None, :]).clamp(-1, 1)
+
+    @property
+    def conflict(self) -> Tensor:
+        """True where ⟨g_i, g_j⟩ < 0 (G, T, T)."""
+        return self.gramians < 0
+
+    @property
+    def removed(self) -> Tensor | None:
+        """Share of the gradients' norm that was projected away, 1 − √(Σ_i ‖g_i'‖² / Σ_i ‖g_i‖²) (G,); NaN where all are
+        zero, None for a solver that does not project.
+        """
+        if self.projected is None:
+            return None
+        left = _squares(self.projected, self.gramians).sum(1)
+        return 1 - (left / self.gramians.diagonal(dim1=1, dim2=2).sum(1)).sqrt()
+
+    def change(self) -> Tensor:
+        """‖∇ − S‖ / ‖S‖ in every block (G,), not finite where S is zero. ValueError where nothing was combined."""
+        if self.coefficients is None:
+            raise ValueError("coefficients must be those of a combined gradient; found None")
+        weights = send(self.weights, self.gramians.device).expand_as(self.coefficients)
+        gap, whole = _squares(torch.stack([self.coefficients - weights, weights], dim=1), self.gramians).unbind(1)
+        return (gap / whole).sqrt()
 
     def rate(self) -> Tensor:
         """Share of conflicting task pairs in each block (G,), among pairs with two nonzero gradients; NaN if none."""
@@ -106,7 +141,7 @@ def combine_stacked(
         problem = Problem(gramians, weighted, order, reference, generator, {} if state is None else state)
         coefficients = get_solver(solver)(problem, **(strengths or {}))
         combined = _weighted_sums(coefficients, place, rows, gradients)
-    return combined, _conflicts(groups, gramians, problem.told.get("removed"))
+    return combined, Conflicts(groups, gramians, weighted, coefficients, problem.told.get("projected"))
 
 
 @torch.no_grad()
@@ -157,7 +192,7 @@ def conflicts_of(gradients: Mapping[str, Tensor], grouping: str | Callable[[str]
     _check_settings(tasks, grouping, "sum", None, "fixed", "original", None)
     with _exact_products(gradients):
         groups, _, gramians, _ = _blocks(gradients, grouping)
-    return _conflicts(groups, gramians)
+    return Conflicts(groups, gramians)
 
 
 def _exact_products(gradients: Mapping[str, Tensor]) -> torch.autocast:
@@ -204,10 +239,9 @@ def _weighted_sums(
     return sums
 
 
-def _conflicts(groups: tuple[str, ...], gramians: Tensor, removed: Tensor | None = None) -> Conflicts:
-    norms = gramians.diagonal(dim1=1, dim2=2).sqrt()
-    cosines = (gramians / norms[:, :, None] / norms[:, None, :]).clamp(-1, 1)  # 0/0 is NaN: a zero has no direction
-    return Conflicts(groups, cosines, gramians < 0, removed)
+def _squares(shares: Tensor, gramians: Tensor) -> Tensor:
+    """‖Σ_t s_t g_t‖² for rows s of ``shares`` (G, k, T): (G, k)."""
+    return (shares @ gramians * shares).sum(2).clamp(min=0)
 
 
 def _check_gradients(task_gradients: Sequence[Mapping[str, Tensor]]) -> list[str]:

@@ -50,7 +50,7 @@ class Problem:
         reference: "original" or "projected".
         generator: what random orders are drawn from; None unless the order is random.
         state: tensors that a solver keeps from step to step under names of its own; a checkpoint holds them.
-        told: what a solver tells of its work: "removed", see :class:`lori_nb.method.conflicts.Conflicts`.
+        told: what a solver tells of its work: "projected", see :class:`lori_nb.method.conflicts.Conflicts`.
     """
 
     gramians: Tensor
@@ -136,8 +136,7 @@ def project(problem: Problem) -> Tensor:
         check_orders(problem.order, tasks)
         orders = all_orders(tasks)
         matrices = sum(projection_matrices(gramians, each, problem.reference) for each in orders) / len(orders)
-    left = (matrices @ gramians * matrices).sum((1, 2)).clamp(min=0)  # Σ_i ‖g_i'‖²
-    problem.told["removed"] = 1 - (left / gramians.diagonal(dim1=1, dim2=2).sum(1)).sqrt()
+    problem.told["projected"] = matrices
     return torch.einsum("i,git->gt", send(problem.weights.to(matrices.dtype), matrices.device), matrices)
 
 
